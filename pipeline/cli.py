@@ -1,0 +1,106 @@
+"""What every entry point shares: Hydra, exit codes, errors without tracebacks, plain progress."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from skipcoder.pipeline.errors import UserError
+
+# Hydra looks a relative config path up beside the caller, which fails for console scripts.
+CONF = str(Path(__file__).resolve().parent.parent / "conf")
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 3
+
+
+def run(main: Callable[[], object]) -> int:
+    """Run a Hydra main; print foreseeable mistakes as one message; return the exit code."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its own traceback and exits 1
+    os.environ.setdefault("TQDM_DISABLE", "1")  # our own bar stands alone; libraries draw theirs unasked
+    try:
+        main()
+    except UserError as error:
+        return _fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        return _fail(explain(error))
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        if error.errno != 28:
+            raise
+        return _fail(f"no space left on the disk ({error.filename or 'unknown file'}); free some and run again")
+    return DONE
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def explain(error: BaseException) -> str:
+    """Hydra's and OmegaConf's message, with the valid keys of the node that was asked.
+
+    >>> from omegaconf import OmegaConf
+    >>> from skipcoder.pipeline.config import DataConfig
+    >>> try: OmegaConf.structured(DataConfig).tokenz
+    ... except Exception as e: print(explain(e).splitlines()[-1][:31])
+    valid keys: context, field, kin
+    """
+    message = str(error).strip()
+    cause: BaseException | None = error
+    while cause is not None:
+        node_type = getattr(cause, "object_type", None)
+        if dataclasses.is_dataclass(node_type) and "Key" in f"{type(cause).__name__}{cause}":
+            names = sorted(field.name for field in dataclasses.fields(node_type))
+            return f"{str(cause).splitlines()[0]} ({message.splitlines()[0]})\nvalid keys: {', '.join(names)}"
+        if type(cause).__name__ in ("ValidationError", "OverrideParseException"):
+            message = str(cause)
+        cause = cause.__cause__
+    if "mismatched input" in message or "token recognition" in message or "no viable alternative" in message:
+        message += "\nhint: put values that hold = ( [ ~ or spaces in two sets of quotes, 'key=\"value\"'"
+    return message
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str = "tokens") -> Iterator[Callable[..., None]]:
+    """A live bar on a terminal; else a plain line for every tenth. Yields `advance(n, **facts)`."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[facts]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=total, facts="")
+        done = printed = 0
+
+        def advance(n: int, **facts: object) -> None:
+            nonlocal done, printed
+            done += n
+            text = "  ".join(f"{key} {value}" for key, value in facts.items())
+            bar.update(task, completed=done, facts=text)
+            if not console.is_terminal and done * 10 // total > printed:
+                printed = done * 10 // total
+                print(f"{label}: {done:,}/{total:,} {unit}  {text}".rstrip(), file=sys.stderr, flush=True)
+
+        yield advance

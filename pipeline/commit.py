@@ -1,0 +1,113 @@
+"""Commit records: the one place that says which units of a store exist.
+
+A record is a small JSON file, `commits/<unit>.json`, written last and atomically. It names no time, host
+or attempt, so the same unit always has the same record.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from google_crc32c import value as crc32c
+
+from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.stats import Moments
+
+SIDES = ("input", "output")
+POSITIONS = ("first", "other")
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a committed unit holds."""
+
+    identity: str
+    unit: int
+    rows: tuple[int, int]
+    tokens_crc32c: int
+    shards: dict[str, dict[str, int]]
+    """Shard file, relative to the store -> {bytes, crc32c}."""
+    moments: dict[str, dict[str, dict[str, Moments]]]
+    """hookpoint -> side -> `first` (position 0 of its row) or `other` -> moments."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        moments = {
+            hookpoint: {
+                side: {where: part.to_json() for where, part in parts.items()} for side, parts in sides.items()
+            }
+            for hookpoint, sides in self.moments.items()
+        }
+        return {**vars(self), "rows": list(self.rows), "moments": moments}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Commit":
+        """Inverse of `to_json`."""
+        moments = {
+            hookpoint: {
+                side: {where: Moments.from_json(part) for where, part in parts.items()}
+                for side, parts in sides.items()
+            }
+            for hookpoint, sides in data["moments"].items()
+        }
+        return cls(**{**data, "rows": tuple(data["rows"]), "moments": moments})
+
+
+def path_of(store: Path, unit: int) -> Path:
+    """File of a unit's record."""
+    return store / "commits" / f"{unit:08d}.json"
+
+
+def committed_units(store: Path) -> set[int]:
+    """Units that have a record, by file name alone."""
+    return {int(path.stem) for path in (store / "commits").glob("????????.json")}
+
+
+def read(store: Path, unit: int) -> Commit:
+    """Read one record. UserError names a file that does not parse."""
+    path = path_of(store, unit)
+    try:
+        return Commit.from_json(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a commit record ({error}); delete it and re-run the capture") from None
+
+
+def write(store: Path, record: Commit) -> None:
+    """Commit a unit: its shards reach the disk first, then the record appears in one step."""
+    for shard in record.shards:
+        _sync(store / shard)
+        _sync((store / shard).parent)
+    write_atomically(path_of(store, record.unit), json.dumps(record.to_json(), sort_keys=True).encode())
+
+
+def withdraw(store: Path, unit: int) -> None:
+    """Undo a commit, before its unit is written anew."""
+    path_of(store, unit).unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write, sync and rename: the file is whole or absent, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def shard_checksum(path: Path) -> dict[str, int]:
+    """Size and CRC32C of a file."""
+    content = path.read_bytes()
+    return {"bytes": len(content), "crc32c": crc32c(content)}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,135 @@
+"""Configuration of `pipeline/cache.py`. Unknown keys, types and presets are refused by Hydra."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from skipcoder.pipeline.errors import UserError
+
+# Enum members are spelt as users type them (model.dtype=bfloat16).
+
+
+class Dtype(Enum):
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class Codec(Enum):
+    bf16 = "bf16"
+
+
+class Compression(Enum):
+    zstd = "zstd"
+    lz4 = "lz4"
+
+
+class SourceKind(Enum):
+    stdlib = "stdlib"
+    text = "text"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    huggingface = "huggingface"
+
+
+@dataclass
+class ModelConfig:
+    """The language model whose MLPs are read."""
+
+    name: str = "???"
+    """Short name, used for default paths and in reports."""
+    id: str = "???"
+    """Hub id, directory, or `package:NAME` for weights that an installed Python package carries."""
+    revision: str | None = None
+    gguf_file: str | None = None
+    """Name of the GGUF file inside `id`, when the weights are not safetensors."""
+    dtype: Dtype = Dtype.bfloat16
+    attention: str = "sdpa"
+    hookpoints: list[str] = field(default_factory=list)
+    """Default hookpoints of this model: module names, globs allowed (`layers.*.mlp`)."""
+    write_modules: dict[str, str] = field(default_factory=dict)
+    """Hookpoint glob -> module whose output is captured, where that is not the hooked module itself;
+    `*` in the value stands for what `*` in the key matched. Gemma-2's MLP output passes through
+    `post_feedforward_layernorm` before the residual stream sees it."""
+
+
+@dataclass
+class DataConfig:
+    """The text, and how it is cut into rows of tokens."""
+
+    kind: SourceKind = SourceKind.stdlib
+    path: str | None = None
+    """File, directory or glob for text, jsonl and parquet; dataset id for huggingface."""
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    field: str = "text"
+    """Column or key that holds the text (jsonl, parquet, huggingface)."""
+    tokens: int = 131072
+    """Tokens to capture; rounded up to whole rows."""
+    context: int = 256
+    """Tokens in a row."""
+    repeat: bool = False
+    """Start the source over when it ends early (otherwise that is an error)."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise UserError(f"data.tokens={self.tokens}: ask for at least 1 token")
+        if self.context < 2:
+            raise UserError(f"data.context={self.context}: a row needs at least 2 tokens")
+        if self.kind is not SourceKind.stdlib and not self.path:
+            what = "a dataset id" if self.kind is SourceKind.huggingface else "a file, directory or glob"
+            raise UserError(f"data.path is missing: data.kind={self.kind.value} needs {what}")
+
+
+@dataclass
+class StoreConfig:
+    """Where the activations go."""
+
+    path: str = "???"
+    codec: Codec = Codec.bf16
+    compression: Compression = Compression.zstd
+    """zstd: smaller; lz4: about 1.6 times faster to decode."""
+    unit_rows: int | None = None
+    """Token rows in one unit of work (= one shard of every array). null: min(16384/context, rows/64)."""
+
+    def __post_init__(self) -> None:
+        if self.unit_rows is not None and self.unit_rows < 1:
+            raise UserError(f"store.unit_rows={self.unit_rows}: must be at least 1, or null to choose it")
+
+
+@dataclass
+class RayConfig:
+    """How the capture is spread. None of this changes a byte of the store."""
+
+    address: str | None = None
+    """null: a Ray of our own on this machine; `auto` or an address: that cluster."""
+    workers: int = 1
+    """Copies of the model at work at once."""
+    cpus_per_worker: int | None = None
+    """null: this machine's cores divided by the workers."""
+    gpus_per_worker: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UserError(f"ray.workers={self.workers}: must be at least 1")
+
+
+@dataclass
+class CacheConfig:
+    """`python pipeline/cache.py`: capture MLP input/output pairs into a store."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+    hookpoints: list[str] = field(default_factory=list)
+    micro_batch_tokens: int = 4096
+    """Tokens per forward pass. Part of the store's identity: another value may change low bits."""
+    seed: int = 0
+    """Seeds the permutation of tokens inside each unit."""
+
+    def __post_init__(self) -> None:
+        if not self.hookpoints:
+            raise UserError("hookpoints is empty: name modules, for example hookpoints='[layers.10.mlp]'")
+        if self.micro_batch_tokens < 1:
+            raise UserError(f"micro_batch_tokens={self.micro_batch_tokens}: must be at least 1")

@@ -1,0 +1,123 @@
+"""Drive a capture with Ray Data: a dataset of unit numbers, a pool of actors that hold the model.
+
+What was tried to get here is told by the comments; the order of the start-up calls matters.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from skipcoder.pipeline import cli, layout
+from skipcoder.pipeline.config import ModelConfig, RayConfig
+from skipcoder.pipeline.errors import UserError
+
+
+def run(store: Path, attrs: dict[str, Any], units: list[int], model: ModelConfig, cfg: RayConfig) -> None:
+    """Capture `units` of the laid-out store. Every unit is committed before it is counted."""
+    begun, captured = time.perf_counter(), 0
+    tokens_of = {
+        u: len(layout.unit_token_rows(u, attrs["rows"], attrs["identity"]["unit_rows"]))
+        * attrs["identity"]["context"]
+        for u in units
+    }
+    bytes_per_token = sum(2 * (h["d_in"] + h["d_out"]) for h in attrs["hookpoints"].values())
+    try:
+        with _cluster(cfg), cli.progress("capture", sum(tokens_of.values())) as advance:
+            rate_from = time.perf_counter()
+            for unit in _results(store, units, model, cfg):
+                captured += tokens_of[unit]
+                rate = captured / (time.perf_counter() - rate_from)
+                speed = {"tokens/s": f"{rate:,.0f}", "MB/s": f"{rate * bytes_per_token / 1e6:.1f}"}
+                advance(tokens_of[unit], **speed)
+    finally:
+        if captured:
+            _log(store, captured, time.perf_counter() - begun)
+
+
+def log_path(store: Path) -> Path:
+    """The history of capture runs. It stands beside the store, whose bytes tell no time."""
+    return store.with_name(f"{store.stem}.capture.jsonl")
+
+
+def _log(store: Path, tokens: int, seconds: float) -> None:
+    entry = {"ended": datetime.now(UTC).isoformat(timespec="seconds"), "tokens": tokens, "seconds": round(seconds, 1)}
+    with log_path(store).open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def _results(store: Path, units: list[int], model: ModelConfig, cfg: RayConfig) -> Iterator[int]:
+    """Unit numbers as they are committed, in any order."""
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    from skipcoder.pipeline.worker import Worker
+
+    cpus = cfg.cpus_per_worker or max(1, int(ray.cluster_resources().get("CPU", 1)) // cfg.workers)
+    available = ray.cluster_resources().get("GPU", 0)
+    if cfg.gpus_per_worker > available:
+        raise UserError(f"ray.gpus_per_worker={cfg.gpus_per_worker}, but this Ray has {available:g} GPUs; set it to 0")
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # from_items, not range: a read operator needs a core of its own and hangs beside an actor that
+    # takes the whole machine.
+    results = ray.data.from_items(units).map_batches(
+        Worker,
+        fn_constructor_args=(str(store.resolve()), model, cpus),
+        batch_size=1,
+        compute=ActorPoolStrategy(min_size=1, max_size=cfg.workers),
+        num_cpus=cpus,
+        num_gpus=cfg.gpus_per_worker,
+    )
+    for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
+        for unit, error in zip(batch["unit"], batch["error"], strict=True):
+            if error:
+                raise UserError(str(error))
+            yield int(unit)
+
+
+@contextlib.contextmanager
+def _cluster(cfg: RayConfig) -> Iterator[None]:
+    """A quiet Ray: our own on this machine unless an address is given, shut down in the end."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if cfg.address is None:
+        # Only unit numbers and short messages cross Ray, so its object store may be small.
+        options |= {"address": "local", "object_store_memory": 200 * 2**20, "include_dashboard": False}
+    else:
+        options |= {"address": cfg.address}
+    try:
+        with _silent_stderr():
+            ray.init(**options)
+    except ConnectionError as error:
+        raise UserError(f"ray.address={cfg.address}: no Ray cluster answers ({error}); leave it null to start one here") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Ray's C++ parts announce their log level on file descriptor 2, whatever Python's logging says."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)

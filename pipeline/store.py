@@ -1,0 +1,183 @@
+"""The activation store, for readers: open it, see what is in it, read units and chunks.
+
+On disk (Zarr v3 group): `tokens` [rows, context], `index` [n], `<hookpoint>/input` and `/output` [n, d], and
+`commits/`. A unit is a range of token rows and one shard of every array; what has no commit record does
+not exist. Only numpy is needed to read; `codecs.Bf16.decode` makes tensors.
+"""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from skipcoder.pipeline import commit, layout
+from skipcoder.pipeline.codecs import CODECS
+from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.stats import Moments, merge_all
+
+FORMAT, VERSION = "skipcoder.activations", 1
+
+
+class ActivationStore:
+    """A store of one model's MLP inputs and outputs over one token set; use `ActivationStore.open`."""
+
+    def __init__(self, path: Path, attrs: dict[str, Any]) -> None:
+        self.path = path
+        self.attrs = attrs
+
+    @classmethod
+    def open(cls, path: str | Path) -> "ActivationStore":
+        """Open a store for reading. Raises UserError where there is none or it is damaged."""
+        path = Path(path)
+        attrs = read_attrs(path)
+        if attrs is None:
+            raise UserError(f"no activation store at {path}; make one with: python pipeline/cache.py store.path={path}")
+        store = cls(path, attrs)
+        if not store.units:
+            raise UserError(f"{path} holds no finished unit yet; run pipeline/cache.py on it again")
+        for record in store.commits.values():
+            for name, facts in record.shards.items():
+                shard = path / name
+                found = shard.stat().st_size if shard.exists() else "no such file"
+                if found != facts["bytes"]:
+                    raise UserError(
+                        f"{shard}: expected {facts['bytes']} bytes, found {found}; "
+                        f"delete {commit.path_of(path, record.unit)} and re-run the capture to mend it"
+                    )
+        return store
+
+    # ---- what it is -------------------------------------------------------------------------------
+
+    @property
+    def context(self) -> int:
+        """Tokens in a row."""
+        return int(self.attrs["identity"]["context"])
+
+    @property
+    def rows(self) -> int:
+        """Token rows the finished store has."""
+        return int(self.attrs["rows"])
+
+    @property
+    def unit_rows(self) -> int:
+        """Token rows in a full unit."""
+        return int(self.attrs["identity"]["unit_rows"])
+
+    @property
+    def hookpoints(self) -> dict[str, dict[str, Any]]:
+        """{name: {read, write, d_in, d_out}}."""
+        return self.attrs["hookpoints"]
+
+    @cached_property
+    def commits(self) -> dict[int, commit.Commit]:
+        """Record of every finished unit, in unit order."""
+        records = {unit: commit.read(self.path, unit) for unit in sorted(commit.committed_units(self.path))}
+        for unit, record in records.items():
+            if record.identity != self.attrs["identity_hash"]:
+                raise UserError(
+                    f"{commit.path_of(self.path, unit)} belongs to another store (identity {record.identity})"
+                )
+        return records
+
+    @property
+    def units(self) -> list[int]:
+        """Finished units."""
+        return list(self.commits)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every unit is finished."""
+        return len(self.commits) == layout.num_units(self.rows, self.unit_rows)
+
+    def split(self, name: str) -> list[int]:
+        """Finished units of the `train` or `held_out` split."""
+        train, held_out = layout.split(layout.num_units(self.rows, self.unit_rows))
+        if not held_out:
+            raise UserError(
+                f"{self.path} has {layout.num_units(self.rows, self.unit_rows)} units, too few to hold one out "
+                f"({layout.HELD_OUT_EVERY} are needed); capture more tokens or set a smaller store.unit_rows"
+            )
+        return [unit for unit in {"train": train, "held_out": held_out}[name] if unit in self.commits]
+
+    def hookpoint(self, name: str | None) -> str:
+        """`name` if the store has it; the only hookpoint for None; else UserError listing what is there."""
+        if name in self.hookpoints:
+            assert name is not None
+            return name
+        if name is None and len(self.hookpoints) == 1:
+            return next(iter(self.hookpoints))
+        fault = "hookpoint is not set" if name is None else f"no hookpoint {name!r}"
+        raise UserError(f"{fault}: {self.path} holds {', '.join(self.hookpoints)}; choose one with hookpoint=NAME")
+
+    def moments(self, hookpoint: str, side: str, split: str = "train", first_positions: bool = False) -> Moments:
+        """Merged statistics of one side over a split, with or without position 0 of each row."""
+        d = self.hookpoints[hookpoint]["d_in" if side == "input" else "d_out"]
+        wanted = commit.POSITIONS if first_positions else ("other",)
+        records = (self.commits[unit] for unit in self.split(split))
+        return merge_all((r.moments[hookpoint][side][where] for r in records for where in wanted), d)
+
+    # ---- what is in it ----------------------------------------------------------------------------
+
+    @cached_property
+    def _group(self) -> Any:
+        import zarr
+
+        return zarr.open_group(self.path, mode="r")
+
+    def array(self, name: str) -> Any:
+        """The Zarr array `tokens`, `index` or `<hookpoint>/<side>`."""
+        return self._group[name]
+
+    @property
+    def chunk_rows(self) -> int:
+        """Stored tokens per compressed chunk."""
+        return int(self.array("index").chunks[0])
+
+    def unit_range(self, unit: int) -> tuple[int, int]:
+        """Stored tokens [start, stop) of a unit, in every array but `tokens`."""
+        rows = layout.unit_token_rows(unit, self.rows, self.unit_rows)
+        return rows.start * self.context, rows.stop * self.context
+
+    def tokens(self, unit: int) -> np.ndarray:
+        """Token ids int32 [rows of the unit, context]."""
+        rows = layout.unit_token_rows(unit, self.rows, self.unit_rows)
+        return self.read("tokens", rows.start, rows.stop)
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of an array as stored; a damaged chunk raises UserError naming it."""
+        try:
+            return np.ascontiguousarray(self.array(name)[start:stop])
+        except (ValueError, RuntimeError, OSError) as error:
+            shard = start // (self.unit_rows * (1 if name == "tokens" else self.context))
+            raise UserError(
+                f"{self.path / name}: rows {start}-{stop} (unit {shard}) cannot be decoded ({error}); "
+                f"delete {commit.path_of(self.path, shard)} and re-run the capture to mend it"
+            ) from error
+
+    def activations(self, hookpoint: str, side: str, start: int, stop: int) -> Any:
+        """Stored tokens [start, stop) of one side as a tensor [stop - start, d] (bfloat16 for codec bf16)."""
+        codec = CODECS[self.attrs["identity"]["codec"]]
+        return codec.decode(self.read(f"{hookpoint}/{side}", start, stop))
+
+
+def read_attrs(path: Path) -> dict[str, Any] | None:
+    """Attributes of the store at `path`; None where nothing is; UserError where something else is."""
+    metadata = path / "zarr.json"
+    if not metadata.is_file():
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists and is not an activation store; choose another store.path")
+        return None
+    try:
+        attrs = json.loads(metadata.read_text()).get("attributes", {})
+    except ValueError as error:
+        raise UserError(f"{metadata} is damaged ({error}); restore it or delete the store") from None
+    if attrs.get("format") != FORMAT:
+        raise UserError(f"{path} is a Zarr group, but not an activation store; choose another store.path")
+    if attrs.get("version") != VERSION:
+        raise UserError(
+            f"{path} has format version {attrs.get('version')}, this skipcoder reads {VERSION}; "
+            f"use the version of skipcoder that wrote it"
+        )
+    return attrs

@@ -1,0 +1,96 @@
+"""One capture worker: holds the model, turns units of token rows into committed units of the store."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skipcoder.pipeline import commit, layout, writer
+from skipcoder.pipeline.capture import capture
+from skipcoder.pipeline.config import ModelConfig
+from skipcoder.pipeline.hookpoints import Hookpoint
+from skipcoder.pipeline.model import load_trunk
+from skipcoder.pipeline.store import ActivationStore, read_attrs
+
+
+class NonFiniteError(ValueError):
+    """An activation is NaN or infinite; the message says where."""
+
+
+class Worker:
+    """A Ray Data actor: batches of unit numbers in, one row of facts per unit out."""
+
+    def __init__(self, store: str, model: ModelConfig, threads: int) -> None:
+        torch.set_num_threads(threads)  # Ray sets OMP_NUM_THREADS itself, rounded down
+        attrs = read_attrs(Path(store))
+        assert attrs is not None
+        self.store = ActivationStore(Path(store), attrs)
+        self.hookpoints = hookpoints_of(attrs)
+        self.device = "cuda" if torch.cuda.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") != "" else "cpu"
+        self.model = load_trunk(model, self.hookpoints, self.device)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """Commit each unit before returning: a unit that Ray counts as done is on the disk."""
+        units = [int(unit) for unit in batch["item"]]
+        # A row that says what is wrong: Ray would report an exception as a worker's failure, with a traceback.
+        errors = []
+        for unit in units:
+            try:
+                capture_unit(self.model, self.store, self.hookpoints, unit, self.device)
+                errors.append("")
+            except NonFiniteError as error:
+                errors.append(str(error))
+            except OSError as error:
+                if error.errno != 28:
+                    raise
+                errors.append(f"no space left on the disk while writing unit {unit} of {self.store.path}")
+        return {"unit": units, "error": errors}
+
+
+def hookpoints_of(attrs: dict[str, Any]) -> list[Hookpoint]:
+    """The store's hookpoints as the capture wants them."""
+    return [Hookpoint(name, facts["read"], facts["write"]) for name, facts in attrs["hookpoints"].items()]
+
+
+def capture_unit(
+    model: torch.nn.Module, store: ActivationStore, hookpoints: list[Hookpoint], unit: int, device: str
+) -> None:
+    """Run the model over a unit's rows, write and commit it; a unit that is committed is left alone."""
+    if commit.path_of(store.path, unit).exists():
+        return
+    tokens = store.tokens(unit)
+    rows = micro_batch_rows(store.attrs["identity"]["micro_batch_tokens"], store.context)
+    parts = [
+        capture(model, hookpoints, torch.from_numpy(tokens[i : i + rows]).long().to(device))
+        for i in range(0, len(tokens), rows)
+    ]
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for h in hookpoints:
+        x, y = (torch.cat([part[h.name][side] for part in parts]).cpu() for side in (0, 1))
+        first_row = layout.unit_token_rows(unit, store.rows, store.unit_rows).start
+        for side, z in zip(commit.SIDES, (x, y), strict=True):
+            _check_finite(z, f"{h.name}/{side}", first_row, store.context)
+        pairs[h.name] = (x, y)
+    writer.write_unit(store.path, store.attrs, unit, pairs, tokens)
+
+
+def micro_batch_rows(micro_batch_tokens: int, context: int) -> int:
+    """Rows of one forward pass. A function of the store's identity alone: bits may depend on it."""
+    return max(1, micro_batch_tokens // context)
+
+
+def _check_finite(z_ND: Tensor, name: str, first_row: int, context: int) -> None:
+    # A sum is finite unless an element is not (or the sum overflows): cheaper than looking at each.
+    if torch.isfinite(z_ND.sum(dtype=torch.float64)):
+        return
+    bad = (~torch.isfinite(z_ND)).any(dim=1).nonzero()
+    if len(bad):
+        row, position = divmod(int(bad[0]), context)
+        raise NonFiniteError(
+            f"{name}: activation at row {first_row + row}, position {position} is NaN or infinite "
+            f"({len(bad)} such tokens in this unit); nothing of the unit was stored. "
+            f"Try model.dtype=float32 or bfloat16, or leave this text out"
+        )

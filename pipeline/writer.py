@@ -1,0 +1,175 @@
+"""The activation store, for writers: create or extend it, and write one unit.
+
+Legend: N tokens of a unit, D dimensions.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from google_crc32c import value as crc32c
+
+from skipcoder.pipeline import commit, layout
+from skipcoder.pipeline.codecs import CODECS, compressors
+from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.stats import Moments
+from skipcoder.pipeline.store import FORMAT, VERSION, read_attrs
+
+# Holes must be visible: every array's fill value is impossible as data, and chunks that happen to equal
+# it are written all the same.
+_WRITE_EMPTY = {"write_empty_chunks": True}
+
+
+def identity_hash(identity: dict[str, Any]) -> str:
+    """Short hash of everything that decides the store's bytes, except its length."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def refuse_other_identity(path: Path, attrs: dict[str, Any], identity: dict[str, Any]) -> None:
+    """UserError naming the keys in which the store at `path` differs from what is asked for."""
+    old, new = _flat(attrs["identity"]), _flat(identity)
+    differ = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if differ:
+        facts = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} asked" for key in differ)
+        raise UserError(f"{path} holds another capture ({facts}); choose another store.path, or delete it")
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def create(path: Path, attrs: dict[str, Any]) -> None:
+    """Lay out an empty store. `attrs` gives identity, hookpoints and provenance; it has 0 rows until
+    `write_tokens` has finished, and a store of 0 rows may be laid out anew."""
+    identity = attrs["identity"]
+    unit_tokens = identity["unit_rows"] * identity["context"]
+    chunk = layout.chunk_rows(unit_tokens)
+    codec = CODECS[identity["codec"]]
+    attrs = {
+        "format": FORMAT,
+        "version": VERSION,
+        "identity_hash": identity_hash(identity),
+        **attrs,
+        "rows": 0,
+    }
+    group = zarr.open_group(path, mode="w", attributes=attrs)
+    group.create_group("commits")
+    packed = compressors(identity["compression"])
+    context, unit_rows = identity["context"], identity["unit_rows"]
+    group.create_array(
+        "tokens",
+        shape=(0, context),
+        shards=(unit_rows, context),
+        chunks=(unit_rows, context),
+        dtype="int32",
+        fill_value=-1,
+        compressors=compressors("zstd"),
+        config=_WRITE_EMPTY,
+    )
+    group.create_array(
+        "index",
+        shape=(0,),
+        shards=(unit_tokens,),
+        chunks=(chunk,),
+        dtype="uint64",
+        fill_value=2**64 - 1,
+        compressors=compressors("zstd"),
+        config=_WRITE_EMPTY,
+    )
+    for name, facts in attrs["hookpoints"].items():
+        for side, d in (("input", facts["d_in"]), ("output", facts["d_out"])):
+            group.create_array(
+                f"{name}/{side}",
+                shape=(0, d),
+                shards=(unit_tokens, d),
+                chunks=(chunk, d),
+                dtype=codec.dtype,
+                fill_value=codec.fill_value,
+                compressors=packed,
+                config=_WRITE_EMPTY,
+            )
+
+
+def write_tokens(path: Path, rows: int, token_rows: Iterable[np.ndarray]) -> None:
+    """Write the token rows of a new or growing store, then admit them (`rows` in the attributes).
+
+    Rows that are there already must come again, unchanged: anything else is another data source. A last
+    unit that was short loses its record, since it grows.
+    """
+    attrs = read_attrs(path)
+    assert attrs is not None
+    unit_rows, context, old = attrs["identity"]["unit_rows"], attrs["identity"]["context"], attrs["rows"]
+    group = zarr.open_group(path, mode="r+")
+    if old % unit_rows:
+        commit.withdraw(path, old // unit_rows)
+    for name in ("tokens", "index", *(f"{h}/{side}" for h in attrs["hookpoints"] for side in commit.SIDES)):
+        array = group[name]
+        array.resize((rows if name == "tokens" else rows * context, *array.shape[1:]))
+    tokens = _writable(group["tokens"])
+    source = iter(token_rows)
+    for unit in range(layout.num_units(rows, unit_rows)):
+        span = layout.unit_token_rows(unit, rows, unit_rows)
+        block = np.stack([next(source) for _ in span])
+        known = min(max(old - span.start, 0), len(span))
+        if known and not np.array_equal(tokens[span.start : span.start + known], block[:known]):
+            raise UserError(
+                f"{path}: the data source gives other tokens than it did when rows {span.start}-{span.stop} "
+                f"were stored; choose another store.path"
+            )
+        if known < len(span):
+            tokens[span.start : span.stop] = block
+    next(source, None)  # lets the source finish its own checks
+    group.attrs["rows"] = rows
+
+
+def write_unit(
+    path: Path, attrs: dict[str, Any], unit: int, pairs: dict[str, tuple[Any, Any]], tokens: np.ndarray
+) -> commit.Commit:
+    """Permute, encode, write and commit one unit.
+
+    `pairs`: {hookpoint: (input [N, D], output [N, D'])} in token order; `tokens`: the unit's rows.
+    """
+    identity = attrs["identity"]
+    codec = CODECS[identity["codec"]]
+    span = layout.unit_token_rows(unit, attrs["rows"], identity["unit_rows"])
+    start, stop = span.start * identity["context"], span.stop * identity["context"]
+    order = layout.permutation(identity["seed"], unit, stop - start)
+    is_first = order % identity["context"] == 0
+    group = zarr.open_group(path, mode="r+")
+    _writable(group["index"])[start:stop] = (start + order).astype(np.uint64)
+    moments: dict[str, dict[str, dict[str, Moments]]] = {}
+    for name, sides in pairs.items():
+        moments[name] = {}
+        for side, z in zip(commit.SIDES, sides, strict=True):
+            codes = codec.encode(z)[order]
+            _writable(group[f"{name}/{side}"])[start:stop] = codes
+            values = codec.to_float32(codes)
+            moments[name][side] = {"first": Moments.of(values[is_first]), "other": Moments.of(values[~is_first])}
+    record = commit.Commit(
+        identity=attrs["identity_hash"],
+        unit=unit,
+        rows=(span.start, span.stop),
+        tokens_crc32c=crc32c(np.ascontiguousarray(tokens, dtype="<i4").tobytes()),
+        shards={name: commit.shard_checksum(path / name) for name in _shards(attrs, unit)},
+        moments=moments,
+    )
+    commit.write(path, record)
+    return record
+
+
+def _shards(attrs: dict[str, Any], unit: int) -> list[str]:
+    """Files that a unit owns, relative to the store."""
+    sides = [f"{h}/{side}/c/{unit}/0" for h in attrs["hookpoints"] for side in commit.SIDES]
+    return [f"tokens/c/{unit}/0", f"index/c/{unit}", *sides]
+
+
+def _writable(array: Any) -> Any:
+    # The option is not part of the stored metadata: it must be given again at every opening.
+    return array.with_config(_WRITE_EMPTY)

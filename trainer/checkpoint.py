@@ -1,0 +1,95 @@
+"""Files of a run: the coder for users, the state for resuming. Every file appears whole or not at all."""
+
+import io
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as safetensors_load
+from safetensors.torch import save as safetensors_save
+
+from skipcoder.pipeline.commit import write_atomically
+from skipcoder.pipeline.errors import UserError
+from skipcoder.trainer.coder import SparseCoder
+from skipcoder.trainer.config import Activation, CoderConfig, Kind, Side, SkipInit
+
+FORMAT_VERSION = 1
+TENSORS = "coder.safetensors"
+DESCRIPTION = "coder.json"
+
+
+def save_coder(coder: SparseCoder, folder: Path) -> None:
+    """Write coder.safetensors and coder.json. The tensors carry the description too, so that the pair can
+    never be read half old, half new."""
+    tensors = {name: value.detach().contiguous() for name, value in coder.state_dict().items()}
+    description = {
+        "format_version": FORMAT_VERSION,
+        **{key: _plain(value) for key, value in vars(coder.cfg).items()},
+        "prefixes": None,
+        "d_in": coder.d_in,
+        "d_out": coder.d_out,
+        "dtype": "float32",
+        "subtract_decoder_bias": coder.cfg.kind is Kind.sae,
+        **coder.meta,
+    }
+    text = json.dumps(description, indent=2)
+    write_atomically(folder / TENSORS, safetensors_save(tensors, {"coder.json": text}))
+    write_atomically(folder / DESCRIPTION, text.encode())
+
+
+def load_coder(path: Path) -> SparseCoder:
+    """Load what `save_coder` wrote; `path` may be the run, its checkpoint folder or the folder itself."""
+    for folder in (path / "checkpoint", path):
+        file = folder / TENSORS
+        if file.is_file():
+            break
+    else:
+        raise UserError(f"no {TENSORS} in {path} or {path / 'checkpoint'}; has this run been trained to its end?")
+    try:
+        content = file.read_bytes()
+        tensors = safetensors_load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        description = json.loads(header["__metadata__"]["coder.json"])
+    except Exception as error:  # safetensors raises its own type, json and KeyError others
+        raise UserError(f"{file} is damaged or not a skipcoder checkpoint ({error})") from None
+    if description.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{file} has format version {description.get('format_version')}, this skipcoder reads {FORMAT_VERSION}"
+        )
+    types: dict[str, type[Enum]] = {
+        "kind": Kind,
+        "activation": Activation,
+        "side": Side,
+        "skip_init": SkipInit,
+    }
+    fields = {key: description.pop(key) for key in CoderConfig.__dataclass_fields__}
+    cfg = CoderConfig(**{key: types[key](value) if key in types else value for key, value in fields.items()})
+    coder = SparseCoder(cfg, description.pop("d_in"), description.pop("d_out"))
+    coder.load_state_dict(tensors)
+    own = ("format_version", "prefixes", "dtype", "subtract_decoder_bias")
+    coder.meta = {key: value for key, value in description.items() if key not in own}
+    return coder.requires_grad_(False)
+
+
+def save_state(state: dict[str, Any], folder: Path) -> None:
+    """Write the resume point, replacing the last one in one step."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(folder / "state" / "state.pt", buffer.getvalue())
+
+
+def load_state(folder: Path) -> dict[str, Any] | None:
+    """The resume point, or None where there is none."""
+    file = folder / "state" / "state.pt"
+    if not file.is_file():
+        return None
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{file} is damaged ({error}); delete it to start this run over") from None
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value

@@ -1,0 +1,111 @@
+"""SparseCoder: one module for SAEs, transcoders and skip transcoders.
+
+    pre   = W_enc (x - b_pre) + b_enc        b_pre = b_dec for an SAE, 0 for transcoders
+    f     = TopK_k(ReLU(pre))
+    y_hat = f W_dec + W_skip x + b_dec       W_skip for skip transcoders only
+
+Legend: N tokens, K active latents, M latents, D input width, E output width.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from skipcoder.kernels.decode import sparse_decode
+from skipcoder.kernels.encode import encode_topk
+from skipcoder.kernels.token_list import TokenList
+from skipcoder.trainer.config import CoderConfig, Kind
+
+
+class Codes(NamedTuple):
+    """Sparse activations of a batch of tokens."""
+
+    values: Tensor
+    """[N, K], at least 0, descending. A 0 means that fewer than K latents were positive."""
+    indices: Tensor
+    """int64 [N, K], the latents."""
+    tokens: TokenList
+    """The same entries by latent, for gradients."""
+
+
+class CoderOutput(NamedTuple):
+    """What `coder(x)` gives; leading dimensions are those of x."""
+
+    y_hat: Tensor
+    """[..., E] reconstruction (SAE) or prediction (transcoder) of the MLP side the coder writes."""
+    values: Tensor
+    """[..., K] activations of the chosen latents."""
+    indices: Tensor
+    """int64 [..., K] the chosen latents."""
+
+
+class SparseCoder(nn.Module):
+    """A TopK sparse coder. Parameters are float32 and take activations as the model makes them."""
+
+    def __init__(self, cfg: CoderConfig, d_in: int, d_out: int, seed: int = 0) -> None:
+        super().__init__()
+        if cfg.kind is Kind.sae and d_in != d_out:
+            raise ValueError(f"an SAE reconstructs what it reads, but d_in={d_in} and d_out={d_out}")
+        self.cfg, self.d_in, self.d_out = cfg, d_in, d_out
+        self.meta: dict[str, Any] = {}
+        """Provenance, as in coder.json: model, hookpoint, read and write sites, scales, data."""
+        self.matmul_dtype: torch.dtype | None = None
+        """Precision in which the encoder chooses latents; None: that of the parameters."""
+        bound = d_in**-0.5
+        generator = torch.Generator().manual_seed(seed)
+        self.W_enc = nn.Parameter(torch.rand(cfg.width, d_in, generator=generator) * 2 * bound - bound)
+        self.b_enc = nn.Parameter(torch.zeros(cfg.width))
+        if cfg.kind is Kind.sae:
+            self.W_dec = nn.Parameter(nn.functional.normalize(self.W_enc.detach(), dim=1))
+        else:
+            self.W_dec = nn.Parameter(torch.zeros(cfg.width, d_out))
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
+        self.W_skip = nn.Parameter(torch.zeros(d_out, d_in)) if cfg.kind is Kind.skip_transcoder else None
+
+    @torch.no_grad()
+    def init_biases(self, mean_x_D: Tensor, mean_y_E: Tensor) -> None:
+        """Start as the constant function mean(y), with the encoder centred on mean(x)."""
+        self.b_dec.copy_(mean_y_E)
+        if self.cfg.kind is not Kind.sae:  # an SAE is centred by b_pre = b_dec
+            self.b_enc.copy_(-self.W_enc @ mean_x_D.to(self.W_enc))
+
+    @property
+    def b_pre(self) -> Tensor | None:
+        """What the encoder subtracts from its input."""
+        return self.b_dec if self.cfg.kind is Kind.sae else None
+
+    def encode(self, x_ND: Tensor) -> Codes:
+        """Values and indices of the K active latents of each token."""
+        x_ND = x_ND.to(self.W_enc.dtype)
+        return Codes(*encode_topk(x_ND, self.W_enc, self.b_enc, self.cfg.k, self.b_pre, self.matmul_dtype))
+
+    def decode(self, codes: Codes, x_ND: Tensor) -> Tensor:
+        """[N, E]: the sparse part, plus bias, plus the skip of `x_ND`."""
+        y_hat = sparse_decode(codes.values, codes.indices, self.W_dec, self.b_dec, codes.tokens)
+        return y_hat if self.W_skip is None else y_hat + x_ND.to(self.W_skip.dtype) @ self.W_skip.T
+
+    def forward(self, x: Tensor) -> CoderOutput:
+        """Encode and decode activations [..., D]."""
+        x_ND = x.reshape(-1, self.d_in)
+        codes = self.encode(x_ND)
+        lead = x.shape[:-1]
+        return CoderOutput(
+            self.decode(codes, x_ND).view(*lead, self.d_out),
+            codes.values.view(*lead, self.cfg.k),
+            codes.indices.view(*lead, self.cfg.k),
+        )
+
+    def skip_only(self, x: Tensor) -> Tensor:
+        """[..., E]: the prediction with every latent at 0 (the affine part of a skip transcoder)."""
+        if self.W_skip is None:
+            return self.b_dec.expand(*x.shape[:-1], self.d_out)
+        return x.to(self.W_skip.dtype) @ self.W_skip.T + self.b_dec
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SparseCoder":
+        """Load a run directory, its checkpoint/ folder, or a folder that holds coder.safetensors."""
+        from skipcoder.trainer.checkpoint import load_coder
+
+        return load_coder(Path(path))

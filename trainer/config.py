@@ -1,0 +1,149 @@
+"""Configuration of `trainer/train.py`. Unknown keys, types and presets are refused by Hydra."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from skipcoder.pipeline.errors import UserError
+
+# Enum members are spelt as users type them (coder.kind=skip_transcoder).
+
+
+class Kind(Enum):
+    sae = "sae"
+    transcoder = "transcoder"
+    skip_transcoder = "skip_transcoder"
+
+
+class Activation(Enum):
+    topk = "topk"
+
+
+class Side(Enum):
+    input = "input"
+    output = "output"
+
+
+class SkipInit(Enum):
+    zero = "zero"
+    ridge = "ridge"
+
+
+class MatmulDtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@dataclass
+class CoderConfig:
+    """The sparse coder: what it reads and writes, its size, how it starts."""
+
+    kind: Kind = Kind.skip_transcoder
+    k: int = 32
+    """Latents active per token."""
+    width: int = 4608
+    """Latents."""
+    activation: Activation = Activation.topk
+    side: Side = Side.output
+    """Which side of the MLP an SAE reconstructs; transcoders read the input and write the output."""
+    normalize_decoder: bool = True
+    """SAE: decoder rows kept at unit norm, gradient along them removed."""
+    skip_init: SkipInit = SkipInit.zero
+    """Skip transcoder: start from zero (the paper) or from the ridge solution of y on x."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise UserError(f"coder.width={self.width}: must be at least 1")
+        if not 1 <= self.k <= self.width:
+            raise UserError(f"coder.k={self.k} must be between 1 and coder.width={self.width}; lower k or raise width")
+
+
+@dataclass
+class OptimConfig:
+    """Adam with the paper's recipe: warm-up, then linear to zero."""
+
+    lr: float | None = None
+    """null: 2e-4 / sqrt(width / 2^14). Short runs need more (1e-3 to 3e-3)."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 6.25e-10
+    warmup_steps: int = 1000
+    """At most 5 % of the run."""
+    clip: float = 1.0
+    """Largest gradient norm of one coder."""
+
+    def __post_init__(self) -> None:
+        if self.lr is not None and self.lr <= 0:
+            raise UserError(f"optim.lr={self.lr}: must be positive, or null for the paper's rule")
+
+
+@dataclass
+class StreamConfig:
+    """The order of training tokens, and which are left out."""
+
+    seed: int = 0
+    pool_chunks: int = 64
+    """Chunks shuffled together."""
+    first_positions: int = 1
+    """Leave out this many positions at the start of each row (attention sinks, BOS)."""
+    special_tokens: bool = True
+    """Leave out positions that hold one of the tokenizer's special tokens."""
+
+    def __post_init__(self) -> None:
+        if self.pool_chunks < 1:
+            raise UserError(f"stream.pool_chunks={self.pool_chunks}: must be at least 1")
+
+
+@dataclass
+class StoreRef:
+    """The store to read."""
+
+    path: str | None = None
+    """null: the only store under stores/."""
+
+
+@dataclass
+class RunConfig:
+    """Where results go."""
+
+    dir: str = "???"
+
+
+@dataclass
+class LoopConfig:
+    """The length and the machinery of a run."""
+
+    tokens: int = 10_000_000
+    """Tokens to train on; more than the store holds means several epochs."""
+    batch_tokens: int = 4096
+    dead_tokens: int | None = None
+    """A latent is dead after this many tokens without firing; null: min(10M, tokens / 4)."""
+    matmul_dtype: MatmulDtype = MatmulDtype.bfloat16
+    """Encoder and skip GEMMs. With bfloat16 the chosen latents' values are still computed in float32."""
+    device: str | None = None
+    """null: cuda where there is one, else cpu."""
+    threads: int | None = None
+    """CPU threads; null: all cores."""
+    log_every: int = 10
+    save_every: int = 1000
+    """Steps between checkpoints from which an interrupted run goes on."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_tokens", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclass
+class TrainConfig:
+    """`python trainer/train.py`: train one coder (or, with -m, a sweep) on a store."""
+
+    store: StoreRef = field(default_factory=StoreRef)
+    hookpoint: str | None = None
+    """null: the only hookpoint of the store."""
+    coder: CoderConfig = field(default_factory=CoderConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    seed: int = 0
+    """Seed of the coder's initialisation."""

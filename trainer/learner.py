@@ -1,0 +1,145 @@
+"""One coder in training: parameters, optimiser, schedule and dead-latent counts, and the step that moves them.
+
+Legend: B tokens of a batch, M latents, E output width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer.coder import SparseCoder
+from skipcoder.trainer.config import Kind, MatmulDtype, Side, SkipInit, TrainConfig
+from skipcoder.trainer.fold import fold, power_of_two_scale
+from skipcoder.trainer.optimisers import build_optimiser, schedule
+from skipcoder.trainer.skip_init import ridge
+from skipcoder.trainer.stream import ActivationStream, TokenFilter
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What the trainer divides activations by, and the variance that its loss is measured in."""
+
+    s_in: float
+    s_out: float
+    variance: float
+    """Total variance of a target token of the training units, raw units squared."""
+
+
+class Learner:
+    """Trains one coder on batches of raw activation pairs; knows nothing of files or sweeps."""
+
+    def __init__(self, cfg: TrainConfig, store: ActivationStore, hookpoint: str, steps: int, device: str) -> None:
+        self.cfg, self.steps, self.step_number, self.tokens = cfg, steps, 0, 0
+        self.is_sae = cfg.coder.kind is Kind.sae
+        read, write = self.sides = sides(cfg)
+        with_first = cfg.stream.first_positions == 0
+        x, y = (store.moments(hookpoint, side, first_positions=with_first) for side in (read, write))
+        self.scales = Scales(
+            power_of_two_scale(x.mean_square), power_of_two_scale(y.mean_square), float(y.variance.sum())
+        )
+        self.coder = SparseCoder(cfg.coder, len(x.mean), len(y.mean), cfg.seed).to(device)
+        if cfg.train.matmul_dtype is MatmulDtype.bfloat16:
+            self.coder.matmul_dtype = torch.bfloat16
+        s = self.scales
+        self.coder.init_biases(torch.from_numpy(x.mean / s.s_in), torch.from_numpy(y.mean / s.s_out))
+        if cfg.coder.kind is Kind.skip_transcoder and cfg.coder.skip_init is SkipInit.ridge:
+            self._ridge_init(store, hookpoint)
+        self.optimiser = build_optimiser(cfg.optim, self.coder.parameters(), cfg.coder.width)
+        self.base_lr = self.optimiser.param_groups[0]["lr"]
+        self.since_fired_M = torch.zeros(cfg.coder.width, dtype=torch.int64, device=device)
+        self.dead_tokens = cfg.train.dead_tokens or min(10_000_000, max(1, cfg.train.tokens // 4))
+
+    @torch.no_grad()
+    def _ridge_init(self, store: ActivationStore, hookpoint: str) -> None:
+        cfg = self.cfg.stream
+        stream = ActivationStream(
+            store, hookpoint, 8192, filter=TokenFilter(cfg.first_positions, cfg.special_tokens), epochs=1
+        )
+        W, b = ridge(stream, self.coder.d_in)
+        assert self.coder.W_skip is not None
+        self.coder.W_skip.copy_(W * (self.scales.s_in / self.scales.s_out))
+        self.coder.b_dec.copy_(b / self.scales.s_out)
+
+    def step(self, x: Tensor, y: Tensor, batch_tokens: int) -> dict[str, Tensor]:
+        """One optimiser step on raw pairs. Returns 0-d tensors, so that nothing waits for the device:
+        `loss` (which is the FVU against the training units' variance), `l0`, `grad_norm`."""
+        sides = {"input": x, "output": y}
+        x, y = sides[self.sides[0]] / self.scales.s_in, sides[self.sides[1]] / self.scales.s_out
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.base_lr * schedule(self.step_number, self.steps, self.cfg.optim.warmup_steps)
+        codes = self.coder.encode(x)
+        error = y - self.coder.decode(codes, x)
+        # A constant denominator: the loss adds up over micro-batches and ranks.
+        loss = error.square().sum() / (batch_tokens * self.scales.variance / self.scales.s_out**2)
+        loss.backward()
+        unit_norm = self.is_sae and self.cfg.coder.normalize_decoder
+        if unit_norm:
+            remove_parallel_gradient(self.coder.W_dec)
+        norm = torch.nn.utils.clip_grad_norm_(self.coder.parameters(), self.cfg.optim.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        if unit_norm:
+            normalise_rows(self.coder.W_dec)
+        fired_NK = codes.values > 0
+        self.since_fired_M += batch_tokens
+        self.since_fired_M[codes.indices[fired_NK]] = 0
+        self.step_number += 1
+        self.tokens += batch_tokens
+        return {"loss": loss.detach(), "l0": fired_NK.sum() / max(len(x), 1), "grad_norm": norm}
+
+    @property
+    def dead(self) -> int:
+        """Latents that have not fired for `dead_tokens` tokens."""
+        return int((self.since_fired_M >= self.dead_tokens).sum())
+
+    @property
+    def lr(self) -> float:
+        """Rate of the last step."""
+        return float(self.optimiser.param_groups[0]["lr"])
+
+    def folded(self) -> SparseCoder:
+        """The coder for raw activations, on the CPU."""
+        return fold(self.coder, self.scales.s_in, self.scales.s_out).cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `step` depends on."""
+        return {
+            "coder": self.coder.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "since_fired": self.since_fired_M,
+            "step": self.step_number,
+            "tokens": self.tokens,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue bit for bit from a state of the same configuration."""
+        self.coder.load_state_dict(state["coder"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.since_fired_M.copy_(state["since_fired"])
+        self.step_number, self.tokens = state["step"], state["tokens"]
+
+
+def sides(cfg: TrainConfig) -> tuple[str, str]:
+    """(side read, side written) of the MLP."""
+    if cfg.coder.kind is Kind.sae:
+        side = "input" if cfg.coder.side is Side.input else "output"
+        return side, side
+    return "input", "output"
+
+
+@torch.no_grad()
+def remove_parallel_gradient(W_dec_ME: Tensor) -> None:
+    """Take from each row's gradient what would only change the row's length."""
+    grad = W_dec_ME.grad
+    assert grad is not None
+    along = torch.einsum("me,me->m", grad, W_dec_ME) / W_dec_ME.square().sum(1).clamp_min(1e-30)
+    grad.addcmul_(along[:, None], W_dec_ME, value=-1)
+
+
+@torch.no_grad()
+def normalise_rows(W_dec_ME: Tensor) -> None:
+    """Bring every row to length 1."""
+    W_dec_ME.div_(W_dec_ME.norm(dim=1, keepdim=True).clamp_min(1e-30))

@@ -1,0 +1,48 @@
+"""Ridge initialisation of the skip: the best affine map from x to y.
+
+    W = C_yx (C_xx + lambda tr(C_xx)/d I)^-1,   b = mean(y) - W mean(x)
+
+Legend: D input width, E output width.
+"""
+
+import torch
+from torch import Tensor
+
+from skipcoder.pipeline.errors import UserError
+from skipcoder.trainer.stream import ActivationStream
+
+LAMBDA = 1e-6
+TOKENS_PER_DIMENSION = 64
+
+
+def ridge(stream: ActivationStream, d_in: int, lam: float = LAMBDA) -> tuple[Tensor, Tensor]:
+    """(W [E, D], b [E]) in float64 from at least 64 d_in filtered training tokens of `stream`.
+
+    Moments are centred on the mean of the first batch, which keeps the sums well conditioned, and corrected to the
+    true mean in the end.
+    """
+    wanted = TOKENS_PER_DIMENSION * d_in
+    n, shift_x, shift_y = 0, None, None
+    sum_x = sum_y = xx = yx = torch.zeros(())
+    for batch in stream:
+        x, y = batch.x.double(), batch.y.double()
+        if shift_x is None or shift_y is None:
+            shift_x, shift_y = x.mean(0), y.mean(0)
+            sum_x, sum_y = torch.zeros_like(shift_x), torch.zeros_like(shift_y)
+            xx, yx = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(y.shape[1], x.shape[1])
+        x, y = x - shift_x, y - shift_y
+        n += len(x)
+        sum_x, sum_y = sum_x + x.sum(0), sum_y + y.sum(0)
+        xx += x.T @ x
+        yx += y.T @ x
+        if n >= wanted:
+            break
+    if n < wanted or shift_x is None or shift_y is None:
+        raise UserError(
+            f"coder.skip_init=ridge needs {wanted:,} training tokens, the store gives {n:,}; capture more or use zero"
+        )
+    c_xx = xx / n - torch.outer(sum_x, sum_x) / n**2
+    c_yx = yx / n - torch.outer(sum_y, sum_x) / n**2
+    c_xx.diagonal().add_(lam * c_xx.trace() / len(c_xx))
+    W = torch.linalg.solve(c_xx, c_yx.T).T
+    return W, (shift_y + sum_y / n) - W @ (shift_x + sum_x / n)

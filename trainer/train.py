@@ -1,0 +1,35 @@
+"""Train sparse coders on a store: `python trainer/train.py coder=skip_transcoder coder.k=32`; -m for sweeps."""
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from skipcoder.pipeline import cli
+from skipcoder.trainer.config import TrainConfig
+
+ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+
+
+@hydra.main(version_base="1.3", config_path=cli.CONF, config_name="train")
+def main(cfg: DictConfig) -> None:
+    """Hydra's entry, once per job. A sweep's job writes where Hydra says, a single run to run.dir."""
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, TrainConfig)
+    from skipcoder.trainer.run import train
+
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    summary = train(config, directory)
+    print(f"{directory}: {summary['kind']} k={summary['k']} training FVU {summary['train_fvu']:.4f}")
+
+
+def cli_main() -> None:
+    """Console script `skipcoder-train`."""
+    sys.exit(cli.run(main))
+
+
+if __name__ == "__main__":
+    cli_main()
