@@ -7,12 +7,10 @@ Legend: N tokens, K active latents, M latents, E output width.
 
 from typing import Any
 
+from skipcoder.kernels.token_list import TokenList, gather_dot
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
-
-from skipcoder.kernels.token_list import TokenList, gather_dot
 
 
 def sparse_decode(
@@ -41,7 +39,7 @@ class _SparseDecode(Function):
         return F.embedding_bag(indices_NK, W_dec_ME, mode="sum", per_sample_weights=values_NK.to(W_dec_ME.dtype))
 
     @staticmethod
-    def backward(ctx: FunctionCtx | Any, grad_NE: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor | None, ...]:
         values_NK, indices_NK, W_dec_ME = ctx.saved_tensors
         grad_NE = grad_NE.contiguous()
         grad_values = grad_W = None

@@ -9,11 +9,9 @@ M latents, D input width.
 from typing import Any
 
 import torch
+from skipcoder.kernels.token_list import TokenList, gather_dot
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
-
-from skipcoder.kernels.token_list import TokenList, gather_dot
 
 CHUNK_ELEMENTS = 2**25
 """Pre-activations held at once (128 MiB in float32)."""
@@ -83,15 +81,13 @@ class _EncodeTopK(Function):
         return values_NK, indices_NK, tokens
 
     @staticmethod
-    def backward(ctx: FunctionCtx | Any, grad_NK: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_NK: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         centred_ND, W_enc_MD, values_NK = ctx.saved_tensors
         grad_NK = torch.where(values_NK > 0, grad_NK, 0)
         indices_NK = ctx.tokens.indices_NK
         grad_x = grad_W = grad_b = grad_b_pre = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.nn.functional.embedding_bag(
-                indices_NK, W_enc_MD, mode="sum", per_sample_weights=grad_NK
-            )
+            grad_x = torch.nn.functional.embedding_bag(indices_NK, W_enc_MD, mode="sum", per_sample_weights=grad_NK)
         if ctx.needs_input_grad[1]:
             grad_W = ctx.tokens.sum_rows(grad_NK, centred_ND)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:

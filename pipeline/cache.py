@@ -13,7 +13,6 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-
 from skipcoder.pipeline import cli, commit, layout, text, writer
 from skipcoder.pipeline.config import CacheConfig, ModelConfig
 from skipcoder.pipeline.model import identity as model_identity
@@ -27,22 +26,28 @@ def capture(cfg: CacheConfig) -> None:
     path = Path(cfg.store.path)
     attrs = read_attrs(path)
     rows = -(-cfg.data.tokens // cfg.data.context)
+    if attrs is not None and not attrs["rows"]:
+        attrs = None  # killed before its tokens were written: nothing to keep
     unit_rows = cfg.store.unit_rows or layout.auto_unit_rows(rows, cfg.data.context)
-    if attrs is not None and attrs["rows"] > 0:
-        if cfg.store.unit_rows is None:
-            unit_rows = attrs["identity"]["unit_rows"]  # chosen when the store was made, kept as it grows
-        writer.refuse_other_identity(path, attrs, _identity(cfg, unit_rows))
+    if attrs is not None and cfg.store.unit_rows is None:
+        unit_rows = attrs["identity"]["unit_rows"]  # chosen when the store was made, kept as it grows
+    identity = _identity(cfg, unit_rows)
+    if attrs is not None:
+        writer.refuse_other_identity(path, attrs, identity)
         rows = max(rows, attrs["rows"])
     if attrs is None or attrs["rows"] < rows:
-        attrs = _lay_out(cfg, path, attrs, rows, unit_rows)
+        _lay_out(cfg, path, identity if attrs is None else None, rows)
+        attrs = read_attrs(path)
 
+    assert attrs is not None
     every = range(layout.num_units(rows, unit_rows))
-    missing = [unit for unit in every if unit not in commit.committed_units(path)]
+    missing = sorted(set(every) - commit.committed_units(path))
     where = f"{path}: {rows * cfg.data.context:,} tokens, {len(every)} units, {', '.join(attrs['hookpoints'])}"
     if not missing:
         print(f"{where}: complete, nothing to do")
         return
     print(f"{where}: {len(missing)} units to capture")
+    commit.remove_partials(path)
     from skipcoder.pipeline import job
 
     job.run(path, attrs, missing, cfg.model, cfg.ray)
@@ -66,43 +71,31 @@ def _identity(cfg: CacheConfig, unit_rows: int) -> dict[str, Any]:
     }
 
 
-def _lay_out(
-    cfg: CacheConfig, path: Path, attrs: dict[str, Any] | None, rows: int, unit_rows: int
-) -> dict[str, Any]:
-    """Make a new store or grow the one that is there, and write its token rows."""
+def _lay_out(cfg: CacheConfig, path: Path, identity: dict[str, Any] | None, rows: int) -> None:
+    """Make a store (`identity` given) or grow the one that is there, and write its token rows."""
     from skipcoder.pipeline import model, tokens
 
+    if identity is not None:
+        hookpoints, widths = model.describe(cfg.model, cfg.hookpoints)
     print(f"tokenising {rows * cfg.data.context:,} tokens")
     tokenizer = model.load_tokenizer(cfg.model)
-    if attrs is None or attrs["rows"] == 0:
-        identity = _identity(cfg, unit_rows)
-        hookpoints, widths = model.describe(cfg.model, cfg.hookpoints)
-        writer.create(
-            path,
-            {
-                "identity": identity,
-                "hookpoints": {
-                    h.name: {
-                        "read": h.read,
-                        "write": h.write,
-                        "d_in": widths[h.name][0],
-                        "d_out": widths[h.name][1],
-                    }
-                    for h in hookpoints
-                },
-                "model": _plain(asdict(cfg.model)),
-                "data": _plain(asdict(cfg.data)),
-                "special_tokens": sorted(tokenizer.all_special_ids),
-                "bos": tokens.bos_of(tokenizer),
-                "software": {
-                    name: version(name) for name in ("skipcoder", "torch", "transformers", "zarr", "numcodecs", "numpy")
-                },
-            },
-        )
+    if identity is not None:
+        described = {
+            h.name: {"read": h.read, "write": h.write, "d_in": widths[h.name][0], "d_out": widths[h.name][1]}
+            for h in hookpoints
+        }
+        software = ("skipcoder", "torch", "transformers", "zarr", "numcodecs", "numpy")
+        attrs = {
+            "identity": identity,
+            "hookpoints": described,
+            "model": _plain(asdict(cfg.model)),
+            "data": {key: value for key, value in _plain(asdict(cfg.data)).items() if key != "tokens"},  # it may grow
+            "special_tokens": sorted(tokenizer.all_special_ids),
+            "bos": tokens.bos_of(tokenizer),
+            "software": {name: version(name) for name in software},
+        }
+        writer.create(path, attrs)
     writer.write_tokens(path, rows, tokens.rows_of(cfg.data, tokenizer, rows))
-    grown = read_attrs(path)
-    assert grown is not None
-    return grown
 
 
 def _plain(value: Any) -> Any:
@@ -116,17 +109,14 @@ def _plain(value: Any) -> Any:
 
 def model_config(attrs: dict[str, Any]) -> ModelConfig:
     """The configuration of the model that a store was captured from."""
-    schema = OmegaConf.structured(ModelConfig)
-    config = OmegaConf.to_object(OmegaConf.merge(schema, attrs["model"]))
-    assert isinstance(config, ModelConfig)
-    return config
+    return cli.typed(OmegaConf.create(attrs["model"]), ModelConfig)
 
 
 @hydra.main(version_base="1.3", config_path=cli.CONF, config_name="cache")
+@cli.task
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
-    config = OmegaConf.to_object(cfg)
-    assert isinstance(config, CacheConfig)
+    config = cli.typed(cfg, CacheConfig)
     capture(config)
 
 

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from skipcoder.pipeline.hookpoints import Hookpoint
+from torch import Tensor, nn
 
 
 class _AllCapturedError(Exception):
@@ -57,7 +56,8 @@ def capture(model: nn.Module, hookpoints: Iterable[Hookpoint], tokens_BT: Tensor
         if side == "in":
             handles.append(
                 modules[name].register_forward_pre_hook(
-                    lambda _, args, kwargs, key=(side, name): keep(key, argument(args, kwargs)), with_kwargs=True
+                    lambda _, args, kwargs, key=(side, name): keep(key, argument(args, kwargs)),
+                    with_kwargs=True,
                 )
             )
         else:

@@ -1,11 +1,14 @@
 """What every entry point shares: Hydra, exit codes, errors without tracebacks, plain progress."""
 
 import dataclasses
+import errno
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from skipcoder.pipeline.errors import UserError
 
@@ -32,10 +35,47 @@ def run(main: Callable[[], object]) -> int:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
-        if error.errno != 28:
+        if error.errno != errno.ENOSPC:
             raise
         return _fail(f"no space left on the disk ({error.filename or 'unknown file'}); free some and run again")
     return DONE
+
+
+T = TypeVar("T")
+
+
+def typed(cfg: Any, schema: type[T]) -> T:
+    """Hydra's configuration as an instance of its dataclass. UserError for unknown keys (Hydra lets `+key=value`
+    add them) and missing values."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    assert isinstance(config, schema)
+    return config
+
+
+def task(function: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Wrap a Hydra task so that a UserError ends the program before Hydra adds words of its own. In a sweep the
+    error goes to the launcher instead: the other jobs go on."""
+
+    @functools.wraps(function)
+    def guarded(cfg: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        try:
+            function(cfg)
+        except UserError as error:
+            if HydraConfig.get().mode is RunMode.MULTIRUN:
+                raise
+            sys.exit(_fail(str(error)))
+
+    return guarded
 
 
 def _fail(message: str) -> int:

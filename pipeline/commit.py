@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from google_crc32c import value as crc32c
-
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.stats import Moments
 
@@ -35,9 +34,7 @@ class Commit:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data."""
         moments = {
-            hookpoint: {
-                side: {where: part.to_json() for where, part in parts.items()} for side, parts in sides.items()
-            }
+            hookpoint: {side: {where: part.to_json() for where, part in parts.items()} for side, parts in sides.items()}
             for hookpoint, sides in self.moments.items()
         }
         return {**vars(self), "rows": list(self.rows), "moments": moments}
@@ -47,8 +44,7 @@ class Commit:
         """Inverse of `to_json`."""
         moments = {
             hookpoint: {
-                side: {where: Moments.from_json(part) for where, part in parts.items()}
-                for side, parts in sides.items()
+                side: {where: Moments.from_json(part) for where, part in parts.items()} for side, parts in sides.items()
             }
             for hookpoint, sides in data["moments"].items()
         }
@@ -77,8 +73,8 @@ def read(store: Path, unit: int) -> Commit:
 def write(store: Path, record: Commit) -> None:
     """Commit a unit: its shards reach the disk first, then the record appears in one step."""
     for shard in record.shards:
-        _sync(store / shard)
-        _sync((store / shard).parent)
+        sync(store / shard)
+        sync((store / shard).parent)
     write_atomically(path_of(store, record.unit), json.dumps(record.to_json(), sort_keys=True).encode())
 
 
@@ -96,7 +92,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
+
+
+def remove_partials(store: Path) -> None:
+    """Delete what writers killed in the middle of a file left behind."""
+    for partial in store.rglob("*.partial"):
+        partial.unlink(missing_ok=True)
 
 
 def shard_checksum(path: Path) -> dict[str, int]:
@@ -105,7 +107,8 @@ def shard_checksum(path: Path) -> dict[str, int]:
     return {"bytes": len(content), "crc32c": crc32c(content)}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file or directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -33,7 +33,7 @@ def of_files(files: Iterable[Path], root: Path) -> str:
 def hub_commit(repo: str, revision: str | None, kind: str) -> str:
     """Commit hash of a hub repository (`kind`: model or dataset): asked online, else from the local cache."""
     from huggingface_hub import HfApi, scan_cache_dir
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import CacheNotFound, RepositoryNotFoundError
 
     try:
         commit = HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=20).sha
@@ -41,12 +41,13 @@ def hub_commit(repo: str, revision: str | None, kind: str) -> str:
         return commit
     except RepositoryNotFoundError:
         raise UserError(
-            f"no {kind} {repo!r} on the Hugging Face hub, and no such directory here; gated repositories need a token (HF_TOKEN)"
+            f"no {kind} {repo!r} on the Hugging Face hub, and no such directory here; "
+            "gated and private ones need a token (HF_TOKEN)"
         ) from None
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # requests, httpx, httpx2: the hub client's HTTP errors share no base class
         try:
             cached = [r for r in scan_cache_dir().repos if r.repo_id == repo and r.repo_type == kind]
-        except OSError:
+        except CacheNotFound:
             cached = []
         wanted = revision or "main"
         for found in cached:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from natsort import natsorted
-
 from skipcoder.pipeline.errors import UserError
 
 
@@ -42,7 +41,9 @@ def _write_module(name: str, write_modules: Mapping[str, str], names: list[str])
             for group in match.groups():
                 target = target.replace("*", group, 1)
             if target not in names:
-                raise UserError(f"model.write_modules: {pattern!r} leads from {name!r} to {target!r}, which does not exist")
+                raise UserError(
+                    f"model.write_modules: {pattern!r} leads from {name!r} to {target!r}, which does not exist"
+                )
             return target
     return name
 

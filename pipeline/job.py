@@ -22,17 +22,18 @@ def run(store: Path, attrs: dict[str, Any], units: list[int], model: ModelConfig
     """Capture `units` of the laid-out store. Every unit is committed before it is counted."""
     begun, captured = time.perf_counter(), 0
     tokens_of = {
-        u: len(layout.unit_token_rows(u, attrs["rows"], attrs["identity"]["unit_rows"]))
-        * attrs["identity"]["context"]
+        u: len(layout.unit_token_rows(u, attrs["rows"], attrs["identity"]["unit_rows"])) * attrs["identity"]["context"]
         for u in units
     }
     bytes_per_token = sum(2 * (h["d_in"] + h["d_out"]) for h in attrs["hookpoints"].values())
     try:
         with _cluster(cfg), cli.progress("capture", sum(tokens_of.values())) as advance:
-            rate_from = time.perf_counter()
+            first_at, first_tokens = 0.0, 0
             for unit in _results(store, units, model, cfg):
                 captured += tokens_of[unit]
-                rate = captured / (time.perf_counter() - rate_from)
+                if not first_at:  # the rate leaves out the start of Ray and the loading of the model
+                    first_at, first_tokens = time.perf_counter(), captured
+                rate = (captured - first_tokens) / max(time.perf_counter() - first_at, 1e-9)
                 speed = {"tokens/s": f"{rate:,.0f}", "MB/s": f"{rate * bytes_per_token / 1e6:.1f}"}
                 advance(tokens_of[unit], **speed)
     finally:
@@ -46,7 +47,11 @@ def log_path(store: Path) -> Path:
 
 
 def _log(store: Path, tokens: int, seconds: float) -> None:
-    entry = {"ended": datetime.now(UTC).isoformat(timespec="seconds"), "tokens": tokens, "seconds": round(seconds, 1)}
+    entry = {
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "tokens": tokens,
+        "seconds": round(seconds, 1),
+    }
     with log_path(store).open("a") as file:
         file.write(json.dumps(entry) + "\n")
 
@@ -55,7 +60,6 @@ def _results(store: Path, units: list[int], model: ModelConfig, cfg: RayConfig) 
     """Unit numbers as they are committed, in any order."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
-
     from skipcoder.pipeline.worker import Worker
 
     cpus = cfg.cpus_per_worker or max(1, int(ray.cluster_resources().get("CPU", 1)) // cfg.workers)
@@ -103,7 +107,9 @@ def _cluster(cfg: RayConfig) -> Iterator[None]:
         with _silent_stderr():
             ray.init(**options)
     except ConnectionError as error:
-        raise UserError(f"ray.address={cfg.address}: no Ray cluster answers ({error}); leave it null to start one here") from error
+        raise UserError(
+            f"ray.address={cfg.address}: no Ray cluster answers ({error}); leave it null to start one here"
+        ) from error
     try:
         yield
     finally:

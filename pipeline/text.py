@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from natsort import natsorted
-
 from skipcoder.pipeline import fingerprint
 from skipcoder.pipeline.config import DataConfig, SourceKind
 from skipcoder.pipeline.errors import UserError
@@ -95,9 +94,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
                 raise UserError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(record, dict) or not isinstance(record.get(field), str):
                 has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise UserError(
-                    f"{path}, line {number}: no text under {field!r} (it has: {has}); set data.field"
-                )
+                raise UserError(f"{path}, line {number}: no text under {field!r} (it has: {has}); set data.field")
             yield record[field]
 
 
@@ -110,7 +107,9 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file ({error})") from None
     if field not in file.schema_arrow.names:
-        raise UserError(f"{path} has no column {field!r} (it has: {', '.join(file.schema_arrow.names)}); set data.field")
+        raise UserError(
+            f"{path} has no column {field!r} (it has: {', '.join(file.schema_arrow.names)}); set data.field"
+        )
     for batch in file.iter_batches(columns=[field]):
         yield from (value for value in batch.column(0).to_pylist() if value)
 
@@ -123,7 +122,9 @@ def _from_hub(cfg: DataConfig) -> Iterator[str]:
         rows = load_dataset(cfg.path, cfg.subset, split=cfg.split, revision=cfg.revision, streaming=True)
         for row in rows:
             if cfg.field not in row:
-                raise UserError(f"dataset {cfg.path} has no column {cfg.field!r} (it has: {', '.join(row)}); set data.field")
+                raise UserError(
+                    f"dataset {cfg.path} has no column {cfg.field!r} (it has: {', '.join(row)}); set data.field"
+                )
             yield row[cfg.field]
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):

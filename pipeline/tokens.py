@@ -5,7 +5,6 @@ from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
-
 from skipcoder.pipeline import text
 from skipcoder.pipeline.config import DataConfig
 from skipcoder.pipeline.errors import UserError

@@ -1,19 +1,19 @@
 """One capture worker: holds the model, turns units of token rows into committed units of the store."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from skipcoder.pipeline import commit, layout, writer
 from skipcoder.pipeline.capture import capture
 from skipcoder.pipeline.config import ModelConfig
 from skipcoder.pipeline.hookpoints import Hookpoint
 from skipcoder.pipeline.model import load_trunk
 from skipcoder.pipeline.store import ActivationStore, read_attrs
+from torch import Tensor
 
 
 class NonFiniteError(ValueError):
@@ -44,7 +44,7 @@ class Worker:
             except NonFiniteError as error:
                 errors.append(str(error))
             except OSError as error:
-                if error.errno != 28:
+                if error.errno != errno.ENOSPC:
                     raise
                 errors.append(f"no space left on the disk while writing unit {unit} of {self.store.path}")
         return {"unit": units, "error": errors}

@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 import zarr
 from google_crc32c import value as crc32c
-
 from skipcoder.pipeline import commit, layout
-from skipcoder.pipeline.codecs import CODECS, compressors
+from skipcoder.pipeline.codec import CODECS, compressors
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.stats import Moments
 from skipcoder.pipeline.store import FORMAT, VERSION, read_attrs
 
 # Holes must be visible: every array's fill value is impossible as data, and chunks that happen to equal
 # it are written all the same.
-_WRITE_EMPTY = {"write_empty_chunks": True}
+_WRITE_EMPTY: Any = {"write_empty_chunks": True}
 
 
 def identity_hash(identity: dict[str, Any]) -> str:
@@ -110,7 +109,7 @@ def write_tokens(path: Path, rows: int, token_rows: Iterable[np.ndarray]) -> Non
     if old % unit_rows:
         commit.withdraw(path, old // unit_rows)
     for name in ("tokens", "index", *(f"{h}/{side}" for h in attrs["hookpoints"] for side in commit.SIDES)):
-        array = group[name]
+        array: Any = group[name]
         array.resize((rows if name == "tokens" else rows * context, *array.shape[1:]))
     tokens = _writable(group["tokens"])
     source = iter(token_rows)
@@ -125,6 +124,7 @@ def write_tokens(path: Path, rows: int, token_rows: Iterable[np.ndarray]) -> Non
             )
         if known < len(span):
             tokens[span.start : span.stop] = block
+            commit.sync(path / _tokens_shard(unit))
     next(source, None)  # lets the source finish its own checks
     group.attrs["rows"] = rows
 
@@ -142,6 +142,9 @@ def write_unit(
     start, stop = span.start * identity["context"], span.stop * identity["context"]
     order = layout.permutation(identity["seed"], unit, stop - start)
     is_first = order % identity["context"] == 0
+    shards = _shards(attrs, unit)
+    for name in shards:
+        (path / name).unlink(missing_ok=True)  # what a killed worker left: zarr would try to read it
     group = zarr.open_group(path, mode="r+")
     _writable(group["index"])[start:stop] = (start + order).astype(np.uint64)
     moments: dict[str, dict[str, dict[str, Moments]]] = {}
@@ -151,13 +154,16 @@ def write_unit(
             codes = codec.encode(z)[order]
             _writable(group[f"{name}/{side}"])[start:stop] = codes
             values = codec.to_float32(codes)
-            moments[name][side] = {"first": Moments.of(values[is_first]), "other": Moments.of(values[~is_first])}
+            moments[name][side] = {
+                "first": Moments.of(values[is_first]),
+                "other": Moments.of(values[~is_first]),
+            }
     record = commit.Commit(
         identity=attrs["identity_hash"],
         unit=unit,
         rows=(span.start, span.stop),
         tokens_crc32c=crc32c(np.ascontiguousarray(tokens, dtype="<i4").tobytes()),
-        shards={name: commit.shard_checksum(path / name) for name in _shards(attrs, unit)},
+        shards={name: commit.shard_checksum(path / name) for name in [_tokens_shard(unit), *shards]},
         moments=moments,
     )
     commit.write(path, record)
@@ -165,9 +171,13 @@ def write_unit(
 
 
 def _shards(attrs: dict[str, Any], unit: int) -> list[str]:
-    """Files that a unit owns, relative to the store."""
+    """Files that a unit's worker writes, relative to the store."""
     sides = [f"{h}/{side}/c/{unit}/0" for h in attrs["hookpoints"] for side in commit.SIDES]
-    return [f"tokens/c/{unit}/0", f"index/c/{unit}", *sides]
+    return [f"index/c/{unit}", *sides]
+
+
+def _tokens_shard(unit: int) -> str:
+    return f"tokens/c/{unit}/0"
 
 
 def _writable(array: Any) -> Any:

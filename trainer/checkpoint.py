@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
-
+from skipcoder.pipeline import cli
 from skipcoder.pipeline.commit import write_atomically
 from skipcoder.pipeline.errors import UserError
 from skipcoder.trainer.coder import SparseCoder
-from skipcoder.trainer.config import Activation, CoderConfig, Kind, Side, SkipInit
+from skipcoder.trainer.config import CoderConfig, Kind
 
 FORMAT_VERSION = 1
 TENSORS = "coder.safetensors"
@@ -58,14 +59,8 @@ def load_coder(path: Path) -> SparseCoder:
         raise UserError(
             f"{file} has format version {description.get('format_version')}, this skipcoder reads {FORMAT_VERSION}"
         )
-    types: dict[str, type[Enum]] = {
-        "kind": Kind,
-        "activation": Activation,
-        "side": Side,
-        "skip_init": SkipInit,
-    }
-    fields = {key: description.pop(key) for key in CoderConfig.__dataclass_fields__}
-    cfg = CoderConfig(**{key: types[key](value) if key in types else value for key, value in fields.items()})
+    fields = {field: description.pop(field) for field in CoderConfig.__dataclass_fields__}
+    cfg = cli.typed(OmegaConf.create(fields), CoderConfig)
     coder = SparseCoder(cfg, description.pop("d_in"), description.pop("d_out"))
     coder.load_state_dict(tensors)
     own = ("format_version", "prefixes", "dtype", "subtract_decoder_bias")

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-
 from skipcoder.kernels.decode import sparse_decode
 from skipcoder.kernels.encode import encode_topk
 from skipcoder.kernels.token_list import TokenList
 from skipcoder.trainer.config import CoderConfig, Kind
+from torch import Tensor, nn
 
 
 class Codes(NamedTuple):
@@ -52,7 +51,7 @@ class SparseCoder(nn.Module):
         self.meta: dict[str, Any] = {}
         """Provenance, as in coder.json: model, hookpoint, read and write sites, scales, data."""
         self.matmul_dtype: torch.dtype | None = None
-        """Precision in which the encoder chooses latents; None: that of the parameters."""
+        """Precision of the encoder's choice of latents and of the skip; None: that of the parameters."""
         bound = d_in**-0.5
         generator = torch.Generator().manual_seed(seed)
         self.W_enc = nn.Parameter(torch.rand(cfg.width, d_in, generator=generator) * 2 * bound - bound)
@@ -84,7 +83,10 @@ class SparseCoder(nn.Module):
     def decode(self, codes: Codes, x_ND: Tensor) -> Tensor:
         """[N, E]: the sparse part, plus bias, plus the skip of `x_ND`."""
         y_hat = sparse_decode(codes.values, codes.indices, self.W_dec, self.b_dec, codes.tokens)
-        return y_hat if self.W_skip is None else y_hat + x_ND.to(self.W_skip.dtype) @ self.W_skip.T
+        if self.W_skip is None:
+            return y_hat
+        dtype = self.matmul_dtype or self.W_skip.dtype
+        return y_hat + (x_ND.to(dtype) @ self.W_skip.to(dtype).T).to(y_hat.dtype)
 
     def forward(self, x: Tensor) -> CoderOutput:
         """Encode and decode activations [..., D]."""

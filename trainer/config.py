@@ -118,7 +118,7 @@ class LoopConfig:
     dead_tokens: int | None = None
     """A latent is dead after this many tokens without firing; null: min(10M, tokens / 4)."""
     matmul_dtype: MatmulDtype = MatmulDtype.bfloat16
-    """Encoder and skip GEMMs. With bfloat16 the chosen latents' values are still computed in float32."""
+    """Precision of the encoder and skip GEMMs; the chosen latents' values are float32 all the same."""
     device: str | None = None
     """null: cuda where there is one, else cpu."""
     threads: int | None = None

@@ -8,7 +8,6 @@ import copy
 import math
 
 import torch
-
 from skipcoder.trainer.coder import SparseCoder
 from skipcoder.trainer.config import Kind
 
@@ -24,9 +23,9 @@ def fold(coder: SparseCoder, s_in: float, s_out: float) -> SparseCoder:
     if coder.cfg.kind is Kind.sae:
         assert s_in == s_out, "an SAE reads and writes one side, so it has one scale"
     folded = copy.deepcopy(coder)
-    folded.W_enc /= s_in
-    folded.W_dec *= s_out
-    folded.b_dec *= s_out
+    folded.W_enc.div_(s_in)
+    folded.W_dec.mul_(s_out)
+    folded.b_dec.mul_(s_out)
     if folded.W_skip is not None:
-        folded.W_skip *= s_out / s_in
+        folded.W_skip.mul_(s_out / s_in)
     return folded

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.coder import SparseCoder
 from skipcoder.trainer.config import Kind, MatmulDtype, Side, SkipInit, TrainConfig
@@ -16,6 +14,7 @@ from skipcoder.trainer.fold import fold, power_of_two_scale
 from skipcoder.trainer.optimisers import build_optimiser, schedule
 from skipcoder.trainer.skip_init import ridge
 from skipcoder.trainer.stream import ActivationStream, TokenFilter
+from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
-
 from skipcoder.trainer.config import OptimConfig
+from torch import nn
 
 
 def learning_rate(cfg: OptimConfig, width: int) -> float:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-
 from skipcoder.pipeline import cli
 from skipcoder.pipeline.commit import write_atomically
 from skipcoder.pipeline.errors import UserError
@@ -134,7 +133,10 @@ def _loop(
     begun = time.perf_counter()
     window: list[dict[str, torch.Tensor]] = []
     label = f"{cfg.coder.kind.value} k={cfg.coder.k} width={cfg.coder.width}"
-    with cli.progress(label, learner.steps, "steps") as advance, _metrics_file(directory).open("a") as metrics:
+    with (
+        cli.progress(label, learner.steps, "steps") as advance,
+        _metrics_file(directory).open("a") as metrics,
+    ):
         advance(learner.step_number)
         for batch in stream:
             if learner.step_number == learner.steps:
@@ -146,7 +148,10 @@ def _loop(
                 line = _metrics_line(learner, window, seconds_before + time.perf_counter() - begun)
                 window.clear()
                 if not (line["fvu"] < float("inf")):
-                    raise UserError(f"{label}: the loss is {line['fvu']} at step {line['step']}; lower optim.lr ({learner.base_lr:g})")
+                    raise UserError(
+                        f"{label}: the loss is {line['fvu']} at step {line['step']}; "
+                        f"lower optim.lr (it is {learner.base_lr:g})"
+                    )
                 metrics.write(json.dumps(line) + "\n")
                 metrics.flush()
             advance(1, **({"fvu": f"{line['fvu']:.4f}", "dead": line["dead"]} if line else {}))

@@ -6,10 +6,9 @@ Legend: D input width, E output width.
 """
 
 import torch
-from torch import Tensor
-
 from skipcoder.pipeline.errors import UserError
 from skipcoder.trainer.stream import ActivationStream
+from torch import Tensor
 
 LAMBDA = 1e-6
 TOKENS_PER_DIMENSION = 64

@@ -11,19 +11,21 @@ import hashlib
 import json
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.order import block_permutation, epoch_order
+from torch import Tensor
+
+KEEP_BYTES = 2**30
+"""A split of at most this size is kept decoded in memory after its first epoch."""
 
 
 class Batch(NamedTuple):
@@ -78,7 +80,7 @@ class ActivationStream:
         *,
         seed: int = 0,
         split: str = "train",
-        filter: TokenFilter = TokenFilter(),  # noqa: B008 (frozen)
+        filter: TokenFilter = TokenFilter(),
         rank: int = 0,
         world_size: int = 1,
         pool_chunks: int = 64,
@@ -102,6 +104,9 @@ class ActivationStream:
                 f"train.batch_tokens={batch_tokens} is more than the {total:,} training tokens of {store.path}"
             )
         self.epoch = self.block = self.offset = 0
+        facts = store.hookpoints[self.hookpoint]
+        if total * 2 * (facts["d_in"] + facts["d_out"]) <= KEEP_BYTES:
+            self._read_chunk = cache(self._read_chunk)  # type: ignore[method-assign]
 
     # ---- position ---------------------------------------------------------------------------------
 
@@ -191,7 +196,7 @@ def _tokens(store: ActivationStore, unit: int) -> np.ndarray:
     return store.tokens(unit).ravel()
 
 
-def _ahead(blocks: Iterator[_Block]) -> Iterator[_Block]:
+def _ahead(blocks: Iterator[_Block]) -> Generator[_Block]:
     """Run `blocks` in a thread, one block ahead; its exceptions are raised here."""
     ready: queue.Queue = queue.Queue(maxsize=1)
     stop = threading.Event()

@@ -6,8 +6,7 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-
+from omegaconf import DictConfig
 from skipcoder.pipeline import cli
 from skipcoder.trainer.config import TrainConfig
 
@@ -15,10 +14,10 @@ ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 
 @hydra.main(version_base="1.3", config_path=cli.CONF, config_name="train")
+@cli.task
 def main(cfg: DictConfig) -> None:
     """Hydra's entry, once per job. A sweep's job writes where Hydra says, a single run to run.dir."""
-    config = OmegaConf.to_object(cfg)
-    assert isinstance(config, TrainConfig)
+    config = cli.typed(cfg, TrainConfig)
     from skipcoder.trainer.run import train
 
     directory = Path(HydraConfig.get().runtime.output_dir)

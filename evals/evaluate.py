@@ -1,0 +1,80 @@
+"""Evaluate trained coders: `python evals/evaluate.py run=DIR`, or `runs='GLOB' out=FILE` for a sweep."""
+
+import glob
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+from skipcoder.evals.config import EvaluateConfig
+from skipcoder.pipeline import cli
+from skipcoder.pipeline.errors import UserError
+
+ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
+
+
+def evaluate(cfg: EvaluateConfig) -> None:
+    """Evaluate every chosen run; with `out`, write the table and the report."""
+    from skipcoder.evals import report
+    from skipcoder.evals.run import Evaluator, Run, write_result
+    from skipcoder.pipeline.store import ActivationStore
+    from skipcoder.trainer.run import pick_device
+
+    paths = [Path(cfg.run)] if cfg.run else find_runs(cfg.runs or "")
+    runs = [Run.open(path) for path in paths]
+    device = pick_device(cfg.device)
+    evaluators: dict[str, Evaluator] = {}
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        if run.store_path not in evaluators:
+            store = ActivationStore.open(run.store_path)
+            evaluators[run.store_path] = Evaluator(store, cfg.ce_tokens, cfg.batch_rows, device)
+        result = evaluators[run.store_path].evaluate(run)
+        write_result(run, result)
+        rows.append({**run.summary, **result, "run": str(run.path)})
+        print(_line(rows[-1]), flush=True)
+    if cfg.out is not None:
+        out = Path(cfg.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(rows, indent=2) + "\n")
+        stores = {path: evaluator.store for path, evaluator in evaluators.items()}
+        page = report.write(rows, stores, out.with_name("report.html"))
+        print(f"wrote {out} and {page}")
+
+
+def find_runs(pattern: str) -> list[Path]:
+    """Run directories that the glob matches, in natural order; UserError where there is none."""
+    from natsort import natsorted
+
+    found = [Path(p) for p in natsorted(glob.glob(pattern)) if (Path(p) / "config.yaml").is_file()]
+    if not found:
+        raise UserError(f"runs={pattern!r} matches no run directory (one that holds config.yaml)")
+    return found
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['run']}: {row['kind']} k={row['k']}  FVU {row['fvu']:.4f}  dead {row['dead_fraction']:.3f}  "
+        f"CE {row['ce_clean']:.3f} -> {row['ce_spliced']:.3f}  "
+        f"recovered {row['ce_recovered_zero']:.3f} (zero) {row['ce_recovered_mean']:.3f} (mean)"
+    )
+
+
+@hydra.main(version_base="1.3", config_path=cli.CONF, config_name="evaluate")
+@cli.task
+def main(cfg: DictConfig) -> None:
+    """Hydra's entry."""
+    config = cli.typed(cfg, EvaluateConfig)
+    evaluate(config)
+
+
+def cli_main() -> None:
+    """Console script `skipcoder-evaluate`."""
+    sys.exit(cli.run(main))
+
+
+if __name__ == "__main__":
+    cli_main()

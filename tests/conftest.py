@@ -1,0 +1,99 @@
+"""A tiny random Llama with a real tokenizer on disk, and stores captured from it without Ray."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import pytest
+import torch
+from skipcoder.pipeline import cache, job
+from skipcoder.pipeline.config import CacheConfig, DataConfig, ModelConfig, RayConfig, SourceKind, StoreConfig
+from skipcoder.pipeline.store import ActivationStore
+from skipcoder.pipeline.worker import Worker
+
+REPO = Path(__file__).resolve().parent.parent
+D_MODEL, LAYERS, CONTEXT, UNIT_ROWS, UNITS = 24, 3, 16, 4, 33
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some real text: this project's own sources."""
+    path = tmp_path_factory.mktemp("text") / "some.txt"
+    path.write_text("\n".join(p.read_text() for p in sorted((REPO / "pipeline").glob("*.py"))))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """Directory of a 3-layer random Llama and a byte-level tokenizer that puts BOS first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train([str(text_file)], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=D_MODEL,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=400,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def cache_config(tiny_model: Path, text_file: Path) -> Callable[..., CacheConfig]:
+    """make(path, hookpoints=..., rows=..., **StoreConfig fields) -> CacheConfig for the tiny model."""
+
+    def make(path: Path, hookpoints: tuple[str, ...] = ("layers.1.mlp",), rows: int = UNITS * UNIT_ROWS, **store: Any):
+        return CacheConfig(
+            model=ModelConfig(name="tiny", id=str(tiny_model)),
+            data=DataConfig(kind=SourceKind.text, path=str(text_file), tokens=rows * CONTEXT, context=CONTEXT),
+            store=StoreConfig(**{"path": str(path), "unit_rows": UNIT_ROWS, **store}),
+            hookpoints=list(hookpoints),
+            micro_batch_tokens=2 * CONTEXT,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def capture_here() -> Callable[[CacheConfig], ActivationStore]:
+    """Capture in this process: all of `cache.capture` but Ray."""
+
+    def run_units(store: Path, attrs: dict, units: list[int], model: ModelConfig, cfg: RayConfig) -> None:
+        worker = Worker(str(store), model, torch.get_num_threads())
+        worker({"item": units})
+
+    def run(cfg: CacheConfig) -> ActivationStore:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(job, "run", run_units)
+            cache.capture(cfg)
+        return ActivationStore.open(cfg.store.path)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory, cache_config: Any, capture_here: Any) -> ActivationStore:
+    """A finished store of two hookpoints; 33 units, so two are held out. Read only."""
+    path = tmp_path_factory.mktemp("store") / "tiny.zarr"
+    return capture_here(cache_config(path, ("layers.*.mlp",)))

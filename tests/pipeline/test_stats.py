@@ -1,0 +1,30 @@
+import json
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skipcoder.pipeline.stats import Moments, merge_all
+
+
+@settings(deadline=None)
+@given(cuts=st.lists(st.integers(0, 3000), max_size=4), seed=st.integers(0, 99))
+def test_merged_parts_equal_the_whole(cuts: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    z = (rng.normal(size=(3000, 3)) * [1, 10, 0.1] + [0, 500, 0]).astype(np.float32)
+    parts = np.split(z, sorted(cuts))
+    merged = merge_all((Moments.of(part) for part in parts), 3)
+    exact = z.astype(np.float64)
+    assert merged.count == len(z)
+    # Means add up rounding of a few hundred ulps of the mean, variances of its square.
+    np.testing.assert_allclose(merged.mean, exact.mean(0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(merged.variance, exact.var(0), rtol=1e-9)
+    np.testing.assert_array_equal(merged.absmax, np.abs(exact).max(0))
+    np.testing.assert_allclose(merged.mean_square, (exact**2).mean(), rtol=1e-10)
+
+
+def test_json_is_exact() -> None:
+    moments = Moments.of(np.random.default_rng(0).normal(size=(100, 5)).astype(np.float32))
+    again = Moments.from_json(json.loads(json.dumps(moments.to_json())))
+    assert again.count == moments.count
+    for name in ("mean", "m2", "absmax"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(moments, name))

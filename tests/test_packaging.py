@@ -1,0 +1,80 @@
+"""The folders at the top are packages of ours without getting in anyone's way."""
+
+import ast
+import importlib.machinery
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+FOLDERS = ("pipeline", "trainer", "kernels", "evals", "conf")
+
+
+def test_hugging_face_kernels_and_transformers_work_beside_ours() -> None:
+    """Run from the checkout, where ./kernels lies on sys.path."""
+    code = (
+        "import kernels, transformers, skipcoder.kernels.encode as ours\n"
+        "from transformers import LlamaConfig, LlamaModel\n"
+        "LlamaModel(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,"
+        " vocab_size=9))\n"
+        "print(kernels.__file__); print(ours.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    theirs, ours = done.stdout.split()
+    assert Path(theirs).is_relative_to(sysconfig.get_paths()["purelib"])
+    assert Path(ours) == REPO / "kernels" / "encode.py"
+
+
+def test_top_level_folders_carry_no_init() -> None:
+    assert not [f for f in FOLDERS if (REPO / f / "__init__.py").exists()]
+
+
+@pytest.mark.parametrize("folder", ["pipeline", "trainer", "evals"])
+def test_no_file_beside_an_entry_point_hides_another_module(folder: str) -> None:
+    """`python pipeline/cache.py` puts pipeline/ first on sys.path."""
+    site = [sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]]
+    for path in (REPO / folder).glob("*.py"):
+        assert path.stem not in sys.stdlib_module_names, path
+        assert importlib.machinery.PathFinder.find_spec(path.stem, site) is None, path
+
+
+def test_imports_go_one_way() -> None:
+    allowed = {"kernels": {"kernels"}, "pipeline": {"pipeline"}, "trainer": {"kernels", "pipeline", "trainer"}}
+    for folder, may in allowed.items():
+        for path in (REPO / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                module = getattr(node, "module", None) or ""
+                if isinstance(node, ast.ImportFrom) and module.startswith("skipcoder."):
+                    assert module.split(".")[1] in may, f"{path} imports {module}"
+
+
+def test_files_stay_small() -> None:
+    for folder in (*FOLDERS, "tests", "benchmarks", "skipcoder"):
+        for path in (REPO / folder).rglob("*.py"):
+            assert path.stat().st_size < 20_000, path
+
+
+def test_public_names() -> None:
+    import skipcoder
+
+    assert {getattr(skipcoder, name).__name__ for name in skipcoder.__all__} == set(skipcoder.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = skipcoder.Nothing
+
+
+def test_wheel_runs_from_any_directory(tmp_path: Path) -> None:
+    """A wheel carries every module and preset: the console mains answer --help without the checkout."""
+    target = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(REPO)]
+    subprocess.run(pip, check=True, capture_output=True)
+    for module in ("pipeline.cache", "trainer.train", "evals.evaluate"):
+        code = f"import sys; sys.path.insert(0, {str(target)!r}); import skipcoder.{module} as m; m.cli_main()"
+        run = [sys.executable, "-c", code, "--help"]
+        done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "Configuration" in done.stdout
+    assert (target / "skipcoder" / "conf" / "model" / "gemma-2-2b.yaml").exists()
+    assert (target / "skipcoder" / "evals" / "report.html.j2").exists()
