@@ -99,7 +99,7 @@ class ActivationStream:
             for start in range(begin, stop, store.chunk_rows)
         ]
         total = sum(stop - start for _, start, stop in self.chunks)
-        if split == "train" and batch_tokens > total:
+        if epochs is None and batch_tokens > total:
             raise UserError(
                 f"train.batch_tokens={batch_tokens} is more than the {total:,} training tokens of {store.path}"
             )

@@ -1,0 +1,155 @@
+"""One training step against a dense float64 autograd reference written from the formulas."""
+
+from typing import Any
+
+import pytest
+import torch
+from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer.config import (
+    CoderConfig,
+    Kind,
+    LoopConfig,
+    MatmulDtype,
+    OptimConfig,
+    Side,
+    SkipInit,
+    TrainConfig,
+)
+from skipcoder.trainer.learner import Learner
+from skipcoder.trainer.optimisers import learning_rate, schedule
+from skipcoder.trainer.skip_init import ridge
+from skipcoder.trainer.stream import ActivationStream, TokenFilter
+
+HOOKPOINT = "layers.1.mlp"
+
+
+def config(kind: Kind, **coder: Any) -> TrainConfig:
+    return TrainConfig(
+        coder=CoderConfig(kind=kind, k=4, width=64, **coder),
+        optim=OptimConfig(lr=1e-2),
+        train=LoopConfig(tokens=20_000, batch_tokens=256, matmul_dtype=MatmulDtype.float32),
+    )
+
+
+def batches(store: ActivationStore, n: int) -> list[Any]:
+    stream = iter(ActivationStream(store, HOOKPOINT, 256, pool_chunks=8))
+    return [next(stream) for _ in range(n)]
+
+
+def reference_steps(learner: Learner, data: list[Any]) -> dict[str, torch.Tensor]:
+    """The same steps, dense, in float64, with torch's plain Adam."""
+    coder, s, is_sae = learner.coder, learner.scales, learner.is_sae
+    p = {n: q.detach().double().clone().requires_grad_() for n, q in coder.named_parameters()}
+    cfg = learner.cfg.optim
+    adam = torch.optim.Adam(p.values(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
+    for step, batch in enumerate(data):
+        adam.param_groups[0]["lr"] = cfg.lr * schedule(step, learner.steps, cfg.warmup_steps)
+        sides = {"input": batch.x.double() / s.s_in, "output": batch.y.double() / s.s_out}
+        x, y = sides[learner.sides[0]], sides[learner.sides[1]]
+        pre = (x - p["b_dec"] if is_sae else x) @ p["W_enc"].T + p["b_enc"]
+        values, indices = pre.relu().topk(coder.cfg.k)
+        y_hat = torch.zeros_like(pre).scatter(1, indices, values) @ p["W_dec"] + p["b_dec"]
+        if "W_skip" in p:
+            y_hat = y_hat + x @ p["W_skip"].T
+        loss = (y - y_hat).square().sum() / (len(x) * s.variance / s.s_out**2)
+        adam.zero_grad()
+        loss.backward()
+        if is_sae:
+            w, g = p["W_dec"].detach(), p["W_dec"].grad
+            g -= (g * w).sum(1, keepdim=True) / w.square().sum(1, keepdim=True) * w
+        torch.nn.utils.clip_grad_norm_(p.values(), cfg.clip)
+        adam.step()
+        if is_sae:
+            p["W_dec"].data /= p["W_dec"].data.norm(dim=1, keepdim=True)
+    return {**{n: q.detach() for n, q in p.items()}, "loss": loss.detach()}
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_five_steps_equal_the_dense_reference(store: ActivationStore, kind: Kind) -> None:
+    """Five Adam steps of 1e-2: float32 rounding enters the moments at 1e-7 relative; Adam's division by sqrt(v)
+    magnifies it where gradients are tiny, so parameters are compared in norm."""
+    data = batches(store, 5)
+    learner = Learner(config(kind), store, HOOKPOINT, 50, "cpu")
+    expected = reference_steps(learner, data)
+    for batch in data:
+        result = learner.step(batch.x, batch.y, batch.tokens)
+    torch.testing.assert_close(result["loss"].double(), expected.pop("loss"), rtol=1e-4, atol=0)
+    for name, value in learner.coder.named_parameters():
+        assert (value.double() - expected[name]).norm() <= 1e-3 * expected[name].norm() + 1e-6, name
+
+
+def test_loss_is_the_fvu_of_the_mean_predictor_at_the_start(store: ActivationStore) -> None:
+    """Transcoders start as the constant mean(y); over all training tokens that has FVU 1."""
+    learner = Learner(config(Kind.transcoder), store, HOOKPOINT, 50, "cpu")
+    keep_all = ActivationStream(store, HOOKPOINT, 1984, epochs=1, filter=TokenFilter(1, False))
+    (batch,) = list(keep_all)
+    assert float(learner.step(batch.x, batch.y, batch.tokens)["loss"]) == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_training_lowers_the_loss_and_keeps_unit_norm(store: ActivationStore, kind: Kind) -> None:
+    learner = Learner(config(kind), store, HOOKPOINT, 80, "cpu")
+    losses = [float(learner.step(b.x, b.y, b.tokens)["loss"]) for b in batches(store, 80)]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    norms = learner.coder.W_dec.norm(dim=1)
+    if kind is Kind.sae:
+        torch.testing.assert_close(norms, torch.ones_like(norms))
+    else:
+        assert not torch.allclose(norms, torch.ones_like(norms))
+
+
+def test_folded_coder_takes_raw_activations(store: ActivationStore) -> None:
+    (batch,) = batches(store, 1)
+    learner = Learner(config(Kind.skip_transcoder), store, HOOKPOINT, 50, "cpu")
+    for _ in range(3):
+        learner.step(batch.x, batch.y, batch.tokens)
+    s = learner.scales
+    inside, outside = learner.coder(batch.x / s.s_in), learner.folded()(batch.x)
+    assert torch.equal(inside.indices, outside.indices)
+    assert torch.equal(inside.y_hat * s.s_out, outside.y_hat)
+
+
+def test_dead_latents_are_counted_by_tokens(store: ActivationStore) -> None:
+    cfg = config(Kind.transcoder)
+    cfg.train.dead_tokens = 500
+    learner = Learner(cfg, store, HOOKPOINT, 50, "cpu")
+    with torch.no_grad():
+        learner.coder.b_enc[7] -= 1e6
+    counts = []
+    for batch in batches(store, 3):
+        learner.step(batch.x, batch.y, batch.tokens)
+        counts.append((int(learner.since_fired_M[7]), learner.dead))
+    assert [c[0] for c in counts] == [256, 512, 768]
+    assert counts[0][1] == 0 and counts[1][1] >= 1
+
+
+def test_sae_of_the_input_side(store: ActivationStore) -> None:
+    learner = Learner(config(Kind.sae, side=Side.input), store, HOOKPOINT, 50, "cpu")
+    moments = store.moments(HOOKPOINT, "input")
+    assert learner.sides == ("input", "input")
+    assert learner.scales.variance == pytest.approx(moments.variance.sum())
+
+
+def test_ridge_is_the_least_squares_solution(store: ActivationStore) -> None:
+    stream = ActivationStream(store, HOOKPOINT, 300, epochs=1)
+    W, b = ridge(stream, 24)
+    data = list(ActivationStream(store, HOOKPOINT, 300, epochs=1))
+    x, y = (torch.cat([getattr(batch, side) for batch in data]).double() for side in "xy")
+    n = -(-64 * 24 // 300) * 300
+    x, y = x[:n], y[:n]
+    solution = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), y).solution
+    # lambda = 1e-6 of the mean eigenvalue moves the solution by about that much over the smallest one.
+    torch.testing.assert_close(x @ W.T + b, x @ solution[:-1] + solution[-1], rtol=1e-3, atol=1e-3)
+    learner = Learner(config(Kind.skip_transcoder, skip_init=SkipInit.ridge), store, HOOKPOINT, 50, "cpu")
+    zero = Learner(config(Kind.skip_transcoder), store, HOOKPOINT, 50, "cpu")
+    (batch,) = batches(store, 1)
+    losses = [float(one.step(batch.x, batch.y, batch.tokens)["loss"]) for one in (learner, zero)]
+    assert losses[0] < 0.9 * losses[1]
+
+
+def test_papers_rate_and_schedule() -> None:
+    assert learning_rate(OptimConfig(), 2**14) == pytest.approx(2e-4)
+    assert learning_rate(OptimConfig(), 2**16) == pytest.approx(1e-4)
+    factors = [schedule(s, 100_000, 1000) for s in range(100_000)]
+    assert factors.index(max(factors)) in (999, 1000)
+    assert factors[-1] == pytest.approx(1 / 99_000)
