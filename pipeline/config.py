@@ -106,8 +106,9 @@ class RayConfig:
     workers: int = 1
     """Copies of the model at work at once."""
     cpus_per_worker: int | None = None
-    """null: this machine's cores divided by the workers."""
-    gpus_per_worker: float = 0.0
+    """null: the cores there are divided by the workers, at most those of one machine."""
+    gpus_per_worker: float | None = None
+    """null: one where Ray has GPUs, else none."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:

@@ -62,10 +62,7 @@ def _results(store: Path, units: list[int], model: ModelConfig, cfg: RayConfig) 
     from ray.data import ActorPoolStrategy, DataContext
     from skipcoder.pipeline.worker import Worker
 
-    cpus = cfg.cpus_per_worker or max(1, int(ray.cluster_resources().get("CPU", 1)) // cfg.workers)
-    available = ray.cluster_resources().get("GPU", 0)
-    if cfg.gpus_per_worker > available:
-        raise UserError(f"ray.gpus_per_worker={cfg.gpus_per_worker}, but this Ray has {available:g} GPUs; set it to 0")
+    cpus, gpus = _share(cfg)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -74,17 +71,32 @@ def _results(store: Path, units: list[int], model: ModelConfig, cfg: RayConfig) 
     # takes the whole machine.
     results = ray.data.from_items(units).map_batches(
         Worker,
-        fn_constructor_args=(str(store.resolve()), model, cpus),
+        fn_constructor_args=(str(store.resolve()), model, cpus, "cuda" if gpus else "cpu"),
         batch_size=1,
         compute=ActorPoolStrategy(min_size=1, max_size=cfg.workers),
         num_cpus=cpus,
-        num_gpus=cfg.gpus_per_worker,
+        num_gpus=gpus,
     )
     for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
         for unit, error in zip(batch["unit"], batch["error"], strict=True):
             if error:
                 raise UserError(str(error))
             yield int(unit)
+
+
+def _share(cfg: RayConfig) -> tuple[int, float]:
+    """(CPUs, GPUs) of one worker."""
+    import ray
+
+    have = ray.cluster_resources()
+    largest = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+    cpus = cfg.cpus_per_worker or max(1, min(int(have.get("CPU", 1)) // cfg.workers, largest))
+    if cpus > largest:
+        raise UserError(f"ray.cpus_per_worker={cpus}, but Ray's largest machine has {largest} cores; lower it")
+    gpus = cfg.gpus_per_worker if cfg.gpus_per_worker is not None else min(1.0, have.get("GPU", 0.0))
+    if gpus > have.get("GPU", 0.0):
+        raise UserError(f"ray.gpus_per_worker={gpus:g}, but this Ray has {have.get('GPU', 0.0):g} GPUs; set it to 0")
+    return cpus, gpus
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """One capture worker: holds the model, turns units of token rows into committed units of the store."""
 
 import errno
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,14 @@ class NonFiniteError(ValueError):
 class Worker:
     """A Ray Data actor: batches of unit numbers in, one row of facts per unit out."""
 
-    def __init__(self, store: str, model: ModelConfig, threads: int) -> None:
+    def __init__(self, store: str, model: ModelConfig, threads: int, device: str) -> None:
         torch.set_num_threads(threads)  # Ray sets OMP_NUM_THREADS itself, rounded down
         attrs = read_attrs(Path(store))
         assert attrs is not None
         self.store = ActivationStore(Path(store), attrs)
         self.hookpoints = hookpoints_of(attrs)
-        self.device = "cuda" if torch.cuda.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") != "" else "cpu"
-        self.model = load_trunk(model, self.hookpoints, self.device)
+        self.device = device
+        self.model = load_trunk(model, self.hookpoints, device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Commit each unit before returning: a unit that Ray counts as done is on the disk."""

@@ -80,7 +80,7 @@ def capture_here() -> Callable[[CacheConfig], ActivationStore]:
     """Capture in this process: all of `cache.capture` but Ray."""
 
     def run_units(store: Path, attrs: dict, units: list[int], model: ModelConfig, cfg: RayConfig) -> None:
-        worker = Worker(str(store), model, torch.get_num_threads())
+        worker = Worker(str(store), model, torch.get_num_threads(), "cpu")
         worker({"item": units})
 
     def run(cfg: CacheConfig) -> ActivationStore:

@@ -124,7 +124,7 @@ class LoopConfig:
     threads: int | None = None
     """CPU threads; null: all cores."""
     log_every: int = 10
-    save_every: int = 1000
+    save_every: int = 200
     """Steps between checkpoints from which an interrupted run goes on."""
 
     def __post_init__(self) -> None:
