@@ -6,15 +6,20 @@ The [N, M] pre-activations are made in chunks of tokens and never kept. Legend: 
 M latents, D input width.
 """
 
+import math
 from typing import Any
 
 import torch
 from skipcoder.kernels.token_list import TokenList, gather_dot
+from skipcoder.kernels.topk import candidates, rank, topk_lowest
 from torch import Tensor
 from torch.autograd import Function
 
 CHUNK_ELEMENTS = 2**25
 """Pre-activations held at once (128 MiB in float32)."""
+
+NOMINATED = 1.25
+"""Latents nominated by a low-precision GEMM, as a multiple of k."""
 
 
 def encode_topk(
@@ -27,8 +32,9 @@ def encode_topk(
 ) -> tuple[Tensor, Tensor, TokenList]:
     """Top-k encoding. Returns values [N, K] (>= 0, descending), indices [N, K] and their token list.
 
-    With a lower-precision `matmul_dtype` the GEMM only chooses the latents; the values of those chosen are
-    computed again in the dtype of `x_ND`. A latent with value 0 gets no gradient.
+    Equal values are taken by rising index. With a lower-precision `matmul_dtype` the GEMM only nominates
+    1.25 k latents; their values are computed again in the dtype of `x_ND`, and the best k of those are taken.
+    A latent with value 0 gets no gradient.
     """
     m = W_enc_MD.shape[0]
     if not 1 <= k <= m:
@@ -65,14 +71,12 @@ class _EncodeTopK(Function):
         for start in range(0, n, rows):
             part = slice(start, start + rows)
             pre = torch.addmm(b_cast, centred_ND[part].to(dtype), W_cast.T)
-            top = torch.topk(pre, k)
-            indices_NK[part] = top.indices
             if dtype == x_ND.dtype:
-                values_NK[part] = top.values
-        if dtype != x_ND.dtype:
-            values_NK = gather_dot(centred_ND, W_enc_MD, indices_NK) + b_enc_M[indices_NK]
-            values_NK, order = values_NK.sort(dim=1, descending=True, stable=True)
-            indices_NK = indices_NK.gather(1, order)
+                values_NK[part], indices_NK[part] = topk_lowest(pre, k)
+            else:
+                nominated = candidates(pre, min(math.ceil(NOMINATED * k), m))
+                exact = gather_dot(centred_ND[part], W_enc_MD, nominated) + b_enc_M[nominated]
+                values_NK[part], indices_NK[part] = rank(exact, nominated, k)
         values_NK = values_NK.relu_()
         tokens = TokenList(indices_NK, m)
         ctx.save_for_backward(centred_ND, W_enc_MD, values_NK)

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from skipcoder.pipeline.store import ActivationStore
+from skipcoder.pipeline.stats import Moments
 from skipcoder.trainer.coder import SparseCoder
-from skipcoder.trainer.config import Kind, MatmulDtype, Side, SkipInit, TrainConfig
+from skipcoder.trainer.config import CoderConfig, Kind, MatmulDtype, Side, TrainConfig
 from skipcoder.trainer.fold import fold, power_of_two_scale
 from skipcoder.trainer.optimisers import build_optimiser, schedule
-from skipcoder.trainer.skip_init import ridge
-from skipcoder.trainer.stream import ActivationStream, TokenFilter
 from torch import Tensor
 
 
@@ -30,12 +28,11 @@ class Scales:
 class Learner:
     """Trains one coder on batches of raw activation pairs; knows nothing of files or sweeps."""
 
-    def __init__(self, cfg: TrainConfig, store: ActivationStore, hookpoint: str, steps: int, device: str) -> None:
+    def __init__(self, cfg: TrainConfig, x: Moments, y: Moments, steps: int, device: str) -> None:
+        """`x` and `y`: moments of the side read and the side written, over the training units."""
         self.cfg, self.steps, self.step_number, self.tokens = cfg, steps, 0, 0
         self.is_sae = cfg.coder.kind is Kind.sae
-        read, write = self.sides = sides(cfg)
-        with_first = cfg.stream.first_positions == 0
-        x, y = (store.moments(hookpoint, side, first_positions=with_first) for side in (read, write))
+        self.sides = sides(cfg.coder)
         self.scales = Scales(
             power_of_two_scale(x.mean_square), power_of_two_scale(y.mean_square), float(y.variance.sum())
         )
@@ -44,23 +41,17 @@ class Learner:
             self.coder.matmul_dtype = torch.bfloat16
         s = self.scales
         self.coder.init_biases(torch.from_numpy(x.mean / s.s_in), torch.from_numpy(y.mean / s.s_out))
-        if cfg.coder.kind is Kind.skip_transcoder and cfg.coder.skip_init is SkipInit.ridge:
-            self._ridge_init(store, hookpoint)
         self.optimiser = build_optimiser(cfg.optim, self.coder.parameters(), cfg.coder.width)
         self.base_lr = self.optimiser.param_groups[0]["lr"]
         self.since_fired_M = torch.zeros(cfg.coder.width, dtype=torch.int64, device=device)
         self.dead_tokens = cfg.train.dead_tokens or min(10_000_000, max(1, cfg.train.tokens // 4))
 
     @torch.no_grad()
-    def _ridge_init(self, store: ActivationStore, hookpoint: str) -> None:
-        cfg = self.cfg.stream
-        stream = ActivationStream(
-            store, hookpoint, 8192, filter=TokenFilter(cfg.first_positions, cfg.special_tokens), epochs=1
-        )
-        W, b = ridge(stream, self.coder.d_in)
+    def start_skip(self, W_ED: Tensor, b_E: Tensor) -> None:
+        """Start from the affine map y = W x + b of raw activations (before the first step)."""
         assert self.coder.W_skip is not None
-        self.coder.W_skip.copy_(W * (self.scales.s_in / self.scales.s_out))
-        self.coder.b_dec.copy_(b / self.scales.s_out)
+        self.coder.W_skip.copy_(W_ED * (self.scales.s_in / self.scales.s_out))
+        self.coder.b_dec.copy_(b_E / self.scales.s_out)
 
     def step(self, x: Tensor, y: Tensor, batch_tokens: int) -> dict[str, Tensor]:
         """One optimiser step on raw pairs. Returns 0-d tensors, so that nothing waits for the device:
@@ -121,10 +112,10 @@ class Learner:
         self.step_number, self.tokens = state["step"], state["tokens"]
 
 
-def sides(cfg: TrainConfig) -> tuple[str, str]:
+def sides(cfg: CoderConfig) -> tuple[str, str]:
     """(side read, side written) of the MLP."""
-    if cfg.coder.kind is Kind.sae:
-        side = "input" if cfg.coder.side is Side.input else "output"
+    if cfg.kind is Kind.sae:
+        side = "input" if cfg.side is Side.input else "output"
         return side, side
     return "input", "output"
 

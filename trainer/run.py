@@ -15,8 +15,9 @@ from skipcoder.pipeline.commit import write_atomically
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer import checkpoint
-from skipcoder.trainer.config import TrainConfig
-from skipcoder.trainer.learner import Learner
+from skipcoder.trainer.config import Kind, SkipInit, TrainConfig
+from skipcoder.trainer.learner import Learner, sides
+from skipcoder.trainer.skip_init import ridge
 from skipcoder.trainer.stream import ActivationStream, TokenFilter
 
 # What may differ between a run and its resumption: it does not change what is learned.
@@ -44,7 +45,7 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
         device=device,
     )
     steps = -(-cfg.train.tokens // cfg.train.batch_tokens)
-    learner = Learner(cfg, store, hookpoint, steps, device)
+    learner = make_learner(cfg, store, hookpoint, steps, device)
     write_atomically(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)).encode())
     seconds = _resume(learner, stream, directory)
     seconds = _loop(learner, stream, directory, cfg, seconds)
@@ -69,6 +70,17 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
     }
     write_atomically(directory / "summary.json", json.dumps(summary, indent=2).encode())
     return summary
+
+
+def make_learner(cfg: TrainConfig, store: ActivationStore, hookpoint: str, steps: int, device: str) -> Learner:
+    """A learner that starts from the statistics of the store's training units."""
+    with_first = cfg.stream.first_positions == 0
+    x, y = (store.moments(hookpoint, side, first_positions=with_first) for side in sides(cfg.coder))
+    learner = Learner(cfg, x, y, steps, device)
+    if cfg.coder.kind is Kind.skip_transcoder and cfg.coder.skip_init is SkipInit.ridge:
+        kept = TokenFilter(cfg.stream.first_positions, cfg.stream.special_tokens)
+        learner.start_skip(*ridge(ActivationStream(store, hookpoint, 8192, filter=kept, epochs=1), len(x.mean)))
+    return learner
 
 
 def refuse_other_config(cfg: TrainConfig, directory: Path) -> None:

@@ -128,7 +128,7 @@ def test_bfloat16_chooses_and_float32_computes() -> None:
     assert (values.diff(dim=1) <= 0).all()
     best = torch.topk(pre, 16).indices
     recall = (indices[:, :, None] == best[:, None]).any(2).double().mean()
-    assert recall > 0.95  # bf16 keeps 8 bits: only near-ties are lost
+    assert recall > 0.999  # near-ties that 8 bits misjudge are among the nominated
 
 
 def test_token_list_sums() -> None:

@@ -17,6 +17,7 @@ from skipcoder.trainer.config import (
 )
 from skipcoder.trainer.learner import Learner
 from skipcoder.trainer.optimisers import learning_rate, schedule
+from skipcoder.trainer.run import make_learner
 from skipcoder.trainer.skip_init import ridge
 from skipcoder.trainer.stream import ActivationStream, TokenFilter
 
@@ -69,7 +70,7 @@ def test_five_steps_equal_the_dense_reference(store: ActivationStore, kind: Kind
     """Five Adam steps of 1e-2: float32 rounding enters the moments at 1e-7 relative; Adam's division by sqrt(v)
     magnifies it where gradients are tiny, so parameters are compared in norm."""
     data = batches(store, 5)
-    learner = Learner(config(kind), store, HOOKPOINT, 50, "cpu")
+    learner = make_learner(config(kind), store, HOOKPOINT, 50, "cpu")
     expected = reference_steps(learner, data)
     for batch in data:
         result = learner.step(batch.x, batch.y, batch.tokens)
@@ -80,7 +81,7 @@ def test_five_steps_equal_the_dense_reference(store: ActivationStore, kind: Kind
 
 def test_loss_is_the_fvu_of_the_mean_predictor_at_the_start(store: ActivationStore) -> None:
     """Transcoders start as the constant mean(y); over all training tokens that has FVU 1."""
-    learner = Learner(config(Kind.transcoder), store, HOOKPOINT, 50, "cpu")
+    learner = make_learner(config(Kind.transcoder), store, HOOKPOINT, 50, "cpu")
     keep_all = ActivationStream(store, HOOKPOINT, 1984, epochs=1, filter=TokenFilter(1, False))
     (batch,) = list(keep_all)
     assert float(learner.step(batch.x, batch.y, batch.tokens)["loss"]) == pytest.approx(1, rel=1e-4)
@@ -88,7 +89,7 @@ def test_loss_is_the_fvu_of_the_mean_predictor_at_the_start(store: ActivationSto
 
 @pytest.mark.parametrize("kind", Kind)
 def test_training_lowers_the_loss_and_keeps_unit_norm(store: ActivationStore, kind: Kind) -> None:
-    learner = Learner(config(kind), store, HOOKPOINT, 80, "cpu")
+    learner = make_learner(config(kind), store, HOOKPOINT, 80, "cpu")
     losses = [float(learner.step(b.x, b.y, b.tokens)["loss"]) for b in batches(store, 80)]
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
     norms = learner.coder.W_dec.norm(dim=1)
@@ -100,7 +101,7 @@ def test_training_lowers_the_loss_and_keeps_unit_norm(store: ActivationStore, ki
 
 def test_folded_coder_takes_raw_activations(store: ActivationStore) -> None:
     (batch,) = batches(store, 1)
-    learner = Learner(config(Kind.skip_transcoder), store, HOOKPOINT, 50, "cpu")
+    learner = make_learner(config(Kind.skip_transcoder), store, HOOKPOINT, 50, "cpu")
     for _ in range(3):
         learner.step(batch.x, batch.y, batch.tokens)
     s = learner.scales
@@ -112,7 +113,7 @@ def test_folded_coder_takes_raw_activations(store: ActivationStore) -> None:
 def test_dead_latents_are_counted_by_tokens(store: ActivationStore) -> None:
     cfg = config(Kind.transcoder)
     cfg.train.dead_tokens = 500
-    learner = Learner(cfg, store, HOOKPOINT, 50, "cpu")
+    learner = make_learner(cfg, store, HOOKPOINT, 50, "cpu")
     with torch.no_grad():
         learner.coder.b_enc[7] -= 1e6
     counts = []
@@ -124,7 +125,7 @@ def test_dead_latents_are_counted_by_tokens(store: ActivationStore) -> None:
 
 
 def test_sae_of_the_input_side(store: ActivationStore) -> None:
-    learner = Learner(config(Kind.sae, side=Side.input), store, HOOKPOINT, 50, "cpu")
+    learner = make_learner(config(Kind.sae, side=Side.input), store, HOOKPOINT, 50, "cpu")
     moments = store.moments(HOOKPOINT, "input")
     assert learner.sides == ("input", "input")
     assert learner.scales.variance == pytest.approx(moments.variance.sum())
@@ -140,8 +141,8 @@ def test_ridge_is_the_least_squares_solution(store: ActivationStore) -> None:
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), y).solution
     # lambda = 1e-6 of the mean eigenvalue moves the solution by about that much over the smallest one.
     torch.testing.assert_close(x @ W.T + b, x @ solution[:-1] + solution[-1], rtol=1e-3, atol=1e-3)
-    learner = Learner(config(Kind.skip_transcoder, skip_init=SkipInit.ridge), store, HOOKPOINT, 50, "cpu")
-    zero = Learner(config(Kind.skip_transcoder), store, HOOKPOINT, 50, "cpu")
+    learner = make_learner(config(Kind.skip_transcoder, skip_init=SkipInit.ridge), store, HOOKPOINT, 50, "cpu")
+    zero = make_learner(config(Kind.skip_transcoder), store, HOOKPOINT, 50, "cpu")
     (batch,) = batches(store, 1)
     losses = [float(one.step(batch.x, batch.y, batch.tokens)["loss"]) for one in (learner, zero)]
     assert losses[0] < 0.9 * losses[1]
