@@ -15,8 +15,8 @@ from skipcoder.kernels.topk import candidates, rank, topk_lowest
 from torch import Tensor
 from torch.autograd import Function
 
-CHUNK_ELEMENTS = 2**25
-"""Pre-activations held at once (128 MiB in float32)."""
+CHUNK_ELEMENTS = 2**24
+"""Pre-activations held at once (64 MiB in float32)."""
 
 NOMINATED = 1.25
 """Latents nominated by a low-precision GEMM, as a multiple of k."""
@@ -67,10 +67,13 @@ class _EncodeTopK(Function):
         W_cast, b_cast = W_enc_MD.to(dtype), b_enc_M.to(dtype)
         values_NK = x_ND.new_empty(n, k)
         indices_NK = torch.empty(n, k, dtype=torch.int64, device=x_ND.device)
-        rows = max(1, CHUNK_ELEMENTS // m)
+        # One buffer for all chunks: fresh pages for [N, M] cost as much as a fifth of the GEMM.
+        rows = min(max(1, CHUNK_ELEMENTS // m), max(n, 1))
+        buffer = x_ND.new_empty(rows, m, dtype=dtype)
         for start in range(0, n, rows):
-            part = slice(start, start + rows)
-            pre = torch.addmm(b_cast, centred_ND[part].to(dtype), W_cast.T)
+            part = slice(start, min(start + rows, n))
+            x_part = centred_ND[part].to(dtype)
+            pre = torch.addmm(b_cast, x_part, W_cast.T, out=buffer[: len(x_part)])
             if dtype == x_ND.dtype:
                 values_NK[part], indices_NK[part] = topk_lowest(pre, k)
             else:

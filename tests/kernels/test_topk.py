@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from skipcoder.kernels.topk import BLOCK, candidates, topk_lowest
+from skipcoder.kernels.topk import GROUP, candidates, topk_lowest
 
 
 def stable(pre: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,10 +23,10 @@ def test_equals_a_stable_sort(n: int, m: int, data: st.DataObject, levels: int, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("levels", [2, 10**6])
-def test_blocks(dtype: torch.dtype, levels: int) -> None:
-    """Wide enough for block maxima (m >= 256 c)."""
+def test_groups(dtype: torch.dtype, levels: int) -> None:
+    """Wide enough for group maxima (m >= 128 c)."""
     k = 3
-    m = 4 * BLOCK * (k + 8)
+    m = 4 * GROUP * (k + 8)
     pre = torch.randint(-levels, levels, (5, m), generator=torch.Generator().manual_seed(1)).to(dtype)
     for mine, theirs in zip(topk_lowest(pre, k), stable(pre, k), strict=True):
         assert torch.equal(mine, theirs)
