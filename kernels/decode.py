@@ -7,10 +7,9 @@ Legend: N tokens, K active latents, M latents, E output width.
 
 from typing import Any
 
-from skipcoder.kernels.token_list import TokenList, gather_dot
+from skipcoder.kernels.token_list import TokenList, gather_dot, gather_sum
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn import functional as F
 
 
 def sparse_decode(
@@ -34,9 +33,7 @@ class _SparseDecode(Function):
     def forward(ctx: Any, values_NK: Tensor, indices_NK: Tensor, W_dec_ME: Tensor, tokens: TokenList) -> Tensor:
         ctx.save_for_backward(values_NK, indices_NK, W_dec_ME)
         ctx.tokens = tokens
-        if not len(values_NK):
-            return W_dec_ME.new_zeros(0, W_dec_ME.shape[1])
-        return F.embedding_bag(indices_NK, W_dec_ME, mode="sum", per_sample_weights=values_NK.to(W_dec_ME.dtype))
+        return gather_sum(indices_NK, values_NK, W_dec_ME)
 
     @staticmethod
     def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor | None, ...]:

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from skipcoder.kernels.token_list import TokenList, gather_dot
+from skipcoder.kernels.token_list import TokenList, gather_dot, gather_sum
 from skipcoder.kernels.topk import candidates, rank, topk_lowest
 from torch import Tensor
 from torch.autograd import Function
@@ -94,7 +94,7 @@ class _EncodeTopK(Function):
         indices_NK = ctx.tokens.indices_NK
         grad_x = grad_W = grad_b = grad_b_pre = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.nn.functional.embedding_bag(indices_NK, W_enc_MD, mode="sum", per_sample_weights=grad_NK)
+            grad_x = gather_sum(indices_NK, grad_NK, W_enc_MD)
         if ctx.needs_input_grad[1]:
             grad_W = ctx.tokens.sum_rows(grad_NK, centred_ND)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:

@@ -1,4 +1,8 @@
-"""The one list per step that every sparse gradient reads: which tokens each latent fired on, in order.
+"""The sparse operations under encode and decode, and the one list per step that every gradient reads: which tokens
+each latent fired on, in order.
+
+On CUDA devices they run in Triton (`gpu.py`), elsewhere as torch's embedding bags; the tensors' device decides, at each
+call. float64 exists on the CPU only, for tests.
 
 Legend: N tokens, K active latents per token, M latents, D width.
 """
@@ -28,21 +32,34 @@ class TokenList:
     def sum_rows(self, weights_NK: Tensor, rows_ND: Tensor) -> Tensor:
         """[M, D]: for each latent, the sum over its entries of weight * row of the entry's token."""
         entry, token, starts = self._sorted
-        weights = weights_NK.flatten()[entry].to(rows_ND.dtype)
         if not len(entry):
             return rows_ND.new_zeros(self.m, rows_ND.shape[1])
-        return F.embedding_bag(token, rows_ND, starts, mode="sum", per_sample_weights=weights)
+        weights = weights_NK.flatten()[entry]
+        if rows_ND.is_cuda:
+            from skipcoder.kernels import gpu
+
+            return gpu.sum_rows(token, weights, starts, rows_ND).to(rows_ND.dtype)
+        return F.embedding_bag(token, rows_ND, starts, mode="sum", per_sample_weights=weights.to(rows_ND.dtype))
 
     def sum_weights(self, weights_NK: Tensor) -> Tensor:
         """[M]: for each latent, the sum of its entries' weights."""
-        entry, _, _ = self._sorted
-        ones = weights_NK.new_ones(1, 1)
-        weights = weights_NK.flatten()[entry]
+        entry, _, starts = self._sorted
         if not len(entry):
             return weights_NK.new_zeros(self.m)
-        zeros = torch.zeros_like(entry)
-        _, _, starts = self._sorted
-        return F.embedding_bag(zeros, ones, starts, mode="sum", per_sample_weights=weights)[:, 0]
+        one, same_row = weights_NK.new_ones(1, 1), torch.zeros_like(entry)
+        weights = weights_NK.flatten()[entry]
+        return F.embedding_bag(same_row, one, starts, mode="sum", per_sample_weights=weights)[:, 0]
+
+
+def gather_sum(indices_NK: Tensor, weights_NK: Tensor, W_MD: Tensor) -> Tensor:
+    """[N, D]: for each token, the sum of its chosen rows of W, weighted."""
+    if not len(indices_NK):
+        return W_MD.new_zeros(0, W_MD.shape[1])
+    if W_MD.is_cuda:
+        from skipcoder.kernels import gpu
+
+        return gpu.gather_sum(indices_NK, weights_NK, W_MD)
+    return F.embedding_bag(indices_NK, W_MD, mode="sum", per_sample_weights=weights_NK.to(W_MD.dtype))
 
 
 def gather_dot(rows_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
@@ -50,8 +67,12 @@ def gather_dot(rows_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
     n, k = indices_NK.shape
     if not n:
         return rows_ND.new_zeros(n, k)
-    offsets = torch.arange(0, n * k, k, device=indices_NK.device)
-    bag = torch.arange(n, device=indices_NK.device).repeat_interleave(k)
+    if rows_ND.is_cuda:
+        from skipcoder.kernels import gpu
+
+        return gpu.gather_dot(rows_ND, W_MD, indices_NK)
+    offsets = torch.arange(0, n * k, k)
+    bag = torch.arange(n).repeat_interleave(k)
     flat = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         rows_ND.contiguous(), W_MD, indices_NK.flatten(), offsets, bag, 0
     )

@@ -1,0 +1,84 @@
+"""The Triton kernels in Triton's interpreter (or on a GPU), against float64.
+
+Tolerance: float32 accumulation of n terms of size t errs by at most n * 2^-24 * sum|t|; bfloat16 inputs are exact in
+float32. A bfloat16 result is rounded to 2^-8 of its own size on a GPU; the interpreter cuts it off, which loses
+twice that.
+"""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if os.environ.get("SKIPCODER_TEST_DEVICE") == "cuda" else "1")
+
+import pytest
+import torch
+from skipcoder.kernels.token_list import TokenList
+from torch import Tensor
+
+gpu = pytest.importorskip("skipcoder.kernels.gpu")
+DEVICE = os.environ.get("SKIPCODER_TEST_DEVICE", "cpu")
+SHAPES = [(5, 3, 7, 20), (1, 1, 1, 1), (4, 8, 576, 30), (9, 5, 600, 9), (3, 20, 33, 20)]  # n, k, d, m
+
+
+def problem(n: int, k: int, d: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Indices without repeats in a row, weights, rows of tokens, rows of latents."""
+    g = torch.Generator().manual_seed(n * k + d)
+    indices = torch.stack([torch.randperm(m, generator=g)[:k] for _ in range(n)])
+    weights, rows, W = (torch.randn(s, generator=g) for s in ((n, k), (n, d), (m, d)))
+    return indices.to(DEVICE), weights.to(DEVICE), rows.to(DEVICE, dtype), W.to(DEVICE, dtype)
+
+
+def assert_close(got: Tensor, exact: Tensor, magnitude: Tensor, terms: int) -> None:
+    rounding = 2.0**-7 if got.dtype == torch.bfloat16 else 2.0**-23
+    bound = terms * 2.0**-23 * magnitude + rounding * exact.abs() + 1e-12
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k", "d", "m"), SHAPES)
+def test_gather_sum(n: int, k: int, d: int, m: int, dtype: torch.dtype) -> None:
+    indices, weights, _, W = problem(n, k, d, m, dtype)
+    terms = weights.double()[:, :, None] * W.double()[indices]
+    assert_close(gpu.gather_sum(indices, weights, W), terms.sum(1), terms.abs().sum(1), k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k", "d", "m"), SHAPES)
+def test_gather_dot(n: int, k: int, d: int, m: int, dtype: torch.dtype) -> None:
+    indices, _, rows, W = problem(n, k, d, m, dtype)
+    terms = rows.double()[:, None] * W.double()[indices]
+    assert_close(gpu.gather_dot(rows, W, indices), terms.sum(2), terms.abs().sum(2), d)
+
+
+@pytest.mark.parametrize("segment", [1, 2, 3, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k", "d", "m"), SHAPES)
+def test_sum_rows(n: int, k: int, d: int, m: int, dtype: torch.dtype, segment: int) -> None:
+    """Segments so short that most latents are split, and so long that none is; some latents never fire."""
+    indices, weights, rows, _ = problem(n, k, d, m, dtype)
+    entry, token, starts = TokenList(indices, m)._sorted
+    got = gpu.sum_rows(token, weights.flatten()[entry], starts, rows, segment)
+    terms = weights.double()[:, :, None] * rows.double()[:, None]
+    exact, magnitude = (
+        torch.zeros(m, d, dtype=torch.float64, device=DEVICE).index_add_(0, indices.flatten(), t.flatten(0, 1))
+        for t in (terms, terms.abs())
+    )
+    assert got.dtype == torch.float32
+    assert_close(got, exact, magnitude, n * k)
+
+
+def test_one_latent_takes_every_token() -> None:
+    rows = torch.randn(700, 4, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    weights = torch.ones(700, 1, device=DEVICE)
+    _, token, starts = TokenList(torch.full((700, 1), 2, device=DEVICE), 4)._sorted
+    got = gpu.sum_rows(token, weights.flatten(), starts, rows)
+    assert not got[[0, 1, 3]].any()
+    assert_close(got[2], rows.double().sum(0), rows.double().abs().sum(0), 700)
+
+
+def test_empty_batch() -> None:
+    none = torch.empty(0, 3, dtype=torch.long, device=DEVICE)
+    W = torch.ones(5, 8, device=DEVICE)
+    assert gpu.gather_sum(none, none.float(), W).shape == (0, 8)
+    assert gpu.gather_dot(W[:0], W, none).shape == (0, 3)
+    starts = torch.zeros(5, dtype=torch.long, device=DEVICE)
+    assert not gpu.sum_rows(none[:, 0], none.float()[:, 0], starts, W[:0]).any()
