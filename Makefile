@@ -42,5 +42,7 @@ typecheck: setup
 	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 		--python-executable ../../$(BIN)/python -p skipcoder
 
+# On a machine with a GPU: the kernel tests on the device, then one dated file of timings in benchmarks/.
 gpu-check: setup
 	SKIPCODER_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/kernels
+	$(BIN)/python benchmarks/gpu_check.py --out benchmarks

@@ -1,8 +1,8 @@
 """The sparse operations under encode and decode, and the one list per step that every gradient reads: which tokens
 each latent fired on, in order.
 
-On CUDA devices they run in Triton (`gpu.py`), elsewhere as torch's embedding bags; the tensors' device decides, at each
-call. float64 exists on the CPU only, for tests.
+On CUDA devices they run in Triton (`gpu.py`), elsewhere, and in float64, as torch's embedding bags; the tensors decide,
+at each call.
 
 Legend: N tokens, K active latents per token, M latents, D width.
 """
@@ -35,7 +35,7 @@ class TokenList:
         if not len(entry):
             return rows_ND.new_zeros(self.m, rows_ND.shape[1])
         weights = weights_NK.flatten()[entry]
-        if rows_ND.is_cuda:
+        if _in_triton(rows_ND):
             from skipcoder.kernels import gpu
 
             return gpu.sum_rows(token, weights, starts, rows_ND).to(rows_ND.dtype)
@@ -55,7 +55,7 @@ def gather_sum(indices_NK: Tensor, weights_NK: Tensor, W_MD: Tensor) -> Tensor:
     """[N, D]: for each token, the sum of its chosen rows of W, weighted."""
     if not len(indices_NK):
         return W_MD.new_zeros(0, W_MD.shape[1])
-    if W_MD.is_cuda:
+    if _in_triton(W_MD):
         from skipcoder.kernels import gpu
 
         return gpu.gather_sum(indices_NK, weights_NK, W_MD)
@@ -67,13 +67,17 @@ def gather_dot(rows_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
     n, k = indices_NK.shape
     if not n:
         return rows_ND.new_zeros(n, k)
-    if rows_ND.is_cuda:
+    if _in_triton(rows_ND):
         from skipcoder.kernels import gpu
 
         return gpu.gather_dot(rows_ND, W_MD, indices_NK)
-    offsets = torch.arange(0, n * k, k)
-    bag = torch.arange(n).repeat_interleave(k)
+    offsets = torch.arange(0, n * k, k, device=rows_ND.device)
+    bag = torch.arange(n, device=rows_ND.device).repeat_interleave(k)
     flat = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         rows_ND.contiguous(), W_MD, indices_NK.flatten(), offsets, bag, 0
     )
     return flat.view(n, k)
+
+
+def _in_triton(rows: Tensor) -> bool:
+    return rows.is_cuda and rows.dtype != torch.float64

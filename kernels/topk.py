@@ -46,8 +46,9 @@ def topk_lowest(pre_NM: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns_NC = candidates(pre_NM, min(k + 8, m))
     values_NC = pre_NM.gather(1, columns_NC)
     values, columns = rank(values_NC, columns_NC, k)
-    undecided = (values_NC.amin(1) == values[:, -1]).nonzero()[:, 0] if columns_NC.shape[1] < m else []
-    if len(undecided):
-        rows = pre_NM[undecided].sort(dim=1, descending=True, stable=True)
-        values[undecided], columns[undecided] = rows.values[:, :k], rows.indices[:, :k]
+    if columns_NC.shape[1] < m:
+        undecided = (values_NC.amin(1) == values[:, -1]).nonzero()[:, 0]
+        if len(undecided):
+            rows = pre_NM[undecided].sort(dim=1, descending=True, stable=True)
+            values[undecided], columns[undecided] = rows.values[:, :k], rows.indices[:, :k]
     return values, columns

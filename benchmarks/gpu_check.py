@@ -1,0 +1,220 @@
+"""Correctness, then speed, of the kernels on a GPU: one dated Markdown file.
+
+    make gpu-check            (= the kernel tests on the device, then this script)
+    python benchmarks/gpu_check.py --out benchmarks/
+
+Each operation is timed beside torch's dense form, F.embedding_bag, torch.sparse CSR and, where it is installed,
+eai-sparsify's Triton decoder: interleaved, median of several, with the GPU's own clock. A form that runs out of memory
+is reported as such. `--device cpu --tiny` runs the whole script without a GPU, to see that it works.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from skipcoder.kernels.decode import sparse_decode
+from skipcoder.kernels.encode import encode_topk
+from skipcoder.kernels.token_list import TokenList, gather_dot, gather_sum
+from skipcoder.pipeline.stats import Moments
+from skipcoder.trainer.config import CoderConfig, Kind, LoopConfig, TrainConfig
+from skipcoder.trainer.learner import Learner
+from torch import Tensor
+from torch.nn import functional as F
+
+# model: (tokens, width of the MLP's sides, latents, k)
+SHAPES = {
+    "SmolLM2-135M": (8192, 576, 18432, 32),
+    "Pythia-160M": (8192, 768, 32768, 32),
+    "Llama-3.2-1B": (8192, 2048, 131072, 32),
+    "Gemma-2-2B": (8192, 2304, 16384, 64),
+    "Llama-8B": (4096, 4096, 131072, 64),
+}
+TINY = {"tiny": (64, 48, 512, 4)}
+Form = Callable[[], object]
+
+
+def dense_codes(values_NK: Tensor, indices_NK: Tensor, m: int) -> Tensor:
+    """[N, M] with the values in place."""
+    return values_NK.new_zeros(len(values_NK), m).scatter_(1, indices_NK, values_NK)
+
+
+def csr_codes(values_NK: Tensor, indices_NK: Tensor, m: int) -> Tensor:
+    """The same as a sparse CSR matrix."""
+    n, k = values_NK.shape
+    rows = torch.arange(0, n * k + 1, k, device=values_NK.device)
+    order = indices_NK.argsort(1)
+    columns, values = indices_NK.gather(1, order).flatten(), values_NK.gather(1, order).flatten()
+    return torch.sparse_csr_tensor(rows, columns, values, (n, m))
+
+
+def forms(shape: tuple[int, int, int, int], device: str) -> dict[str, dict[str, Form]]:
+    """{operation: {form: function}} for one shape."""
+    n, d, m, k = shape
+    g = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(n, d, generator=g).to(device) for _ in range(2))
+    W_enc, W_dec = ((torch.randn(m, d, generator=g) / d**0.5).to(device) for _ in range(2))
+    b_enc, b_dec = torch.zeros(m, device=device), torch.zeros(d, device=device)
+    values, indices, _ = encode_topk(x, W_enc, b_enc, k, None, torch.bfloat16)
+    csr = csr_codes(values, indices, m)
+
+    def backward() -> Tensor:
+        tokens = TokenList(indices, m)
+        d_values = gather_dot(grad, W_dec, indices)
+        tokens.sum_rows(values, grad)
+        tokens.sum_weights(d_values)
+        return tokens.sum_rows(d_values, x)
+
+    def backward_bags() -> None:
+        W = W_dec.detach().requires_grad_()
+        v = values.detach().requires_grad_()
+        F.embedding_bag(indices, W, mode="sum", per_sample_weights=v).backward(grad)
+
+    def backward_dense() -> None:
+        W = W_dec.detach().requires_grad_()
+        (dense_codes(values, indices, m) @ W).backward(grad)
+
+    cfg = TrainConfig(coder=CoderConfig(kind=Kind.transcoder, k=k, width=m), train=LoopConfig())
+    learner = Learner(cfg, Moments.of(x.cpu().numpy()), Moments.of(grad.cpu().numpy()), 1000, device)
+    operations: dict[str, dict[str, Form]] = {
+        "encode": {
+            "ours bf16": lambda: encode_topk(x, W_enc, b_enc, k, None, torch.bfloat16),
+            "ours f32": lambda: encode_topk(x, W_enc, b_enc, k),
+            "torch bf16 GEMM alone": lambda: x.bfloat16() @ W_enc.bfloat16().T,
+            "torch bf16 GEMM + topk": lambda: torch.topk(x.bfloat16() @ W_enc.bfloat16().T, k),
+        },
+        "decode": {
+            "ours": lambda: sparse_decode(values, indices, W_dec, b_dec),
+            "embedding_bag": lambda: F.embedding_bag(indices, W_dec, mode="sum", per_sample_weights=values),
+            "CSR": lambda: csr @ W_dec,
+            "dense": lambda: dense_codes(values, indices, m) @ W_dec,
+        },
+        "backward": {
+            "ours (decoder and encoder)": backward,
+            "embedding_bag (decoder)": backward_bags,
+            "dense (decoder)": backward_dense,
+        },
+        "step": {"ours": lambda: learner.step(x, grad, n)},
+    }
+    if device == "cuda" and importlib.util.find_spec("sparsify"):
+        from sparsify.utils import triton_decode
+
+        operations["decode"]["eai-sparsify Triton"] = lambda: triton_decode(indices, values, W_dec.mT)
+    return operations
+
+
+def check(shape: tuple[int, int, int, int], device: str) -> list[str]:
+    """Sparse operations against float64 on the device, on at most 256 tokens; the worst relative error of each."""
+    n, d, m, k = (min(shape[0], 256), *shape[1:])
+    g = torch.Generator().manual_seed(1)
+    x, W = torch.randn(n, d, generator=g).to(device), torch.randn(m, d, generator=g).to(device)
+    indices = torch.rand(n, m, generator=g).topk(k).indices.to(device)
+    weights = torch.randn(n, k, generator=g).to(device)
+    W64, x64, w64 = W.double(), x.double(), weights.double()
+    chosen = [W64[indices[:, j]] for j in range(k)]
+    rows = torch.zeros(m, d, dtype=torch.float64, device=device)
+    for j in range(k):
+        rows.index_add_(0, indices[:, j], w64[:, j, None] * x64)
+    pairs = {
+        "gather_sum": (gather_sum(indices, weights, W), sum(w64[:, j, None] * chosen[j] for j in range(k))),
+        "gather_dot": (
+            gather_dot(x, W, indices),
+            torch.stack([(x64 * W64[indices[:, j]]).sum(1) for j in range(k)], 1),
+        ),
+        "sum_rows": (TokenList(indices, m).sum_rows(weights, x), rows),
+    }
+    again = TokenList(indices, m).sum_rows(weights, x)
+    lines = []
+    for name, (got, exact) in pairs.items():
+        error = float((got.double() - exact).norm() / exact.norm())
+        if not error < 1e-5:
+            raise SystemExit(f"{name} is wrong at {shape}: relative error {error:.2e}")
+        lines.append(f"{name} {error:.1e}")
+    if not torch.equal(again, pairs["sum_rows"][0]):
+        raise SystemExit(f"sum_rows is not the same from run to run at {shape}")
+    return lines
+
+
+def seconds(form: Form, device: str) -> float:
+    """One run, by CUDA events on a GPU."""
+    if device == "cpu":
+        begun = time.perf_counter()
+        form()
+        return time.perf_counter() - begun
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    form()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def measure(operations: dict[str, Form], device: str, rounds: int) -> dict[str, float | None]:
+    """Median seconds of each form, interleaved; None where it ran out of memory."""
+    times: dict[str, list[float]] = {name: [] for name in operations}
+    failed: set[str] = set()
+    for i in range(rounds + 2):  # two rounds warm up
+        for name, form in operations.items():
+            if name in failed:
+                continue
+            try:
+                took = seconds(form, device)
+            except torch.OutOfMemoryError:
+                failed.add(name)
+                torch.cuda.empty_cache()
+                continue
+            if i >= 2:
+                times[name].append(took)
+    return {name: None if name in failed else statistics.median(times[name]) for name in operations}
+
+
+def main() -> int:
+    """Check, time, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true", help="one small shape, to try the script itself")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--out", type=Path, help="folder for the dated file; without it, print")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("error: torch sees no GPU here; try --device cpu --tiny", file=sys.stderr)
+        return 2
+    today = datetime.date.today()
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    lines = [
+        f"# Kernels on {machine}",
+        "",
+        f"{today}, torch {torch.__version__}, median of {args.rounds}.",
+    ]
+    for model, shape in (TINY if args.tiny else SHAPES).items():
+        n, d, m, k = shape
+        lines += ["", f"## {model}: {n} tokens, d {d}, {m} latents, k {k}", ""]
+        lines += ["Relative errors against float64: " + ", ".join(check(shape, args.device)) + ".", ""]
+        lines += ["| operation | form | ms | / ours |", "|---|---|---|---|"]
+        for operation, group in forms(shape, args.device).items():
+            medians = measure(group, args.device, args.rounds)
+            ours = next(iter(medians.values()))
+            for name, median in medians.items():
+                cells = (
+                    ("out of memory", "")
+                    if median is None or ours is None
+                    else (f"{median * 1e3:.3f}", f"{median / ours:.2f}")
+                )
+                lines.append(f"| {operation} | {name} | {cells[0]} | {cells[1]} |")
+    text = "\n".join(lines) + "\n"
+    if args.out:
+        name = f"gpu_check-{machine.replace(' ', '-')}-{today}.md"
+        (args.out / name).write_text(text)
+        print(f"wrote {args.out / name}")
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
