@@ -47,9 +47,10 @@ def cross_entropy(
     return total / count
 
 
-def recovered(clean: float, spliced: float, ablated: float) -> float:
-    """Share of what ablation costs that the splice keeps: 1 is as good as the model, 0 as bad as ablation."""
-    return (ablated - spliced) / (ablated - clean)
+def recovered(clean: float, spliced: float, ablated: float) -> float | None:
+    """Share of what ablation costs that the splice keeps: 1 is as good as the model, 0 as bad as ablation. None where
+    ablation costs nothing."""
+    return None if ablated == clean else (ablated - spliced) / (ablated - clean)
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:

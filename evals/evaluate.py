@@ -25,7 +25,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
 
     paths = [Path(cfg.run)] if cfg.run else find_runs(cfg.runs or "")
     runs = [Run.open(path) for path in paths]
-    device = pick_device(cfg.device)
+    device = pick_device(cfg.device, "device")
     evaluators: dict[str, Evaluator] = {}
     rows: list[dict[str, Any]] = []
     for run in runs:
@@ -59,8 +59,12 @@ def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['run']}: {row['kind']} k={row['k']}  FVU {row['fvu']:.4f}  dead {row['dead_fraction']:.3f}  "
         f"CE {row['ce_clean']:.3f} -> {row['ce_spliced']:.3f}  "
-        f"recovered {row['ce_recovered_zero']:.3f} (zero) {row['ce_recovered_mean']:.3f} (mean)"
+        f"recovered {_share(row['ce_recovered_zero'])} (zero) {_share(row['ce_recovered_mean'])} (mean)"
     )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 @hydra.main(version_base="1.3", config_path=cli.CONF, config_name="evaluate")

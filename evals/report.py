@@ -60,7 +60,7 @@ def write(rows: list[dict[str, Any]], stores: dict[str, ActivationStore], path: 
             (
                 "Cross-entropy with the coder spliced in",
                 "Nats per token; the dotted line is the untouched model.",
-                _figure(lambda a: _against_k(a, rows, "ce_spliced", rows[0]["ce_clean"])),
+                _figure(lambda a: _against_k(a, rows, "ce_spliced", "ce_clean")),
             ),
             ("Training curves", "Batch FVU against tokens seen.", _figure(lambda a: _curves(a, rows))),
             (
@@ -126,7 +126,7 @@ def _by_kind(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {kind: sorted((r for r in rows if r["kind"] == kind), key=lambda r: r["k"]) for kind in kinds}
 
 
-def _against_k(axes: Axes, rows: list[dict[str, Any]], key: str, baseline: float | None = None) -> None:
+def _against_k(axes: Axes, rows: list[dict[str, Any]], key: str, baseline: str | None = None) -> None:
     for kind, group in _by_kind(rows).items():
         label = kind.replace("_", " ")
         axes.plot([r["k"] for r in group], [r[key] for r in group], "o-", color=_COLOURS[kind], label=label)
@@ -137,8 +137,9 @@ def _against_k(axes: Axes, rows: list[dict[str, Any]], key: str, baseline: float
     axes.margins(y=0.2)
     axes.set_xlabel("k")
     axes.set_ylabel(COLUMNS[key])
-    if baseline is not None:
-        axes.axhline(baseline, color="#777", linestyle=":", label="model untouched")
+    levels = {row[baseline] for row in rows} if baseline else set()
+    if len(levels) == 1:  # runs on different stores have no common line
+        axes.axhline(levels.pop(), color="#777", linestyle=":", label="model untouched")
     axes.legend()
 
 

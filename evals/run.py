@@ -112,14 +112,14 @@ class Evaluator:
     def _cross_entropies(self, run: Run, coder: SparseCoder) -> dict[str, Any]:
         """Twice each: with the positions that training left out passing unchanged, and (`_all`) at all positions."""
         write = run.site("write")
-        with_first = run.filter.first_positions == 0
-        mean = self.store.moments(run.summary["hookpoint"], write.side, first_positions=with_first).mean
+        classes = run.filter.classes
+        mean = self.store.moments(run.summary["hookpoint"], write.side, positions=classes).mean
         mean_E = torch.from_numpy(mean).to(self.device, torch.float32)
         result: dict[str, Any] = {"ce_tokens": self.tokens_BT.numel(), "ce_clean": self._once(("clean",))}
         for suffix, keep in (("", self._excluded(run.filter)), ("_all", None)):
             mode = run.filter if keep is not None else None
             zero = self._once(("zero", write, mode), ablation(torch.zeros_like(mean_E)), run, keep)
-            mean_ = self._once(("mean", write, mode), ablation(mean_E), run, keep)
+            mean_ = self._once(("mean", write, mode, classes), ablation(mean_E), run, keep)
             spliced = self._ce(lambda x: coder(x).y_hat, run, keep)
             clean = result["ce_clean"]
             result |= {

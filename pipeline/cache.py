@@ -23,7 +23,11 @@ ConfigStore.instance().store(name="cache_schema", node=CacheConfig)
 
 def capture(cfg: CacheConfig) -> None:
     """Create, extend or finish the store; on a finished one, say so and return."""
-    path = Path(cfg.store.path)
+    with commit.only_writer(Path(cfg.store.path)):
+        _capture(cfg, Path(cfg.store.path))
+
+
+def _capture(cfg: CacheConfig, path: Path) -> None:
     attrs = read_attrs(path)
     rows = -(-cfg.data.tokens // cfg.data.context)
     if attrs is not None and not attrs["rows"]:
@@ -76,7 +80,7 @@ def _lay_out(cfg: CacheConfig, path: Path, identity: dict[str, Any] | None, rows
     from skipcoder.pipeline import model, tokens
 
     if identity is not None:
-        hookpoints, widths = model.describe(cfg.model, cfg.hookpoints)
+        hookpoints, widths = model.describe(cfg.model, cfg.hookpoints, cfg.data.context)
     print(f"tokenising {rows * cfg.data.context:,} tokens")
     tokenizer = model.load_tokenizer(cfg.model)
     if identity is not None:

@@ -4,8 +4,11 @@ A record is a small JSON file, `commits/<unit>.json`, written last and atomicall
 or attempt, so the same unit always has the same record.
 """
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.stats import Moments
 
 SIDES = ("input", "output")
-POSITIONS = ("first", "other")
+POSITIONS = ("first", "special", "other")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Commit:
     shards: dict[str, dict[str, int]]
     """Shard file, relative to the store -> {bytes, crc32c}."""
     moments: dict[str, dict[str, dict[str, Moments]]]
-    """hookpoint -> side -> `first` (position 0 of its row) or `other` -> moments."""
+    """hookpoint -> side -> `first` (position 0 of its row), `special` (a special token elsewhere) or `other` ->
+    moments."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -93,6 +97,24 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     partial.replace(path)
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def only_writer(store: Path) -> Iterator[None]:
+    """Hold the store against a second capture job. The lock lies beside the store and goes with the process, however
+    that ends; on file systems without locks it holds nobody back."""
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with store.with_name(f".{store.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another capture is at work on {store}; wait for it, or stop it") from None
+        except OSError:
+            pass
+        try:
+            yield
+        finally:
+            Path(file.name).unlink(missing_ok=True)
 
 
 def remove_partials(store: Path) -> None:

@@ -93,6 +93,8 @@ class StoreConfig:
     """Token rows in one unit of work (= one shard of every array). null: min(16384/context, rows/64)."""
 
     def __post_init__(self) -> None:
+        if "://" in self.path:
+            raise UserError(f"store.path={self.path}: only paths of a file system work so far, no object stores")
         if self.unit_rows is not None and self.unit_rows < 1:
             raise UserError(f"store.unit_rows={self.unit_rows}: must be at least 1, or null to choose it")
 
@@ -113,6 +115,8 @@ class RayConfig:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise UserError(f"ray.workers={self.workers}: must be at least 1")
+        if self.cpus_per_worker is not None and self.cpus_per_worker < 1:
+            raise UserError(f"ray.cpus_per_worker={self.cpus_per_worker}: must be at least 1, or null")
 
 
 @dataclass
@@ -132,5 +136,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if not self.hookpoints:
             raise UserError("hookpoints is empty: name modules, for example hookpoints='[layers.10.mlp]'")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed}: must not be negative")
         if self.micro_batch_tokens < 1:
             raise UserError(f"micro_batch_tokens={self.micro_batch_tokens}: must be at least 1")

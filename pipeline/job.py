@@ -7,8 +7,9 @@ import contextlib
 import json
 import logging
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,24 @@ def _results(store: Path, units: list[int], model: ModelConfig, cfg: RayConfig) 
         num_cpus=cpus,
         num_gpus=gpus,
     )
-    for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
+    for batch in _explained(results.iter_batches(batch_size=None, prefetch_batches=0)):
         for unit, error in zip(batch["unit"], batch["error"], strict=True):
             if error:
                 raise UserError(str(error))
             yield int(unit)
+
+
+def _explained(batches: Iterable[Any]) -> Iterator[Any]:
+    """A UserError from inside a worker (its model cannot be loaded, its tokens are damaged) as itself."""
+    import ray
+
+    try:
+        yield from batches
+    except ray.exceptions.RayError as error:
+        found = re.search(r"UserError: (.+)", str(error))
+        if found is None:
+            raise
+        raise UserError(found.group(1)) from None
 
 
 def _share(cfg: RayConfig) -> tuple[int, float]:
@@ -103,11 +117,12 @@ def _share(cfg: RayConfig) -> tuple[int, float]:
 def _cluster(cfg: RayConfig) -> Iterator[None]:
     """A quiet Ray: our own on this machine unless an address is given, shut down in the end."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    import ray
+    if cfg.address is None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # another's cluster decides this for itself
+    import ray  # reads these when it is imported
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if cfg.address is None:
@@ -118,10 +133,11 @@ def _cluster(cfg: RayConfig) -> Iterator[None]:
     try:
         with _silent_stderr():
             ray.init(**options)
-    except ConnectionError as error:
-        raise UserError(
-            f"ray.address={cfg.address}: no Ray cluster answers ({error}); leave it null to start one here"
-        ) from error
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        if cfg.address is None:
+            raise
+        fault = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"ray.address={cfg.address}: {fault}; leave it null to start a Ray here") from error
     try:
         yield
     finally:

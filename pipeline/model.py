@@ -69,8 +69,10 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
         return AutoTokenizer.from_pretrained(_place(cfg), **_source(cfg))
 
 
-def describe(cfg: ModelConfig, patterns: Iterable[str]) -> tuple[list[Hookpoint], dict[str, tuple[int, int]]]:
-    """Resolve hookpoints and find their widths without loading weights.
+def describe(
+    cfg: ModelConfig, patterns: Iterable[str], context: int
+) -> tuple[list[Hookpoint], dict[str, tuple[int, int]]]:
+    """Resolve hookpoints and find their widths without loading weights; refuse a context the model cannot take.
 
     Returns the hookpoints and {name: (d_in, d_out)}. The widths come from a forward pass of a model of
     fake tensors, which hold shapes and no data.
@@ -82,11 +84,17 @@ def describe(cfg: ModelConfig, patterns: Iterable[str]) -> tuple[list[Hookpoint]
 
     with _explained(cfg):
         config = _config(cfg)
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and context > longest:
+            raise UserError(f"data.context={context}: {cfg.name} takes at most {longest} tokens")
         with FakeTensorMode(), torch.no_grad():
             model = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation=cfg.attention)
             names = [name for name, _ in model.named_modules()]
             hookpoints = resolve(patterns, cfg.write_modules, names)
             pairs = capture(model, hookpoints, torch.zeros(1, 2, dtype=torch.long))
+    for name, (x, y) in pairs.items():
+        if len(x) != 2 or len(y) != 2 or not x.is_floating_point():
+            raise UserError(f"hookpoint {name!r} does not map one vector per token; hook the whole MLP instead")
     return hookpoints, {name: (x.shape[-1], y.shape[-1]) for name, (x, y) in pairs.items()}
 
 
@@ -97,7 +105,7 @@ def load_trunk(cfg: ModelConfig, hookpoints: Iterable[Hookpoint], device: str) -
     with _explained(cfg):
         config = _config(cfg)
         layers = layers_needed(hookpoints)
-        if layers is not None and layers < config.num_hidden_layers:
+        if layers is not None and layers < getattr(config, "num_hidden_layers", 0):
             config.num_hidden_layers = layers
             if getattr(config, "layer_types", None):  # per-layer kinds (Gemma, Qwen) must match in number
                 config.layer_types = config.layer_types[:layers]
@@ -155,5 +163,7 @@ def _explained(cfg: ModelConfig) -> Iterator[None]:
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
         yield
-    except (OSError, ImportError, KeyError) as error:
+    except UserError:
+        raise
+    except (OSError, ImportError, KeyError, ValueError) as error:
         raise UserError(f"model {cfg.name} ({cfg.id}) cannot be loaded: {error}") from error

@@ -111,12 +111,13 @@ class ActivationStore:
         fault = "hookpoint is not set" if name is None else f"no hookpoint {name!r}"
         raise UserError(f"{fault}: {self.path} holds {', '.join(self.hookpoints)}; choose one with hookpoint=NAME")
 
-    def moments(self, hookpoint: str, side: str, split: str = "train", first_positions: bool = False) -> Moments:
-        """Merged statistics of one side over a split, with or without position 0 of each row."""
+    def moments(
+        self, hookpoint: str, side: str, split: str = "train", positions: tuple[str, ...] = ("other",)
+    ) -> Moments:
+        """Merged statistics of one side over a split, for these classes of positions (commit.POSITIONS)."""
         d = self.hookpoints[hookpoint]["d_in" if side == "input" else "d_out"]
-        wanted = commit.POSITIONS if first_positions else ("other",)
         records = (self.commits[unit] for unit in self.split(split))
-        return merge_all((r.moments[hookpoint][side][where] for r in records for where in wanted), d)
+        return merge_all((r.moments[hookpoint][side][where] for r in records for where in positions), d)
 
     # ---- what is in it ----------------------------------------------------------------------------
 

@@ -99,20 +99,17 @@ def create(path: Path, attrs: dict[str, Any]) -> None:
 def write_tokens(path: Path, rows: int, token_rows: Iterable[np.ndarray]) -> None:
     """Write the token rows of a new or growing store, then admit them (`rows` in the attributes).
 
-    Rows that are there already must come again, unchanged: anything else is another data source. A last
-    unit that was short loses its record, since it grows.
+    Rows that are there already must come again, unchanged: anything else is another data source. A last unit that was
+    short is touched, and loses its record, only when the source has given all that was asked.
     """
     attrs = read_attrs(path)
     assert attrs is not None
     unit_rows, context, old = attrs["identity"]["unit_rows"], attrs["identity"]["context"], attrs["rows"]
     group = zarr.open_group(path, mode="r+")
-    if old % unit_rows:
-        commit.withdraw(path, old // unit_rows)
-    for name in ("tokens", "index", *(f"{h}/{side}" for h in attrs["hookpoints"] for side in commit.SIDES)):
-        array: Any = group[name]
-        array.resize((rows if name == "tokens" else rows * context, *array.shape[1:]))
+    _resize(group["tokens"], rows)
     tokens = _writable(group["tokens"])
     source = iter(token_rows)
+    grown_unit: tuple[int, np.ndarray] | None = None
     for unit in range(layout.num_units(rows, unit_rows)):
         span = layout.unit_token_rows(unit, rows, unit_rows)
         block = np.stack([next(source) for _ in span])
@@ -122,11 +119,30 @@ def write_tokens(path: Path, rows: int, token_rows: Iterable[np.ndarray]) -> Non
                 f"{path}: the data source gives other tokens than it did when rows {span.start}-{span.stop} "
                 f"were stored; choose another store.path"
             )
-        if known < len(span):
-            tokens[span.start : span.stop] = block
-            commit.sync(path / _tokens_shard(unit))
+        if 0 < known < len(span):
+            grown_unit = (unit, block)
+        elif not known:
+            _write_tokens_of(path, tokens, unit, span, block)
     next(source, None)  # lets the source finish its own checks
+    for name in ("index", *(f"{h}/{side}" for h in attrs["hookpoints"] for side in commit.SIDES)):
+        _resize(group[name], rows * context)
+    if grown_unit is not None:
+        unit, block = grown_unit
+        commit.withdraw(path, unit)
+        _write_tokens_of(path, tokens, unit, layout.unit_token_rows(unit, rows, unit_rows), block)
     group.attrs["rows"] = rows
+
+
+def _write_tokens_of(path: Path, tokens: Any, unit: int, span: range, block: np.ndarray) -> None:
+    (path / _tokens_shard(unit)).unlink(missing_ok=True)
+    tokens[span.start : span.stop] = block
+    commit.sync(path / _tokens_shard(unit))
+
+
+def _resize(array: Any, length: int) -> None:
+    """Lengthen, never shorten: a growth that failed may have gone further."""
+    if array.shape[0] < length:
+        array.resize((length, *array.shape[1:]))
 
 
 def write_unit(
@@ -142,6 +158,8 @@ def write_unit(
     start, stop = span.start * identity["context"], span.stop * identity["context"]
     order = layout.permutation(identity["seed"], unit, stop - start)
     is_first = order % identity["context"] == 0
+    is_special = np.isin(tokens.ravel()[order], attrs["special_tokens"]) & ~is_first
+    classes = {"first": is_first, "special": is_special, "other": ~(is_first | is_special)}
     shards = _shards(attrs, unit)
     for name in shards:
         (path / name).unlink(missing_ok=True)  # what a killed worker left: zarr would try to read it
@@ -154,10 +172,7 @@ def write_unit(
             codes = codec.encode(z)[order]
             _writable(group[f"{name}/{side}"])[start:stop] = codes
             values = codec.to_float32(codes)
-            moments[name][side] = {
-                "first": Moments.of(values[is_first]),
-                "other": Moments.of(values[~is_first]),
-            }
+            moments[name][side] = {where: Moments.of(values[chosen]) for where, chosen in classes.items()}
     record = commit.Commit(
         identity=attrs["identity_hash"],
         unit=unit,

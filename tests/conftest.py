@@ -1,5 +1,6 @@
 """A tiny random Llama with a real tokenizer on disk, and stores captured from it without Ray."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,11 @@ D_MODEL, LAYERS, CONTEXT, UNIT_ROWS, UNITS = 24, 3, 16, 4, 33
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some real text: this project's own sources."""
-    path = tmp_path_factory.mktemp("text") / "some.txt"
-    path.write_text("\n".join(p.read_text() for p in sorted((REPO / "pipeline").glob("*.py"))))
+    """Some real text, many short documents: the paragraphs of this project's own sources (JSON lines)."""
+    path = tmp_path_factory.mktemp("text") / "some.jsonl"
+    sources = (p.read_text() for p in sorted((REPO / "pipeline").glob("*.py")))
+    paragraphs = [part for source in sources for part in source.split("\n\n")]
+    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in paragraphs))
     return path
 
 
@@ -66,7 +69,7 @@ def cache_config(tiny_model: Path, text_file: Path) -> Callable[..., CacheConfig
     def make(path: Path, hookpoints: tuple[str, ...] = ("layers.1.mlp",), rows: int = UNITS * UNIT_ROWS, **store: Any):
         return CacheConfig(
             model=ModelConfig(name="tiny", id=str(tiny_model)),
-            data=DataConfig(kind=SourceKind.text, path=str(text_file), tokens=rows * CONTEXT, context=CONTEXT),
+            data=DataConfig(kind=SourceKind.jsonl, path=str(text_file), tokens=rows * CONTEXT, context=CONTEXT),
             store=StoreConfig(**{"path": str(path), "unit_rows": UNIT_ROWS, **store}),
             hookpoints=list(hookpoints),
             micro_batch_tokens=2 * CONTEXT,

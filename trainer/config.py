@@ -9,6 +9,9 @@ from skipcoder.pipeline.errors import UserError
 
 
 class Kind(Enum):
+    def __str__(self) -> str:  # the default run.dir holds it
+        return str(self.value)
+
     sae = "sae"
     transcoder = "transcoder"
     skip_transcoder = "skip_transcoder"
@@ -74,6 +77,12 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.lr is not None and self.lr <= 0:
             raise UserError(f"optim.lr={self.lr}: must be positive, or null for the paper's rule")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optim.{name}={getattr(self, name)}: must be at least 0 and below 1")
+        for name in ("eps", "clip"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"optim.{name}={getattr(self, name)}: must be positive")
 
 
 @dataclass
@@ -89,6 +98,10 @@ class StreamConfig:
     """Leave out positions that hold one of the tokenizer's special tokens."""
 
     def __post_init__(self) -> None:
+        if self.seed < 0 or self.first_positions < 0:
+            raise UserError(
+                f"stream.seed={self.seed}, stream.first_positions={self.first_positions}: must not be negative"
+            )
         if self.pool_chunks < 1:
             raise UserError(f"stream.pool_chunks={self.pool_chunks}: must be at least 1")
 
@@ -113,7 +126,8 @@ class LoopConfig:
     """The length and the machinery of a run."""
 
     tokens: int = 10_000_000
-    """Tokens to train on; more than the store holds means several epochs."""
+    """Tokens to train on, in steps of batch_tokens (an epoch's short last batch counts as a whole one); more than the
+    store holds means several epochs."""
     batch_tokens: int = 4096
     dead_tokens: int | None = None
     """A latent is dead after this many tokens without firing; null: min(10M, tokens / 4)."""
@@ -131,6 +145,9 @@ class LoopConfig:
         for name in ("tokens", "batch_tokens", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("dead_tokens", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"train.{name}={getattr(self, name)}: must be at least 1, or null")
 
 
 @dataclass

@@ -26,7 +26,12 @@ _FREE_KEYS = ("run", "train.device", "train.threads", "train.save_every")
 
 def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
     """Train to the end and return the summary; a finished run returns its summary at once."""
-    store = ActivationStore.open(_store_path(cfg))
+    cfg.store.path = str(_store_path(cfg))  # as found, so that the run's configuration names it
+    store = ActivationStore.open(cfg.store.path)
+    if not store.is_complete:
+        raise UserError(
+            f"{store.path} has only {len(store.units)} of its units; finish it: run the same capture command again"
+        )
     hookpoint = store.hookpoint(cfg.hookpoint)
     refuse_other_config(cfg, directory)
     if (directory / "summary.json").exists():
@@ -45,9 +50,10 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
         device=device,
     )
     steps = -(-cfg.train.tokens // cfg.train.batch_tokens)
-    learner = make_learner(cfg, store, hookpoint, steps, device)
+    state = checkpoint.load_state(directory / "checkpoint")
+    learner = make_learner(cfg, store, hookpoint, steps, device, fresh=state is None)
     write_atomically(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)).encode())
-    seconds = _resume(learner, stream, directory)
+    seconds = _resume(state, learner, stream, directory)
     seconds = _loop(learner, stream, directory, cfg, seconds)
 
     coder = learner.folded()
@@ -72,13 +78,14 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
     return summary
 
 
-def make_learner(cfg: TrainConfig, store: ActivationStore, hookpoint: str, steps: int, device: str) -> Learner:
+def make_learner(
+    cfg: TrainConfig, store: ActivationStore, hookpoint: str, steps: int, device: str, fresh: bool = True
+) -> Learner:
     """A learner that starts from the statistics of the store's training units."""
-    with_first = cfg.stream.first_positions == 0
-    x, y = (store.moments(hookpoint, side, first_positions=with_first) for side in sides(cfg.coder))
+    kept = TokenFilter(cfg.stream.first_positions, cfg.stream.special_tokens)
+    x, y = (store.moments(hookpoint, side, positions=kept.classes) for side in sides(cfg.coder))
     learner = Learner(cfg, x, y, steps, device)
-    if cfg.coder.kind is Kind.skip_transcoder and cfg.coder.skip_init is SkipInit.ridge:
-        kept = TokenFilter(cfg.stream.first_positions, cfg.stream.special_tokens)
+    if fresh and cfg.coder.kind is Kind.skip_transcoder and cfg.coder.skip_init is SkipInit.ridge:
         learner.start_skip(*ridge(ActivationStream(store, hookpoint, 8192, filter=kept, epochs=1), len(x.mean)))
     return learner
 
@@ -99,16 +106,16 @@ def refuse_other_config(cfg: TrainConfig, directory: Path) -> None:
         raise UserError(f"{directory} holds another run ({facts}); choose another directory, or delete it")
 
 
-def pick_device(asked: str | None) -> str:
+def pick_device(asked: str | None, key: str = "train.device") -> str:
     """The asked device, if it is there; without a wish, cuda before cpu."""
     if asked is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"train.device={asked}, but torch sees no GPU here; use cpu, or leave it null")
+        raise UserError(f"{key}={asked}, but torch sees no GPU here; use cpu, or leave it null")
     try:
-        return str(torch.device(asked))
+        return str(torch.empty(0, device=asked).device)
     except RuntimeError as error:
-        raise UserError(f"train.device={asked}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{key}={asked}: {str(error).splitlines()[0]}") from None
 
 
 def provenance(store: ActivationStore, hookpoint: str, learner: Learner) -> dict[str, Any]:
@@ -191,9 +198,8 @@ def _metrics_line(learner: Learner, window: list[dict[str, torch.Tensor]], secon
     }
 
 
-def _resume(learner: Learner, stream: ActivationStream, directory: Path) -> float:
+def _resume(state: dict[str, Any] | None, learner: Learner, stream: ActivationStream, directory: Path) -> float:
     """Go to the saved state if there is one, and cut metrics.jsonl back to it. Returns seconds spent."""
-    state = checkpoint.load_state(directory / "checkpoint")
     if state is None:
         _metrics_file(directory).unlink(missing_ok=True)
         return 0.0

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +47,12 @@ class TokenFilter:
 
     first_positions: int = 1
     special_tokens: bool = True
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of positions (commit.POSITIONS) that stay, for statistics: exact for first_positions 0 and 1."""
+        first = ("first",) if self.first_positions == 0 else ()
+        return (*first, *(() if self.special_tokens else ("special",)), "other")
 
     def keep(self, position_B: np.ndarray, token_B: np.ndarray, context: int, special: list[int]) -> np.ndarray:
         """bool [B] of the positions that stay."""
@@ -105,8 +111,8 @@ class ActivationStream:
             )
         self.epoch = self.block = self.offset = 0
         facts = store.hookpoints[self.hookpoint]
-        if total * 2 * (facts["d_in"] + facts["d_out"]) <= KEEP_BYTES:
-            self._read_chunk = cache(self._read_chunk)  # type: ignore[method-assign]
+        small = total * 2 * (facts["d_in"] + facts["d_out"]) <= KEEP_BYTES
+        self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] | None = {} if small and epochs != 1 else None
 
     # ---- position ---------------------------------------------------------------------------------
 
@@ -143,11 +149,12 @@ class ActivationStream:
         try:
             for block in blocks:
                 size = len(block.position)
+                seen = seen or size > 0
                 while self.offset < size:
                     stop = min(self.offset + missing, size)
                     parts.append(tuple(z[self.offset : stop] for z in (block.x, block.y, block.position)))
                     missing -= stop - self.offset
-                    self.offset, seen = stop, True
+                    self.offset = stop
                     if not missing:
                         yield self._batch(parts)
                         parts, missing = [], self.batch_tokens
@@ -175,11 +182,18 @@ class ActivationStream:
                 last = -(-len(order) // self.pool_chunks) - 1
                 for block in range(number, last + 1):
                     chosen = order[block * self.pool_chunks : (block + 1) * self.pool_chunks]
-                    parts = list(pool.map(self._read_chunk, chosen.tolist()))
+                    parts = list(pool.map(self._chunk, chosen.tolist()))
                     x, y, position = (torch.cat(z) for z in zip(*parts, strict=True))
                     shuffle = torch.from_numpy(block_permutation(self.seed, epoch, block, len(position)))
                     yield _Block(epoch, block, block == last, x[shuffle], y[shuffle], position[shuffle])
                 epoch, number = epoch + 1, 0
+
+    def _chunk(self, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+        if self._kept is None:
+            return self._read_chunk(chunk)
+        if chunk not in self._kept:
+            self._kept[chunk] = self._read_chunk(chunk)
+        return self._kept[chunk]
 
     def _read_chunk(self, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
         unit, start, stop = self.chunks[chunk]

@@ -72,6 +72,7 @@ def test_cross_entropy_is_transformers_own_and_ignores_batching(lm: Any, tokens:
 def test_recovered() -> None:
     assert recovered(clean=2.0, spliced=2.0, ablated=3.0) == 1
     assert recovered(clean=2.0, spliced=3.0, ablated=3.0) == 0
+    assert recovered(clean=2.0, spliced=2.0, ablated=2.0) is None
 
 
 @torch.no_grad()

@@ -15,10 +15,10 @@ from tests.conftest import CONTEXT, REPO, UNIT_ROWS, UNITS
 from tests.pipeline.test_store import files
 
 
-def command(tiny_model: Path, text_file: Path, path: Path, *more: str) -> list[str]:
+def command(tiny_model: Path, text_file: Path, path: Path, *more: str, kind: str = "jsonl") -> list[str]:
     return [
         *(sys.executable, str(REPO / "pipeline" / "cache.py"), "model=local", "model.name=tiny"),
-        *(f"model.id={tiny_model}", "hookpoints=[layers.*.mlp]", "data=text", f"data.path={text_file}"),
+        *(f"model.id={tiny_model}", "hookpoints=[layers.*.mlp]", f"data={kind}", f"data.path={text_file}"),
         *(f"data.tokens={UNITS * UNIT_ROWS * CONTEXT}", f"data.context={CONTEXT}", f"store.path={path}"),
         *(f"store.unit_rows={UNIT_ROWS}", f"micro_batch_tokens={2 * CONTEXT}", *more),
     ]
@@ -70,6 +70,11 @@ CACHE, TRAIN, EVALUATE = (str(REPO / p) for p in ("pipeline/cache.py", "trainer/
         ([CACHE, "data=text"], "data.path"),
         ([CACHE, "model=local", "model.id=/no/where", "hookpoints=[a]"], "no such directory"),
         ([CACHE, "store.path=a=b"], "hint: put values"),
+        ([CACHE, "store.path=s3://bucket/x"], "no object stores"),
+        ([CACHE, "data.context=9000", "store.path=x.zarr"], "smollm2-135m takes at most 8192 tokens"),
+        ([CACHE, "hookpoints=[embed_tokens]", "store.path=x.zarr"], "one vector per token"),
+        ([CACHE, "ray.address=10.255.255.1:1", "data.tokens=4096", "ray.workers=0"], "ray.workers=0"),
+        ([TRAIN, "optim.clip=0"], "optim.clip=0.0: must be positive"),
         ([TRAIN], "store.path is not set and there is none under stores/"),
         ([TRAIN, "store.path=nowhere.zarr"], "make one with: python pipeline/cache.py"),
         ([TRAIN, "coder.k=65", "coder.width=64"], "coder.k=65 must be between 1 and coder.width=64"),
@@ -94,7 +99,7 @@ def test_a_store_of_another_capture_is_refused_by_the_command(
 
 def test_text_that_is_not_utf8(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
-    run = command(tiny_model, tmp_path / "bad.txt", tmp_path / "s.zarr")
+    run = command(tiny_model, tmp_path / "bad.txt", tmp_path / "s.zarr", kind="text")
     assert "bad.txt is not UTF-8 (byte 3 is 0xe9)" in fails(*run[1:], cwd=tmp_path)
 
 

@@ -65,9 +65,17 @@ def test_statistics_are_those_of_the_stored_values(store: ActivationStore) -> No
     for split in ("train", "held_out"):
         spans = [store.unit_range(unit) for unit in store.split(split)]
         y = torch.cat([store.activations("layers.1.mlp", "output", *span) for span in spans]).double().numpy()
-        first = np.concatenate([store.read("index", *span) for span in spans]) % CONTEXT == 0
-        for with_first, values in ((True, y), (False, y[~first])):
-            moments = store.moments("layers.1.mlp", "output", split, with_first)
+        index = np.concatenate([store.read("index", *span) for span in spans]).astype(np.int64)
+        tokens = store.read("tokens", 0, store.rows).ravel()[index]
+        first = index % CONTEXT == 0
+        special = np.isin(tokens, store.attrs["special_tokens"]) & ~first
+        assert special.any() or split == "held_out"  # so that the class is not tested on nothing
+        for classes, values in (
+            (commit.POSITIONS, y),
+            (("other",), y[~first & ~special]),
+            (("special", "other"), y[~first]),
+        ):
+            moments = store.moments("layers.1.mlp", "output", split, classes)
             assert moments.count == len(values)
             np.testing.assert_allclose(moments.mean, values.mean(0), rtol=1e-9, atol=1e-12)
             np.testing.assert_allclose(moments.variance, values.var(0), rtol=1e-9)
@@ -154,9 +162,9 @@ def test_changed_text_is_refused_when_growing(
     capture_here(cfg)
     identity = cache.text.identity(cfg.data)
     monkeypatch.setattr(cache.text, "identity", lambda _: identity)  # as if the fingerprint had missed the change
-    (tmp_path / "other.txt").write_text(text_file.read_text()[7:])
+    (tmp_path / "other.jsonl").write_text("".join(text_file.read_text().splitlines(keepends=True)[1:]))
     cfg = cache_config(tmp_path / "s.zarr", rows=80)
-    cfg.data.path = str(tmp_path / "other.txt")
+    cfg.data.path = str(tmp_path / "other.jsonl")
     with pytest.raises(UserError, match="other tokens than it did"):
         capture_here(cfg)
 
@@ -212,3 +220,22 @@ def test_nan_fails_its_unit_with_its_place_and_commits_nothing(
         worker.capture_unit(Poisoned(), store, [hookpoint], 2, "cpu")
     assert 2 not in commit.committed_units(store.path)
     assert layout.num_units(store.rows, UNIT_ROWS) == UNITS
+
+
+def test_failed_growth_loses_nothing(tmp_path: Path, cache_config: Any, capture_here: Any) -> None:
+    """More is asked than the text holds: refused, and the short last unit is still there."""
+    store = capture_here(cache_config(tmp_path / "s.zarr", rows=70))
+    units, rows = store.units, store.rows
+    with pytest.raises(UserError, match=r"but data\.tokens asks for"):
+        capture_here(cache_config(tmp_path / "s.zarr", rows=10**6))
+    again = ActivationStore.open(tmp_path / "s.zarr")
+    assert (again.units, again.rows) == (units, rows) and again.is_complete
+    again.tokens(units[-1])
+
+
+def test_a_second_capture_on_the_same_store_is_refused(store: ActivationStore, cache_config: Any) -> None:
+    with (
+        commit.only_writer(store.path),
+        pytest.raises(UserError, match="another capture is at work"),
+    ):
+        cache.capture(cache_config(store.path, ("layers.*.mlp",)))

@@ -82,7 +82,7 @@ def test_five_steps_equal_the_dense_reference(store: ActivationStore, kind: Kind
 def test_loss_is_the_fvu_of_the_mean_predictor_at_the_start(store: ActivationStore) -> None:
     """Transcoders start as the constant mean(y); over all training tokens that has FVU 1."""
     learner = make_learner(config(Kind.transcoder), store, HOOKPOINT, 50, "cpu")
-    keep_all = ActivationStream(store, HOOKPOINT, 1984, epochs=1, filter=TokenFilter(1, False))
+    keep_all = ActivationStream(store, HOOKPOINT, 5000, epochs=1, filter=TokenFilter())
     (batch,) = list(keep_all)
     assert float(learner.step(batch.x, batch.y, batch.tokens)["loss"]) == pytest.approx(1, rel=1e-4)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,3 +180,31 @@ def test_sweep_killed_by_signal_9_and_run_again(store: ActivationStore, tmp_path
         ("skip_transcoder", 4),
     ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "whole"]
+
+
+def test_unfinished_store_is_refused(store: ActivationStore, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(store.path, tmp_path / "copy.zarr"))
+    (copy / "commits" / "00000003.json").unlink()
+    cfg = config(store)
+    cfg.store.path = str(copy)
+    with pytest.raises(UserError, match="has only 32 of its units; finish it"):
+        run.train(cfg, tmp_path / "run")
+
+
+def test_without_a_path_the_only_store_is_found_and_recorded(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stores").mkdir()
+    (tmp_path / "stores" / "one.zarr").symlink_to(store.path)
+    cfg = config(store)
+    cfg.store.path = None
+    run.train(cfg, tmp_path / "run")
+    assert "path: stores/one.zarr" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_default_directory_bears_the_kinds_name() -> None:
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
+        assert compose("train", ["coder=sae"]).run.dir == "runs/sae-k32-m4608-s0"

@@ -70,17 +70,18 @@ def test_filter(store: ActivationStore) -> None:
         next(iter(open_stream(store, filter=TokenFilter(CONTEXT))))
 
 
-@pytest.mark.parametrize("stop_after", [1, 7, 19, 20, 33])
+@pytest.mark.parametrize("batch_tokens", [100, 64])
+@pytest.mark.parametrize("stop_after", [1, 7, 19, 20, 31, 33])
 def test_resume_goes_on_exactly_without_replay(
-    store: ActivationStore, stop_after: int, monkeypatch: pytest.MonkeyPatch
+    store: ActivationStore, stop_after: int, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also across the short batch at an epoch's end (20 batches an epoch)."""
-    whole = open_stream(store, filter=EVERYTHING)
+    """Also at an epoch's end, after a short batch (100: 20 batches an epoch) and after a full one (64: 31)."""
+    whole = open_stream(store, batch_tokens, filter=EVERYTHING)
     wanted = list(itertools.islice(whole, 45))
-    first = open_stream(store, filter=EVERYTHING)
+    first = open_stream(store, batch_tokens, filter=EVERYTHING)
     list(itertools.islice(first, stop_after))
     state = first.state_dict()
-    second = open_stream(store, filter=EVERYTHING)
+    second = open_stream(store, batch_tokens, filter=EVERYTHING)
     second.load_state_dict(state)
     monkeypatch.setattr(module, "KEEP_BYTES", 0)
     got = list(itertools.islice(second, 45 - stop_after))

@@ -1,0 +1,48 @@
+"""What the README shows works: its commands compose, its Python runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import skipcoder.evals.evaluate
+import skipcoder.pipeline.cache
+import skipcoder.trainer.train  # noqa: F401 (importing an entry point registers its schema)
+from hydra import compose, initialize_config_dir
+from skipcoder.evals.config import EvaluateConfig
+from skipcoder.pipeline.cli import typed
+from skipcoder.pipeline.config import CacheConfig
+from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer import run
+from skipcoder.trainer.config import TrainConfig
+
+from tests.conftest import REPO
+from tests.trainer.test_run import config
+
+README = (REPO / "README.md").read_text()
+COMMANDS = sorted(set(re.findall(r"python (?:pipeline|trainer|evals)/[^`\n]+", README)))
+SCHEMAS = {"cache": CacheConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+
+
+def test_there_are_commands() -> None:
+    assert {Path(shlex.split(c)[1]).stem for c in COMMANDS} == set(SCHEMAS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_compose(command: str) -> None:
+    """Every key, type and preset is known; of a sweep, the first job is taken."""
+    _, script, *overrides = shlex.split(command)
+    overrides = [o if "[" in o else o.split(",")[0] for o in overrides if o != "-m" and not o.startswith("hydra.")]
+    name = Path(script).stem
+    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
+        cfg = compose(name, overrides)
+    assert typed(cfg, SCHEMAS[name])
+
+
+def test_python_example_runs(store: ActivationStore, tmp_path: Path) -> None:
+    run.train(config(store), tmp_path / "run")
+    (code,) = re.findall(r"```python\n(.+?)```", README, re.S)
+    code = code.replace("stores/smollm2.zarr", str(store.path)).replace("runs/skip", str(tmp_path / "run"))
+    names: dict = {}
+    exec(code.replace("layers.10.mlp", "layers.1.mlp"), names)
+    assert names["y_hat"].shape == (1024, 24) and names["values"].shape == names["indices"].shape == (1024, 4)
