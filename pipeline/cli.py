@@ -41,6 +41,27 @@ def run(main: Callable[[], object]) -> int:
     return DONE
 
 
+def differences(old: Any, new: Any, ignore: tuple[str, ...] = ()) -> str:
+    """The keys in which two nested configurations differ, with both values; "" if none does.
+
+    >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})
+    'a.b: 1 there, 3 asked'
+    """
+    flat_old, flat_new = _flat(old), _flat(new)
+    return "; ".join(
+        f"{key}: {flat_old.get(key)} there, {flat_new.get(key)} asked"
+        for key in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(key) != flat_new.get(key) and not key.startswith(ignore)
+    )
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
 T = TypeVar("T")
 
 

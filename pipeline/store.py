@@ -42,10 +42,8 @@ class ActivationStore:
                 shard = path / name
                 found = shard.stat().st_size if shard.exists() else "no such file"
                 if found != facts["bytes"]:
-                    raise UserError(
-                        f"{shard}: expected {facts['bytes']} bytes, found {found}; "
-                        f"delete {commit.path_of(path, record.unit)} and re-run the capture to mend it"
-                    )
+                    mend = store._remedy(name.split("/")[0], record.unit)
+                    raise UserError(f"{shard}: expected {facts['bytes']} bytes, found {found}; {mend}")
         return store
 
     # ---- what it is -------------------------------------------------------------------------------
@@ -154,12 +152,16 @@ class ActivationStore:
             return np.ascontiguousarray(self.array(name)[start:stop])
         except (ValueError, RuntimeError, OSError) as error:
             unit = start // (self.unit_rows * (1 if name == "tokens" else self.context))
-            mend = f"delete {commit.path_of(self.path, unit)} and re-run the capture to mend it"
-            if name == "tokens":
-                mend = "delete the store and capture anew"
             raise UserError(
-                f"{self.path / name}: rows {start}-{stop} (unit {unit}) cannot be decoded ({error}); {mend}"
+                f"{self.path / name}: rows {start}-{stop} (unit {unit}) cannot be decoded ({error}); "
+                f"{self._remedy(name, unit)}"
             ) from error
+
+    def _remedy(self, array: str, unit: int) -> str:
+        """What mends a damaged shard: a re-run writes activations anew, tokens never."""
+        if array == "tokens":
+            return "delete the store and capture anew"
+        return f"delete {commit.path_of(self.path, unit)} and re-run the capture to mend it"
 
     def activations(self, hookpoint: str, side: str, start: int, stop: int) -> Any:
         """Stored tokens [start, stop) of one side as a tensor [stop - start, d] (bfloat16 for codec bf16)."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import zarr
 from google_crc32c import value as crc32c
-from skipcoder.pipeline import commit, layout
+from skipcoder.pipeline import cli, commit, layout
 from skipcoder.pipeline.codec import CODECS, compressors
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.stats import Moments
@@ -30,18 +30,9 @@ def identity_hash(identity: dict[str, Any]) -> str:
 
 def refuse_other_identity(path: Path, attrs: dict[str, Any], identity: dict[str, Any]) -> None:
     """UserError naming the keys in which the store at `path` differs from what is asked for."""
-    old, new = _flat(attrs["identity"]), _flat(identity)
-    differ = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    if differ:
-        facts = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} asked" for key in differ)
+    facts = cli.differences(attrs["identity"], identity)
+    if facts:
         raise UserError(f"{path} holds another capture ({facts}); choose another store.path, or delete it")
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def create(path: Path, attrs: dict[str, Any]) -> None:

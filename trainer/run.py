@@ -95,14 +95,9 @@ def refuse_other_config(cfg: TrainConfig, directory: Path) -> None:
     file = directory / "config.yaml"
     if not file.exists():
         return
-    old, new = (_flat(OmegaConf.to_container(c)) for c in (OmegaConf.load(file), OmegaConf.structured(cfg, flags={})))
-    differ = [
-        key
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS)
-    ]
-    if differ:
-        facts = "; ".join(f"{key}: {old.get(key)} there, {new.get(key)} asked" for key in differ)
+    then, now = (OmegaConf.to_container(c, enum_to_str=True) for c in (OmegaConf.load(file), OmegaConf.structured(cfg)))
+    facts = cli.differences(then, now, ignore=_FREE_KEYS)
+    if facts:
         raise UserError(f"{directory} holds another run ({facts}); choose another directory, or delete it")
 
 
@@ -233,11 +228,3 @@ def _store_path(cfg: TrainConfig) -> Path:
         return found[0]
     have = f"stores/ holds {', '.join(p.name for p in found)}" if found else "there is none under stores/"
     raise UserError(f"store.path is not set and {have}; set it, or capture with: python pipeline/cache.py")
-
-
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        value = value.value if hasattr(value, "value") else value
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -111,6 +111,7 @@ def test_help_explains(script: str, tmp_path: Path) -> None:
 
 
 def test_gemma_preset_captures_what_the_residual_stream_sees() -> None:
+    import skipcoder.pipeline.cache  # noqa: F401 (registers the schema)
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):

@@ -114,6 +114,12 @@ def test_truncated_or_missing_shard_is_caught_at_opening(copy: Path, cut: str) -
         ActivationStore.open(copy)
 
 
+def test_lost_tokens_get_the_remedy_that_works(copy: Path) -> None:
+    (copy / "tokens/c/7/0").unlink()
+    with pytest.raises(UserError, match=r"tokens/c/7/0: expected .*; delete the store and capture anew"):
+        ActivationStore.open(copy)
+
+
 def test_uncommitted_units_do_not_exist(copy: Path) -> None:
     commit.withdraw(copy, 5)
     store = ActivationStore.open(copy)

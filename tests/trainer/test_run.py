@@ -204,6 +204,7 @@ def test_without_a_path_the_only_store_is_found_and_recorded(
 
 
 def test_default_directory_bears_the_kinds_name() -> None:
+    import skipcoder.trainer.train  # noqa: F401 (registers the schema)
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
