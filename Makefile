@@ -38,7 +38,7 @@ lint: setup
 
 # mypy reads a regular install: the folders bear other names than the packages.
 typecheck: setup
-	rm -rf build/typecheck && $(BIN)/python -m pip install -q --no-deps --target build/typecheck .
+	rm -rf build && $(BIN)/python -m pip install -q --no-deps --target build/typecheck .
 	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 		--python-executable ../../$(BIN)/python -p skipcoder
 

@@ -8,6 +8,7 @@ metadata in the assembly. Compiling says nothing about speed.
 """
 
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -19,34 +20,38 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
-from skipcoder.kernels import gpu
+from shapes import SHAPES
+from skipcoder.kernels import gpu, gpu_select
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-WIDTHS = {"SmolLM2": 576, "Pythia-160M": 768, "Llama-3.2-1B": 2048, "Gemma-2-2B": 2304, "Llama-8B": 4096}
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 DTYPES = ("fp32", "bf16")
 
 
-def kernels(d: int, dtype: str, warp: int) -> list[tuple[str, Any, dict[str, str], dict[str, int], int]]:
+def kernels(
+    d: int, m: int, k: int, dtype: str, warp: int
+) -> list[tuple[str, Any, dict[str, str], dict[str, int], int]]:
     """(name, kernel, types of its arguments, constants, warps) as the launchers in gpu.py use them."""
     tile = gpu.block_d(d)
     warps = gpu.num_warps(tile, 2 if dtype == "bf16" else 4, warp)
+    groups = gpu_select.groups(m, math.ceil(1.25 * k))
     i64, f32, row = "*i64", "*fp32", f"*{dtype}"
     segments = dict.fromkeys(("start_ptr", "count_ptr", "segments_ptr", "before_ptr", "partial_before_ptr"), i64)
     return [
         (
             "gather_sum",
             gpu.gather_sum_kernel,
-            {"index_ptr": i64, "weight_ptr": f32, "W_ptr": row, "out_ptr": row, "D": "i32", "K": "i32"},
-            {"BLOCK_D": tile},
+            {"index_ptr": i64, "weight_ptr": f32, "W_ptr": row, "offset_ptr": i64, "base_ptr": row, "out_ptr": row}
+            | {"D": "i32", "K": "i32", "N": "i32", "L": "i32"},
+            {"RAGGED": 0, "BASE": 2, "BLOCK_D": tile},
             warps,
         ),
         (
             "gather_dot",
             gpu.gather_dot_kernel,
-            {"x_ptr": row, "W_ptr": row, "index_ptr": i64, "out_ptr": row, "D": "i32", "K": "i32"},
-            {"BLOCK_K": 8, "BLOCK_D": min(256, tile)},
+            {"x_ptr": row, "W_ptr": row, "index_ptr": i64, "token_ptr": i64, "out_ptr": row} | {"D": "i32", "L": "i32"},
+            {"BLOCK_L": 8, "BLOCK_D": min(256, tile)},
             4,
         ),
         (
@@ -64,6 +69,13 @@ def kernels(d: int, dtype: str, warp: int) -> list[tuple[str, Any, dict[str, str
             {"BLOCK_D": tile},
             gpu.num_warps(tile, 4, warp),
         ),
+        (
+            "candidates",
+            gpu_select.candidates_kernel,
+            {"pre_ptr": row, "out_ptr": i64, "M": "i32", "C": "i32", "P": "i32"},
+            {"GROUPS": groups, "LOW_BIT": 16 if dtype == "bf16" else 0},
+            gpu_select.num_warps(groups, warp),
+        ),
     ]
 
 
@@ -74,7 +86,7 @@ def compile_one(
     signature = types | dict.fromkeys(constants, "constexpr")
     # What the launcher sees at run time: torch's pointers and all our widths are multiples of 16.
     names = list(signature)
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in types if n.endswith("_ptr") or n == "D"}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in types if n.endswith("_ptr") or n in "DM"}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": warps})
     facts: dict[str, Any] = {"shared": built.metadata.shared}
@@ -105,10 +117,10 @@ def report() -> tuple[str, int]:
     lines = [f"triton {triton.__version__}, from the script `benchmarks/compile_report.py`; no GPU was used.", ""]
     lines += ["| kernel | dtype | width | target | registers | spill | shared B | 128-bit loads |", "|" + "---|" * 8]
     spilling = 0
-    for model, d in WIDTHS.items():
+    for model, (_, d, m, k) in SHAPES.items():
         for dtype in DTYPES:
             for target, (_, _, warp) in TARGETS.items():
-                for name, kernel, types, constants, warps in kernels(d, dtype, warp):
+                for name, kernel, types, constants, warps in kernels(d, m, k, dtype, warp):
                     facts = compile_one(kernel, types, constants, warps, target)
                     spilling += facts["spill"] > 0
                     cells = (name, dtype, f"{d} ({model})", target, facts["registers"], facts["spill"])

@@ -15,27 +15,21 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from shapes import SHAPES, TINY, Shape
 from skipcoder.kernels.decode import sparse_decode
-from skipcoder.kernels.encode import encode_topk
-from skipcoder.kernels.token_list import TokenList, gather_dot, gather_sum
+from skipcoder.kernels.encode import encode
+from skipcoder.kernels.rows import by_latent, gather_dot, gather_sum
+from skipcoder.kernels.topk import candidates
 from skipcoder.pipeline.stats import Moments
-from skipcoder.trainer.config import CoderConfig, Kind, LoopConfig, TrainConfig
+from skipcoder.trainer.config import CoderConfig, EncodeConfig, EncodeMode, Kind, TrainConfig
 from skipcoder.trainer.learner import Learner
 from torch import Tensor
 from torch.nn import functional as F
 
-# model: (tokens, width of the MLP's sides, latents, k)
-SHAPES = {
-    "SmolLM2-135M": (8192, 576, 18432, 32),
-    "Pythia-160M": (8192, 768, 32768, 32),
-    "Llama-3.2-1B": (8192, 2048, 131072, 32),
-    "Gemma-2-2B": (8192, 2304, 16384, 64),
-    "Llama-8B": (4096, 4096, 131072, 64),
-}
-TINY = {"tiny": (64, 48, 512, 4)}
 Form = Callable[[], object]
 
 
@@ -53,22 +47,23 @@ def csr_codes(values_NK: Tensor, indices_NK: Tensor, m: int) -> Tensor:
     return torch.sparse_csr_tensor(rows, columns, values, (n, m))
 
 
-def forms(shape: tuple[int, int, int, int], device: str) -> dict[str, dict[str, Form]]:
+def forms(shape: Shape, device: str) -> dict[str, dict[str, Form]]:
     """{operation: {form: function}} for one shape."""
     n, d, m, k = shape
     g = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(n, d, generator=g).to(device) for _ in range(2))
     W_enc, W_dec = ((torch.randn(m, d, generator=g) / d**0.5).to(device) for _ in range(2))
     b_enc, b_dec = torch.zeros(m, device=device), torch.zeros(d, device=device)
-    values, indices, _ = encode_topk(x, W_enc, b_enc, k, None, torch.bfloat16)
+    codes = encode(x, W_enc, b_enc, k, mode="bfloat16")
+    values, indices = codes.values, codes.indices
     csr = csr_codes(values, indices, m)
 
     def backward() -> Tensor:
-        tokens = TokenList(indices, m)
+        latents = by_latent(indices, m)
         d_values = gather_dot(grad, W_dec, indices)
-        tokens.sum_rows(values, grad)
-        tokens.sum_weights(d_values)
-        return tokens.sum_rows(d_values, x)
+        latents.sum_rows(values, grad)
+        latents.sum_weights(d_values)
+        return latents.sum_rows(d_values, x)
 
     def backward_bags() -> None:
         W = W_dec.detach().requires_grad_()
@@ -79,17 +74,21 @@ def forms(shape: tuple[int, int, int, int], device: str) -> dict[str, dict[str, 
         W = W_dec.detach().requires_grad_()
         (dense_codes(values, indices, m) @ W).backward(grad)
 
-    cfg = TrainConfig(coder=CoderConfig(kind=Kind.transcoder, k=k, width=m), train=LoopConfig())
-    learner = Learner(cfg, Moments.of(x.cpu().numpy()), Moments.of(grad.cpu().numpy()), 1000, device)
+    learners = {}
+    for mode in EncodeMode:
+        cfg = TrainConfig(coder=CoderConfig(kind=Kind.transcoder, k=k, width=m), encode=EncodeConfig(mode=mode))
+        learners[mode.value] = Learner(cfg, Moments.of(x.cpu().numpy()), Moments.of(grad.cpu().numpy()), 1000, device)
     operations: dict[str, dict[str, Form]] = {
         "encode": {
-            "ours bf16": lambda: encode_topk(x, W_enc, b_enc, k, None, torch.bfloat16),
-            "ours f32": lambda: encode_topk(x, W_enc, b_enc, k),
+            "ours bf16": lambda: encode(x, W_enc, b_enc, k, mode="bfloat16"),
+            "ours scout (int8)": lambda: encode(x, W_enc, b_enc, k, mode="scout"),
+            "ours f32": lambda: encode(x, W_enc, b_enc, k),
+            "ours bf16, batchtopk": lambda: encode(x, W_enc, b_enc, k, activation="batchtopk", mode="bfloat16"),
             "torch bf16 GEMM alone": lambda: x.bfloat16() @ W_enc.bfloat16().T,
             "torch bf16 GEMM + topk": lambda: torch.topk(x.bfloat16() @ W_enc.bfloat16().T, k),
         },
         "decode": {
-            "ours": lambda: sparse_decode(values, indices, W_dec, b_dec),
+            "ours": lambda: sparse_decode(codes, W_dec, b_dec),
             "embedding_bag": lambda: F.embedding_bag(indices, W_dec, mode="sum", per_sample_weights=values),
             "CSR": lambda: csr @ W_dec,
             "dense": lambda: dense_codes(values, indices, m) @ W_dec,
@@ -99,7 +98,7 @@ def forms(shape: tuple[int, int, int, int], device: str) -> dict[str, dict[str, 
             "embedding_bag (decoder)": backward_bags,
             "dense (decoder)": backward_dense,
         },
-        "step": {"ours": lambda: learner.step(x, grad, n)},
+        "step": {f"ours {mode}": partial(one.step, x, grad, n) for mode, one in learners.items()},
     }
     if device == "cuda" and importlib.util.find_spec("sparsify"):
         from sparsify.utils import triton_decode
@@ -108,7 +107,7 @@ def forms(shape: tuple[int, int, int, int], device: str) -> dict[str, dict[str, 
     return operations
 
 
-def check(shape: tuple[int, int, int, int], device: str) -> list[str]:
+def check(shape: Shape, device: str) -> list[str]:
     """Sparse operations against float64 on the device, on at most 256 tokens; the worst relative error of each."""
     n, d, m, k = (min(shape[0], 256), *shape[1:])
     g = torch.Generator().manual_seed(1)
@@ -126,15 +125,20 @@ def check(shape: tuple[int, int, int, int], device: str) -> list[str]:
             gather_dot(x, W, indices),
             torch.stack([(x64 * W64[indices[:, j]]).sum(1) for j in range(k)], 1),
         ),
-        "sum_rows": (TokenList(indices, m).sum_rows(weights, x), rows),
+        "sum_rows": (by_latent(indices, m).sum_rows(weights, x), rows),
     }
-    again = TokenList(indices, m).sum_rows(weights, x)
+    again = by_latent(indices, m).sum_rows(weights, x)
     lines = []
     for name, (got, exact) in pairs.items():
         error = float((got.double() - exact).norm() / exact.norm())
         if not error < 1e-5:
             raise SystemExit(f"{name} is wrong at {shape}: relative error {error:.2e}")
         lines.append(f"{name} {error:.1e}")
+    pre = torch.randn(n, m, generator=g).to(device)
+    found, wanted = candidates(pre, k), torch.topk(pre, k).indices
+    if not (wanted[:, :, None] == found[:, None]).any(2).all():
+        raise SystemExit(f"candidates misses some of the {k} largest at {shape}")
+    lines.append("candidates complete")
     if not torch.equal(again, pairs["sum_rows"][0]):
         raise SystemExit(f"sum_rows is not the same from run to run at {shape}")
     return lines

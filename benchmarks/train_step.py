@@ -28,7 +28,7 @@ import torch
 
 SHAPE = {"n": 4096, "d": 576, "m": 18432, "k": 32}
 PEERS = {"sparsify": "sparsify", "saelens": "saelens", "dictionary_learning": "dl"}
-CONTENDERS = ("gemm_bf16", "ours_float32", "ours_bfloat16", *PEERS)
+CONTENDERS = ("gemm_bf16", "ours_float32", "ours_bfloat16", "ours_scout", *PEERS)
 
 
 def pair(n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,18 +44,16 @@ def gemm_bf16(n: int, d: int, m: int, k: int) -> Callable[[], float]:
     return lambda: float((x @ W.T)[0, 0])
 
 
-def ours(n: int, d: int, m: int, k: int, matmul: str) -> Callable[[], float]:
+def ours(n: int, d: int, m: int, k: int, mode: str) -> Callable[[], float]:
     """A transcoder step of the trainer."""
     from skipcoder.pipeline.stats import Moments
-    from skipcoder.trainer.config import CoderConfig, Kind, LoopConfig, MatmulDtype, TrainConfig
+    from skipcoder.trainer.config import CoderConfig, EncodeConfig, EncodeMode, Kind, TrainConfig
     from skipcoder.trainer.learner import Learner
 
     x, y = pair(n, d)
-    cfg = TrainConfig(
-        coder=CoderConfig(kind=Kind.transcoder, k=k, width=m), train=LoopConfig(matmul_dtype=MatmulDtype(matmul))
-    )
+    cfg = TrainConfig(coder=CoderConfig(kind=Kind.transcoder, k=k, width=m), encode=EncodeConfig(mode=EncodeMode(mode)))
     learner = Learner(cfg, Moments.of(x.numpy()), Moments.of(y.numpy()), 1000, "cpu")
-    return lambda: float(learner.step(x, y, n)["loss"])
+    return lambda: float(learner.step(x, y, n)["fvu"])
 
 
 def sparsify(n: int, d: int, m: int, k: int) -> Callable[[], float]:
@@ -143,7 +141,7 @@ def serve(contender: str, shape: dict[str, int], threads: int) -> None:
     """A contender's process: one step for every line on stdin; its seconds and loss on stdout."""
     torch.set_num_threads(threads)
     if contender.startswith("ours_"):
-        step = ours(**shape, matmul=contender.removeprefix("ours_"))
+        step = ours(**shape, mode=contender.removeprefix("ours_"))
     else:
         step = globals()[contender](**shape)
     for _ in sys.stdin:
@@ -197,11 +195,10 @@ def main() -> None:
     for process in processes.values():
         process.kill()
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    ours_best = median["ours_bfloat16"]
-    print(f"{'contender':22}{'median s':>10}{'/ ours bf16':>13}{'/ ours f32':>12}{'/ GEMM':>9}")
+    against = ("ours_scout", "ours_bfloat16", "ours_float32", "gemm_bf16")
+    print(f"{'contender':22}{'median s':>10}" + "".join(f"{'/ ' + name:>16}" for name in against))
     for name, value in median.items():
-        ratios = (value / ours_best, value / median["ours_float32"], value / median["gemm_bf16"])
-        print(f"{name:22}{value:10.3f}{ratios[0]:13.2f}{ratios[1]:12.2f}{ratios[2]:9.2f}")
+        print(f"{name:22}{value:10.3f}" + "".join(f"{value / median[other]:16.2f}" for other in against))
     if args.json:
         facts = {
             "shape": args.shape,

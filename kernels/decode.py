@@ -1,47 +1,47 @@
 """sparse_decode: the weighted sum of each token's active decoder rows, and its gradients.
 
-    y_hat = sum_j f_j W_dec[j] + b_dec
+    y_hat = sum_j f_j W_dec[j] + base
 
-Legend: N tokens, K active latents, M latents, E output width.
+Legend: N tokens, M latents, E output width.
 """
 
 from typing import Any
 
-from skipcoder.kernels.token_list import TokenList, gather_dot, gather_sum
+from skipcoder.kernels.encode import Codes
+from skipcoder.kernels.rows import ByLatent, gather_dot, gather_sum
 from torch import Tensor
 from torch.autograd import Function
 
 
-def sparse_decode(
-    values_NK: Tensor, indices_NK: Tensor, W_dec_ME: Tensor, b_dec_E: Tensor, tokens: TokenList | None = None
-) -> Tensor:
-    """[N, E]. Pass the encoder's `tokens` so that both backward passes share one sort."""
-    if tokens is None:
-        tokens = TokenList(indices_NK, W_dec_ME.shape[0])
-    return _SparseDecode.apply(values_NK, indices_NK, W_dec_ME, tokens) + b_dec_E
+def sparse_decode(codes: Codes, W_dec_ME: Tensor, base: Tensor) -> Tensor:
+    """[N, E]. `base` is what the sum is added to in the same pass: the bias [E], or bias and skip [N, E]."""
+    return _SparseDecode.apply(codes.values, W_dec_ME, base, codes.indices, codes.offsets, *codes.by_latent)
 
 
-def sparse_decode_reference(values_NK: Tensor, indices_NK: Tensor, W_dec_ME: Tensor, b_dec_E: Tensor) -> Tensor:
+def sparse_decode_reference(f_NM: Tensor, W_dec_ME: Tensor, base: Tensor) -> Tensor:
     """The formula, dense, by autograd; for tests (float64)."""
-    n, m = values_NK.shape[0], W_dec_ME.shape[0]
-    f_NM = values_NK.new_zeros(n, m).scatter_add(1, indices_NK, values_NK)
-    return f_NM @ W_dec_ME + b_dec_E
+    return f_NM @ W_dec_ME + base
 
 
 class _SparseDecode(Function):
     @staticmethod
-    def forward(ctx: Any, values_NK: Tensor, indices_NK: Tensor, W_dec_ME: Tensor, tokens: TokenList) -> Tensor:
-        ctx.save_for_backward(values_NK, indices_NK, W_dec_ME)
-        ctx.tokens = tokens
-        return gather_sum(indices_NK, values_NK, W_dec_ME)
+    def forward(
+        ctx: Any, values: Tensor, W_dec_ME: Tensor, base: Tensor, indices: Tensor, offsets: Tensor | None,
+        *order: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(values, W_dec_ME, indices, offsets, *order)
+        ctx.base_is_bias = base.dim() == 1
+        return gather_sum(indices, values, W_dec_ME, offsets, base)
 
     @staticmethod
     def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor | None, ...]:
-        values_NK, indices_NK, W_dec_ME = ctx.saved_tensors
+        values, W_dec_ME, indices, offsets, *order = ctx.saved_tensors
         grad_NE = grad_NE.contiguous()
-        grad_values = grad_W = None
+        grad_values = grad_W = grad_base = None
         if ctx.needs_input_grad[0]:
-            grad_values = gather_dot(grad_NE, W_dec_ME, indices_NK).to(values_NK.dtype)
+            grad_values = gather_dot(grad_NE, W_dec_ME, indices, offsets).to(values.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_W = ByLatent(*order).sum_rows(values, grad_NE)
         if ctx.needs_input_grad[2]:
-            grad_W = ctx.tokens.sum_rows(values_NK, grad_NE)
-        return grad_values, None, grad_W, None
+            grad_base = grad_NE.sum(0) if ctx.base_is_bias else grad_NE
+        return grad_values, grad_W, grad_base, None, None, *[None] * len(order)

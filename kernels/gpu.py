@@ -4,7 +4,7 @@ No float atomics: every sum has a fixed order, so results are the same bits from
 width with masks; accumulation is float32 whatever the dtype of the rows. Index arithmetic on rows is 64-bit: a decoder
 of 2^20 latents by 4096 does not fit 32.
 
-Legend: N tokens, K active latents per token, M latents, D row width, S segments.
+Legend: N tokens, K active latents per token, L entries (token, latent) in all, M latents, D row width, S segments.
 """
 
 import torch
@@ -17,35 +17,45 @@ SEGMENT = 256
 
 
 @triton.jit
-def gather_sum_kernel(index_ptr, weight_ptr, W_ptr, out_ptr, D, K, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """out[n] = sum_j weight[n, j] * W[index[n, j]], one tile of D per program."""
+def gather_sum_kernel(  # type: ignore[no-untyped-def]
+    index_ptr, weight_ptr, W_ptr, offset_ptr, base_ptr, out_ptr, D, K, N, L,
+    RAGGED: tl.constexpr, BASE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[n] = base + sum_j weight[n, j] * W[index[n, j]], one tile of D per program. BASE: 0 none, 1 [D], 2 [N, D]."""
     n = tl.program_id(0).to(tl.int64)
     offset = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = offset < D
+    begin, end = n * K, n * K + K
+    if RAGGED:
+        begin = tl.load(offset_ptr + n)
+        end = tl.load(offset_ptr + n + 1, mask=n + 1 < N, other=L)
     total = tl.zeros((BLOCK_D,), tl.float32)
-    for j in range(K):
-        row = tl.load(index_ptr + n * K + j)
-        weight = tl.load(weight_ptr + n * K + j).to(tl.float32)
+    for j in range(begin, end):
+        row = tl.load(index_ptr + j)
+        weight = tl.load(weight_ptr + j).to(tl.float32)
         total += weight * tl.load(W_ptr + row * D + offset, mask=inside, other=0.0).to(tl.float32)
+    if BASE > 0:
+        start = n * D if BASE == 2 else 0
+        total += tl.load(base_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + n * D + offset, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def gather_dot_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, W_ptr, index_ptr, out_ptr, D, K, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+    x_ptr, W_ptr, index_ptr, token_ptr, out_ptr, D, L, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """out[n, j] = x[n] . W[index[n, j]] for BLOCK_K of the j; x[n] is read once for all of them."""
-    n = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    rows = tl.load(index_ptr + n * K + j, mask=j < K, other=0)
-    total = tl.zeros((BLOCK_K,), tl.float32)
+    """out[l] = x[token[l]] . W[index[l]] for BLOCK_L entries; neighbours share their token, so x comes from cache."""
+    entry = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    rows = tl.load(index_ptr + entry, mask=entry < L, other=-1)
+    tokens = tl.load(token_ptr + entry, mask=entry < L, other=0)
+    total = tl.zeros((BLOCK_L,), tl.float32)
     for start in range(0, D, BLOCK_D):
         offset = start + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptr + n * D + offset, mask=offset < D, other=0.0).to(tl.float32)
-        inside = (j < K)[:, None] & (offset < D)[None, :]
+        inside = (rows >= 0)[:, None] & (offset < D)[None, :]
+        x = tl.load(x_ptr + tokens[:, None] * D + offset[None, :], mask=inside, other=0.0).to(tl.float32)
         W = tl.load(W_ptr + rows[:, None] * D + offset[None, :], mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(W * x[None, :], axis=1)
-    tl.store(out_ptr + n * K + j, total.to(out_ptr.dtype.element_ty), mask=j < K)
+        total += tl.sum(W * x, axis=1)
+    tl.store(out_ptr + entry, total.to(out_ptr.dtype.element_ty), mask=entry < L)
 
 
 @triton.jit
@@ -102,30 +112,33 @@ def num_warps(tile: int, item_bytes: int, warp: int = 64 if torch.version.hip el
     return max(1, tile * item_bytes // (16 * warp))
 
 
-def gather_sum(indices_NK: Tensor, weights_NK: Tensor, W_MD: Tensor) -> Tensor:
-    """[N, D] in W's dtype."""
-    (n, k), d = indices_NK.shape, W_MD.shape[1]
+def gather_sum(
+    indices: Tensor, weights: Tensor, W_MD: Tensor, offsets: Tensor | None = None, base: Tensor | None = None
+) -> Tensor:
+    """[N, D] in W's dtype; see rows.gather_sum."""
+    n, d = len(indices if offsets is None else offsets), W_MD.shape[1]
     out = W_MD.new_empty(n, d)
     if n:
         tile = block_d(d)
-        grid = (n, triton.cdiv(d, tile))
-        warps = num_warps(tile, W_MD.element_size())
-        gather_sum_kernel[grid](
-            indices_NK.contiguous(), weights_NK.contiguous(), W_MD, out, d, k, BLOCK_D=tile, num_warps=warps
-        )
+        k = 0 if offsets is not None else indices.shape[1]
+        gather_sum_kernel[(n, triton.cdiv(d, tile))](
+            indices.contiguous(), weights.contiguous(), W_MD.contiguous(), indices if offsets is None else offsets,
+            out if base is None else base.contiguous(), out, d, k, n, indices.numel(), RAGGED=offsets is not None,
+            BASE=0 if base is None else base.dim(), BLOCK_D=tile, num_warps=num_warps(tile, W_MD.element_size()),
+        )  # fmt: skip
     return out
 
 
-def gather_dot(rows_ND: Tensor, W_MD: Tensor, indices_NK: Tensor) -> Tensor:
-    """[N, K] in the dtype of the rows."""
-    (n, k), d = indices_NK.shape, W_MD.shape[1]
-    out = rows_ND.new_empty(n, k)
-    if n:
-        tile, some = min(256, block_d(d)), min(8, triton.next_power_of_2(k))
-        grid = (n, triton.cdiv(k, some))
-        gather_dot_kernel[grid](
-            rows_ND.contiguous(), W_MD, indices_NK.contiguous(), out, d, k, BLOCK_K=some, BLOCK_D=tile
-        )
+def gather_dot(rows_ND: Tensor, W_MD: Tensor, indices: Tensor, token_L: Tensor) -> Tensor:
+    """Shaped like the indices, in the dtype of the rows; see rows.gather_dot."""
+    d, entries = W_MD.shape[1], indices.numel()
+    out = rows_ND.new_empty(indices.shape)
+    if entries:
+        tile, some = min(256, block_d(d)), 8
+        gather_dot_kernel[(triton.cdiv(entries, some),)](
+            rows_ND.contiguous(), W_MD.contiguous(), indices.contiguous(), token_L, out, d, entries,
+            BLOCK_L=some, BLOCK_D=tile,
+        )  # fmt: skip
     return out
 
 

@@ -7,26 +7,28 @@
 Legend: N tokens, K active latents, M latents, D input width, E output width.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from skipcoder.kernels.decode import sparse_decode
-from skipcoder.kernels.encode import encode_topk
-from skipcoder.kernels.token_list import TokenList
+from skipcoder.kernels.encode import Codes, encode
 from skipcoder.trainer.config import CoderConfig, Kind
 from torch import Tensor, nn
 
 
-class Codes(NamedTuple):
-    """Sparse activations of a batch of tokens."""
+@dataclass(frozen=True)
+class Encoding:
+    """How latents are found; see kernels.encode. The default is exact."""
 
-    values: Tensor
-    """[N, K], at least 0, descending. A 0 means that fewer than K latents were positive."""
-    indices: Tensor
-    """int64 [N, K], the latents."""
-    tokens: TokenList
-    """The same entries by latent, for gradients."""
+    mode: str = "float32"
+    nominated: float = 1.25
+    chunk_elements: int = 2**24
+    centre_D: Tensor | None = None
+    """Mean of the encoder's input, for `scout`."""
+    spread_D: Tensor | None = None
+    """What a scout divides its dimensions by."""
 
 
 class CoderOutput(NamedTuple):
@@ -50,8 +52,8 @@ class SparseCoder(nn.Module):
         self.cfg, self.d_in, self.d_out = cfg, d_in, d_out
         self.meta: dict[str, Any] = {}
         """Provenance, as in coder.json: model, hookpoint, read and write sites, scales, data."""
-        self.matmul_dtype: torch.dtype | None = None
-        """Precision of the encoder's choice of latents and of the skip; None: that of the parameters."""
+        self.encoding = Encoding()
+        """How the encoder finds latents; in a mode other than float32 the skip's product is bfloat16."""
         bound = d_in**-0.5
         generator = torch.Generator().manual_seed(seed)
         self.W_enc = nn.Parameter(torch.rand(cfg.width, d_in, generator=generator) * 2 * bound - bound)
@@ -75,18 +77,22 @@ class SparseCoder(nn.Module):
         """What the encoder subtracts from its input."""
         return self.b_dec if self.cfg.kind is Kind.sae else None
 
-    def encode(self, x_ND: Tensor) -> Codes:
-        """Values and indices of the K active latents of each token."""
+    def encode(self, x_ND: Tensor, k: int | None = None) -> Codes:
+        """Values and indices of the K active latents of each token (or of `k`)."""
         x_ND = x_ND.to(self.W_enc.dtype)
-        return Codes(*encode_topk(x_ND, self.W_enc, self.b_enc, self.cfg.k, self.b_pre, self.matmul_dtype))
+        activation = self.cfg.activation.value
+        return encode(x_ND, self.W_enc, self.b_enc, k or self.cfg.k, self.b_pre, activation, **vars(self.encoding))
 
     def decode(self, codes: Codes, x_ND: Tensor) -> Tensor:
         """[N, E]: the sparse part, plus bias, plus the skip of `x_ND`."""
-        y_hat = sparse_decode(codes.values, codes.indices, self.W_dec, self.b_dec, codes.tokens)
+        return sparse_decode(codes, self.W_dec, self.affine(x_ND))
+
+    def affine(self, x_ND: Tensor) -> Tensor:
+        """What the latents are added to: b_dec [E], or with a skip W_skip x + b_dec [N, E]."""
         if self.W_skip is None:
-            return y_hat
-        dtype = self.matmul_dtype or self.W_skip.dtype
-        return y_hat + (x_ND.to(dtype) @ self.W_skip.to(dtype).T).to(y_hat.dtype)
+            return self.b_dec
+        dtype = self.W_skip.dtype if self.encoding.mode == "float32" else torch.bfloat16
+        return (x_ND.to(dtype) @ self.W_skip.to(dtype).T).to(self.b_dec.dtype) + self.b_dec
 
     def forward(self, x: Tensor) -> CoderOutput:
         """Encode and decode activations [..., D]."""

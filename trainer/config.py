@@ -19,6 +19,7 @@ class Kind(Enum):
 
 class Activation(Enum):
     topk = "topk"
+    groupmax = "groupmax"
 
 
 class Side(Enum):
@@ -31,9 +32,10 @@ class SkipInit(Enum):
     ridge = "ridge"
 
 
-class MatmulDtype(Enum):
+class EncodeMode(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
+    scout = "scout"
 
 
 @dataclass
@@ -46,6 +48,7 @@ class CoderConfig:
     width: int = 4608
     """Latents."""
     activation: Activation = Activation.topk
+    """topk, or groupmax: the largest of each of k equal runs of latents."""
     side: Side = Side.output
     """Which side of the MLP an SAE reconstructs; transcoders read the input and write the output."""
     normalize_decoder: bool = True
@@ -58,6 +61,47 @@ class CoderConfig:
             raise UserError(f"coder.width={self.width}: must be at least 1")
         if not 1 <= self.k <= self.width:
             raise UserError(f"coder.k={self.k} must be between 1 and coder.width={self.width}; lower k or raise width")
+        if self.activation is Activation.groupmax and self.width % self.k:
+            raise UserError(
+                f"coder.activation=groupmax needs coder.width={self.width} to be a multiple of coder.k={self.k}"
+            )
+
+
+@dataclass
+class EncodeConfig:
+    """How the latents that fire are found in training. Their values are float32 in every mode."""
+
+    mode: EncodeMode | None = None
+    """float32: exact. bfloat16, scout (int8): a cheaper product nominates latents, exact values decide.
+    null: the fastest that this machine is known for."""
+    nominated: float | None = None
+    """Latents nominated, as a multiple of k; null: 1.25."""
+    chunk_elements: int = 2**24
+    """Pre-activations held at once."""
+    min_recall: float = 0.999
+    """If less of the float32 choice is found on a sample, the run goes on in the next more exact mode."""
+
+    def __post_init__(self) -> None:
+        if self.nominated is not None and self.nominated < 1:
+            raise UserError(f"encode.nominated={self.nominated}: must be at least 1")
+        if self.chunk_elements < 1:
+            raise UserError(f"encode.chunk_elements={self.chunk_elements}: must be at least 1")
+        if not 0 <= self.min_recall <= 1:
+            raise UserError(f"encode.min_recall={self.min_recall}: must be between 0 and 1")
+
+
+@dataclass
+class LossConfig:
+    """Terms added to the reconstruction error."""
+
+    auxk: float = 0.0
+    """Weight of AuxK: dead latents predict the error (1/32 is usual; 0: off)."""
+    multi_topk: bool = False
+    """Add 1/8 of the error with 4 k latents."""
+
+    def __post_init__(self) -> None:
+        if self.auxk < 0:
+            raise UserError(f"loss.auxk={self.auxk}: must not be negative")
 
 
 @dataclass
@@ -131,8 +175,6 @@ class LoopConfig:
     batch_tokens: int = 4096
     dead_tokens: int | None = None
     """A latent is dead after this many tokens without firing; null: min(10M, tokens / 4)."""
-    matmul_dtype: MatmulDtype = MatmulDtype.bfloat16
-    """Precision of the encoder and skip GEMMs; the chosen latents' values are float32 all the same."""
     device: str | None = None
     """null: cuda where there is one, else cpu."""
     threads: int | None = None
@@ -158,9 +200,15 @@ class TrainConfig:
     hookpoint: str | None = None
     """null: the only hookpoint of the store."""
     coder: CoderConfig = field(default_factory=CoderConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = 0
     """Seed of the coder's initialisation."""
+
+    def __post_init__(self) -> None:
+        if self.loss.multi_topk and self.coder.activation is not Activation.topk:
+            raise UserError(f"loss.multi_topk needs coder.activation=topk, not {self.coder.activation.value}")

@@ -8,7 +8,7 @@ import copy
 import math
 
 import torch
-from skipcoder.trainer.coder import SparseCoder
+from skipcoder.trainer.coder import Encoding, SparseCoder
 from skipcoder.trainer.config import Kind
 
 
@@ -23,6 +23,7 @@ def fold(coder: SparseCoder, s_in: float, s_out: float) -> SparseCoder:
     if coder.cfg.kind is Kind.sae:
         assert s_in == s_out, "an SAE reads and writes one side, so it has one scale"
     folded = copy.deepcopy(coder)
+    folded.encoding = Encoding()  # exact; a scout's statistics are those of the scaled input
     folded.W_enc.div_(s_in)
     folded.W_dec.mul_(s_out)
     folded.b_dec.mul_(s_out)

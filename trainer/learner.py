@@ -3,14 +3,16 @@
 Legend: B tokens of a batch, M latents, E output width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from skipcoder.pipeline.stats import Moments
 from skipcoder.trainer.coder import SparseCoder
-from skipcoder.trainer.config import CoderConfig, Kind, MatmulDtype, Side, TrainConfig
+from skipcoder.trainer.config import CoderConfig, Kind, Side, TrainConfig
+from skipcoder.trainer.encoding import make_encoding, more_exact, recall
 from skipcoder.trainer.fold import fold, power_of_two_scale
+from skipcoder.trainer.losses import losses
 from skipcoder.trainer.optimisers import build_optimiser, schedule
 from torch import Tensor
 
@@ -37,9 +39,9 @@ class Learner:
             power_of_two_scale(x.mean_square), power_of_two_scale(y.mean_square), float(y.variance.sum())
         )
         self.coder = SparseCoder(cfg.coder, len(x.mean), len(y.mean), cfg.seed).to(device)
-        if cfg.train.matmul_dtype is MatmulDtype.bfloat16:
-            self.coder.matmul_dtype = torch.bfloat16
         s = self.scales
+        self.coder.encoding = make_encoding(cfg.encode, x, s.s_in, device)
+        self.recall = 1.0
         self.coder.init_biases(torch.from_numpy(x.mean / s.s_in), torch.from_numpy(y.mean / s.s_out))
         self.optimiser = build_optimiser(cfg.optim, self.coder.parameters(), cfg.coder.width)
         self.base_lr = self.optimiser.param_groups[0]["lr"]
@@ -55,16 +57,17 @@ class Learner:
 
     def step(self, x: Tensor, y: Tensor, batch_tokens: int) -> dict[str, Tensor]:
         """One optimiser step on raw pairs. Returns 0-d tensors, so that nothing waits for the device:
-        `loss` (which is the FVU against the training units' variance), `l0`, `grad_norm`."""
+        `fvu` (against the training units' variance) and the loss's other terms, `l0`, `grad_norm`."""
         sides = {"input": x, "output": y}
         x, y = sides[self.sides[0]] / self.scales.s_in, sides[self.sides[1]] / self.scales.s_out
         for group in self.optimiser.param_groups:
             group["lr"] = self.base_lr * schedule(self.step_number, self.steps, self.cfg.optim.warmup_steps)
-        codes = self.coder.encode(x)
-        error = y - self.coder.decode(codes, x)
-        # A constant denominator: the loss adds up over micro-batches and ranks.
-        loss = error.square().sum() / (batch_tokens * self.scales.variance / self.scales.s_out**2)
-        loss.backward()
+        if self.step_number % self.cfg.train.log_every == 0:
+            self._check_recall(x)
+        dead_M = (self.since_fired_M >= self.dead_tokens).nonzero()[:, 0] if self.cfg.loss.auxk else None
+        variance = batch_tokens * self.scales.variance / self.scales.s_out**2
+        terms, codes = losses(self.coder, self.cfg.loss, x, y, variance, dead_M)
+        torch.stack(list(terms.values())).sum().backward()
         unit_norm = self.is_sae and self.cfg.coder.normalize_decoder
         if unit_norm:
             remove_parallel_gradient(self.coder.W_dec)
@@ -78,7 +81,15 @@ class Learner:
         self.since_fired_M[codes.indices[fired_NK]] = 0
         self.step_number += 1
         self.tokens += batch_tokens
-        return {"loss": loss.detach(), "l0": fired_NK.sum() / max(len(x), 1), "grad_norm": norm}
+        result = {name: term.detach() for name, term in terms.items()}
+        return {**result, "l0": fired_NK.sum() / max(len(x), 1), "grad_norm": norm}
+
+    def _check_recall(self, x: Tensor) -> None:
+        """Measure, and go on in a more exact mode if too little is found."""
+        if self.coder.encoding.mode != "float32":
+            self.recall = recall(self.coder, x)
+            if self.recall < self.cfg.encode.min_recall:
+                self.coder.encoding = more_exact(self.coder.encoding)
 
     @property
     def dead(self) -> int:
@@ -100,6 +111,8 @@ class Learner:
             "coder": self.coder.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "since_fired": self.since_fired_M,
+            "encode_mode": self.coder.encoding.mode,
+            "recall": self.recall,
             "step": self.step_number,
             "tokens": self.tokens,
         }
@@ -109,7 +122,8 @@ class Learner:
         self.coder.load_state_dict(state["coder"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.since_fired_M.copy_(state["since_fired"])
-        self.step_number, self.tokens = state["step"], state["tokens"]
+        self.step_number, self.tokens, self.recall = state["step"], state["tokens"], state["recall"]
+        self.coder.encoding = replace(self.coder.encoding, mode=state["encode_mode"])
 
 
 def sides(cfg: CoderConfig) -> tuple[str, str]:

@@ -184,10 +184,10 @@ def _metrics_line(learner: Learner, window: list[dict[str, torch.Tensor]], secon
     return {
         "step": learner.step_number,
         "tokens": learner.tokens,
-        "fvu": mean["loss"],
-        "l0": mean["l0"],
-        "grad_norm": mean["grad_norm"],
+        **mean,
         "dead": learner.dead,
+        "encode_mode": learner.coder.encoding.mode,
+        "recall": learner.recall,
         "lr": learner.lr,
         "seconds": round(seconds, 3),
     }

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from skipcoder.kernels import encode
 from skipcoder.kernels.decode import sparse_decode, sparse_decode_reference
-from skipcoder.kernels.encode import encode_topk, encode_topk_reference
-from skipcoder.kernels.token_list import TokenList, gather_dot
+from skipcoder.kernels.encode import Codes, encode, encode_reference, first
+from skipcoder.kernels.rows import by_latent, gather_dot, gather_sum
+from skipcoder.kernels.select import ACTIVATIONS
 from torch import Tensor
 
 DEVICE = os.environ.get("SKIPCODER_TEST_DEVICE", "cpu")
@@ -28,23 +28,26 @@ def problem(n: int, d: int, m: int, seed: int, dtype: torch.dtype = torch.float6
 
 def ours(p: list[Tensor], k: int, **options: object) -> Tensor:
     x, W_enc, b_enc, b_pre, W_dec, b_dec = p
-    values, indices, tokens = encode_topk(x, W_enc, b_enc, k, b_pre, **options)
-    return sparse_decode(values, indices, W_dec, b_dec, tokens)
+    return sparse_decode(encode(x, W_enc, b_enc, k, b_pre, **options), W_dec, b_dec)
 
 
-def dense(p: list[Tensor], k: int) -> Tensor:
+def dense(p: list[Tensor], k: int, activation: str = "topk") -> Tensor:
     x, W_enc, b_enc, b_pre, W_dec, b_dec = p
-    return sparse_decode_reference(*encode_topk_reference(x, W_enc, b_enc, k, b_pre), W_dec, b_dec)
+    return sparse_decode_reference(encode_reference(x, W_enc, b_enc, k, b_pre, activation), W_dec, b_dec)
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.integers(1, 20), st.integers(1, 9), st.integers(1, 40), st.data(), st.integers(0, 999))
+@settings(deadline=None, max_examples=150)
+@given(
+    st.integers(1, 20), st.integers(1, 9), st.integers(1, 40), st.data(), st.integers(0, 999),
+    st.sampled_from(ACTIVATIONS),
+)  # fmt: skip
 def test_forward_and_every_gradient_equal_dense_autograd(
-    n: int, d: int, m: int, data: st.DataObject, seed: int
+    n: int, d: int, m: int, data: st.DataObject, seed: int, activation: str
 ) -> None:
-    k = data.draw(st.integers(1, m))
+    divisors = [k for k in range(1, m + 1) if m % k == 0]
+    k = data.draw(st.sampled_from(divisors) if activation == "groupmax" else st.integers(1, m))
     mine, theirs = problem(n, d, m, seed), problem(n, d, m, seed)
-    y, y_ref = ours(mine, k), dense(theirs, k)
+    y, y_ref = ours(mine, k, activation=activation), dense(theirs, k, activation)
     torch.testing.assert_close(y, y_ref, rtol=1e-12, atol=1e-12)
     weight = torch.randn_like(y)
     (y * weight).sum().backward()
@@ -69,27 +72,29 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *q: ours(list(q), 3), p, eps=1e-7, atol=1e-5)
 
 
-def test_memory_bound_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    p = problem(50, 6, 30, 2)
-    whole = ours(p, 4)
-    monkeypatch.setattr(encode, "CHUNK_ELEMENTS", 90)  # 3 tokens at a time
-    torch.testing.assert_close(ours(p, 4), whole, rtol=1e-14, atol=1e-14)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_memory_bound_does_not_change_the_result(activation: str) -> None:
+    p = problem(50, 6, 32, 2)
+    few = ours(p, 4, activation=activation, chunk_elements=96)  # 3 tokens at a time
+    torch.testing.assert_close(few, ours(p, 4, activation=activation), rtol=1e-14, atol=1e-14)
 
 
 def test_latents_at_zero_get_no_gradient() -> None:
     x, W_enc, b_enc, b_pre, W_dec, b_dec = problem(7, 4, 12, 3)
     with torch.no_grad():
         b_enc -= 100  # every pre-activation negative
-    values, indices, tokens = encode_topk(x, W_enc, b_enc, 5, b_pre)
-    sparse_decode(values, indices, W_dec, b_dec, tokens).sum().backward()
-    assert (values == 0).all()
+    codes = encode(x, W_enc, b_enc, 5, b_pre)
+    sparse_decode(codes, W_dec, b_dec).sum().backward()
+    assert (codes.values == 0).all()
     for p in (x, W_enc, b_enc, b_pre, W_dec):
         assert not p.grad.any()
 
 
-def test_empty_batch() -> None:
-    p = problem(0, 4, 12, 3)
-    y = ours(p, 5)
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "scout"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_empty_batch(activation: str, mode: str) -> None:
+    p = problem(0, 4, 12, 3, torch.float32)
+    y = ours(p, 3, activation=activation, mode=mode)
     assert y.shape == (0, 5)
     y.sum().backward()
     assert not p[1].grad.any()
@@ -118,31 +123,114 @@ def test_same_bits_every_time() -> None:
         assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
 
 
-def test_bfloat16_chooses_and_float32_computes() -> None:
-    p = [q.detach() for q in problem(400, 64, 512, 7, torch.float32)]
-    x, W_enc, b_enc, b_pre, *_ = p
-    values, indices, _ = encode_topk(x, W_enc, b_enc, 16, b_pre, torch.bfloat16)
+@pytest.mark.parametrize("mode", ["bfloat16", "scout"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_estimates_choose_and_float32_computes(mode: str, activation: str) -> None:
+    """Two input dimensions are massive, as in language models: one far from 0, one with a large variance."""
+    x, W_enc, b_enc, b_pre, *_ = (q.detach() for q in problem(400, 64, 512, 7, torch.float32))
+    x[:, 3] += 300
+    x[:, 5] *= 50
+    centre, spread = x.mean(0), x.std(0).sqrt()
+    codes = encode(x, W_enc, b_enc, 16, b_pre, activation, mode, 1.25, 2**24, centre, spread)
     pre = (x - b_pre).double() @ W_enc.double().T + b_enc.double()
-    exact = pre.gather(1, indices).relu()
-    torch.testing.assert_close(values.double(), exact, rtol=1e-4, atol=1e-4)
-    assert (values.diff(dim=1) <= 0).all()
-    best = torch.topk(pre, 16).indices
-    recall = (indices[:, :, None] == best[:, None]).any(2).double().mean()
+    token = torch.arange(400, device=DEVICE)[:, None].expand(-1, 16)
+    if codes.offsets is not None:
+        token = torch.searchsorted(codes.offsets, torch.arange(len(codes.values), device=DEVICE), right=True) - 1
+    # Sums of 64 products of up to 300 * 4.
+    torch.testing.assert_close(codes.values.double(), pre[token, codes.indices].relu(), rtol=1e-4, atol=1e-2)
+    best = encode_reference(x.double(), W_enc.double(), b_enc.double(), 16, b_pre.double(), activation)
+    chosen = torch.zeros_like(best, dtype=torch.bool)
+    chosen[token, codes.indices] = True
+    recall = (chosen & (best > 0)).sum() / (best > 0).sum()
     assert recall > 0.999  # near-ties that 8 bits misjudge are among the nominated
 
 
-def test_token_list_sums() -> None:
+def test_scout_needs_centre_and_spread_where_dimensions_are_massive() -> None:
+    """What the statistics are for: without them most of the 8 bits go to one dimension."""
+    x, W_enc, b_enc, *_ = (q.detach() for q in problem(400, 64, 512, 7, torch.float32))
+    x[:, 3] += 1000
+    W_enc[:, 3] *= 1e-3
+    exact = encode(x, W_enc, b_enc, 16).indices
+
+    def recall(**statistics: Tensor) -> float:
+        found = encode(x, W_enc, b_enc, 16, mode="scout", **statistics).indices
+        return float((exact[:, :, None] == found[:, None]).any(2).double().mean())
+
+    assert recall() < 0.99 < 0.999 < recall(centre_D=x.mean(0))
+
+
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "scout"])
+def test_widths_that_suit_no_hardware(mode: str) -> None:
+    p = [q.detach() for q in problem(5, 13, 37, 8, torch.float32)]
+    y, y_ref = ours(p, 37, mode=mode), dense([q.double() for q in p], 37)  # k = m: nothing to choose
+    torch.testing.assert_close(y.double(), y_ref, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 512])
+def test_few_and_many(k: int) -> None:
+    mine, theirs = problem(6, 12, 1500, 9), problem(6, 12, 1500, 9)
+    ours(mine, k).square().sum().backward()
+    dense(theirs, k).square().sum().backward()
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_first_of_more_codes() -> None:
+    """Multi-TopK: the k largest out of 4 k are those of a selection of k, and gradients of both reach the encoder."""
+    mine, theirs = problem(10, 5, 40, 3), problem(10, 5, 40, 3)
+    x, W_enc, b_enc, b_pre, W_dec, b_dec = mine
+    wide = encode(x, W_enc, b_enc, 12, b_pre)
+    narrow = first(wide, 3)
+    assert torch.equal(narrow.indices, encode(x, W_enc, b_enc, 3, b_pre).indices)
+    (sparse_decode(narrow, W_dec, b_dec).square().sum() + sparse_decode(wide, W_dec, b_dec).square().sum()).backward()
+    (dense(theirs, 3).square().sum() + dense(theirs, 12).square().sum()).backward()
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_torch_compile_takes_the_step_whole() -> None:
+    def step(*p: Tensor) -> Tensor:
+        return ours(list(p), 3).square().sum()
+
+    mine, theirs = problem(6, 5, 40, 3, torch.float32), problem(6, 5, 40, 3, torch.float32)
+    loss = torch.compile(step, fullgraph=True, backend="aot_eager")(*mine)
+    loss.backward()
+    step(*theirs).backward()
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_sums_by_latent() -> None:
     indices = torch.tensor([[0, 2], [2, 1], [2, 0]], device=DEVICE)
     weights = torch.tensor([[1.0, 2], [3, 4], [5, 6]], device=DEVICE)
     rows = torch.tensor([[1.0, 0], [0, 1], [1, 1]], device=DEVICE)
-    tokens = TokenList(indices, 4)
-    assert tokens.sum_rows(weights, rows).tolist() == [[7, 6], [0, 4], [7, 8], [0, 0]]
-    assert tokens.sum_weights(weights).tolist() == [7, 4, 10, 0]
+    latents = by_latent(indices, 4)
+    assert latents.sum_rows(weights, rows).tolist() == [[7, 6], [0, 4], [7, 8], [0, 0]]
+    assert latents.sum_weights(weights).tolist() == [7, 4, 10, 0]
     assert gather_dot(rows, torch.eye(4, 2, device=DEVICE), indices).tolist() == [[1, 0], [0, 1], [0, 1]]
+    assert gather_dot(rows, torch.eye(4, 2, device=DEVICE), torch.tensor([[0], [-1], [1]]).to(DEVICE)).sum() == 2
+
+
+def test_flat_codes_of_tokens_with_none_and_many() -> None:
+    indices, offsets = torch.tensor([1, 2, 0], device=DEVICE), torch.tensor([0, 0, 2], device=DEVICE)
+    W = torch.tensor([[1.0, 0], [0, 1], [1, 1]], device=DEVICE)
+    weights, bias = torch.tensor([1.0, 2, 3], device=DEVICE), torch.tensor([10.0, 20], device=DEVICE)
+    assert gather_sum(indices, weights, W, offsets, bias).tolist() == [[10, 20], [12, 23], [13, 20]]
+    assert gather_dot(W, W, indices, offsets).tolist() == [1, 1, 1]
+    codes = Codes(weights, indices, offsets, by_latent(indices, 3, offsets))
+    assert codes.by_latent.token_L.tolist() == [2, 1, 1]
 
 
 @pytest.mark.parametrize("k", [0, 13])
 def test_k_out_of_range(k: int) -> None:
     x, W_enc, b_enc, *_ = problem(2, 4, 12, 0)
     with pytest.raises(ValueError, match=f"k={k} must be between 1 and the number of latents, 12"):
-        encode_topk(x, W_enc, b_enc, k)
+        encode(x, W_enc, b_enc, k)
+
+
+def test_unknown_names_and_groups_that_do_not_divide() -> None:
+    x, W_enc, b_enc, *_ = problem(2, 4, 12, 0)
+    with pytest.raises(ValueError, match="relu"):
+        encode(x, W_enc, b_enc, 3, activation="relu")
+    with pytest.raises(ValueError, match="12 latents do not divide by k=5"):
+        encode(x, W_enc, b_enc, 5, activation="groupmax")

@@ -7,9 +7,10 @@ import torch
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.config import (
     CoderConfig,
+    EncodeConfig,
+    EncodeMode,
     Kind,
     LoopConfig,
-    MatmulDtype,
     OptimConfig,
     Side,
     SkipInit,
@@ -28,7 +29,8 @@ def config(kind: Kind, **coder: Any) -> TrainConfig:
     return TrainConfig(
         coder=CoderConfig(kind=kind, k=4, width=64, **coder),
         optim=OptimConfig(lr=1e-2),
-        train=LoopConfig(tokens=20_000, batch_tokens=256, matmul_dtype=MatmulDtype.float32),
+        train=LoopConfig(tokens=20_000, batch_tokens=256),
+        encode=EncodeConfig(mode=EncodeMode.float32),
     )
 
 
@@ -74,7 +76,7 @@ def test_five_steps_equal_the_dense_reference(store: ActivationStore, kind: Kind
     expected = reference_steps(learner, data)
     for batch in data:
         result = learner.step(batch.x, batch.y, batch.tokens)
-    torch.testing.assert_close(result["loss"].double(), expected.pop("loss"), rtol=1e-4, atol=0)
+    torch.testing.assert_close(result["fvu"].double(), expected.pop("loss"), rtol=1e-4, atol=0)
     for name, value in learner.coder.named_parameters():
         assert (value.double() - expected[name]).norm() <= 1e-3 * expected[name].norm() + 1e-6, name
 
@@ -84,13 +86,13 @@ def test_loss_is_the_fvu_of_the_mean_predictor_at_the_start(store: ActivationSto
     learner = make_learner(config(Kind.transcoder), store, HOOKPOINT, 50, "cpu")
     keep_all = ActivationStream(store, HOOKPOINT, 5000, epochs=1, filter=TokenFilter())
     (batch,) = list(keep_all)
-    assert float(learner.step(batch.x, batch.y, batch.tokens)["loss"]) == pytest.approx(1, rel=1e-4)
+    assert float(learner.step(batch.x, batch.y, batch.tokens)["fvu"]) == pytest.approx(1, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", Kind)
 def test_training_lowers_the_loss_and_keeps_unit_norm(store: ActivationStore, kind: Kind) -> None:
     learner = make_learner(config(kind), store, HOOKPOINT, 80, "cpu")
-    losses = [float(learner.step(b.x, b.y, b.tokens)["loss"]) for b in batches(store, 80)]
+    losses = [float(learner.step(b.x, b.y, b.tokens)["fvu"]) for b in batches(store, 80)]
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
     norms = learner.coder.W_dec.norm(dim=1)
     if kind is Kind.sae:
@@ -144,7 +146,7 @@ def test_ridge_is_the_least_squares_solution(store: ActivationStore) -> None:
     learner = make_learner(config(Kind.skip_transcoder, skip_init=SkipInit.ridge), store, HOOKPOINT, 50, "cpu")
     zero = make_learner(config(Kind.skip_transcoder), store, HOOKPOINT, 50, "cpu")
     (batch,) = batches(store, 1)
-    losses = [float(one.step(batch.x, batch.y, batch.tokens)["loss"]) for one in (learner, zero)]
+    losses = [float(one.step(batch.x, batch.y, batch.tokens)["fvu"]) for one in (learner, zero)]
     assert losses[0] < 0.9 * losses[1]
 
 

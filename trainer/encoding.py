@@ -1,0 +1,61 @@
+"""Which precision finds the latents in training, and whether it finds the right ones.
+
+Legend: N tokens, K active latents, D input width.
+"""
+
+from dataclasses import replace
+
+import torch
+from skipcoder.pipeline.stats import Moments
+from skipcoder.trainer.coder import Encoding, SparseCoder
+from skipcoder.trainer.config import EncodeConfig
+from torch import Tensor
+
+SAMPLE = 64
+"""Tokens on which recall is measured."""
+
+_MORE_EXACT = {"scout": "bfloat16", "bfloat16": "float32"}
+
+
+def make_encoding(cfg: EncodeConfig, x: Moments, s_in: float, device: str) -> Encoding:
+    """The encoding of a run that reads inputs x / s_in."""
+    mean = torch.from_numpy(x.mean / s_in).float()
+    # The root of each dimension's standard deviation halves, on a log scale, what dimensions differ by, in the inputs
+    # and, the other way round, in the weights.
+    spread = torch.from_numpy((x.variance / s_in**2) ** 0.25).float()
+    spread = (spread / spread.mean()).clamp_min(1e-3)
+    return Encoding(
+        cfg.mode.value if cfg.mode else fastest_mode(device), cfg.nominated or 1.25, cfg.chunk_elements,
+        mean.to(device), spread.to(device),
+    )  # fmt: skip
+
+
+def fastest_mode(device: str) -> str:
+    """The mode that benchmarks/train_step.py found fastest on a machine with these instructions; on CUDA bfloat16,
+    as none has been measured yet."""
+    if device.startswith("cuda"):
+        return "bfloat16"
+    has = torch.cpu.get_capabilities()
+    if has.get("avx512_vnni"):
+        return "scout"
+    return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
+
+
+@torch.no_grad()
+def recall(coder: SparseCoder, x_ND: Tensor) -> float:
+    """Share of the float32 choice of latents (those with values above 0) that the coder's encoding chooses, on the
+    first tokens of a batch."""
+    x_ND = x_ND[:SAMPLE]
+    encoding = coder.encoding
+    chosen_NK = coder.encode(x_ND).indices
+    coder.encoding = replace(encoding, mode="float32")
+    exact = coder.encode(x_ND)
+    coder.encoding = encoding
+    found_NK = (exact.indices[:, :, None] == chosen_NK[:, None]).any(2)
+    positive_NK = exact.values > 0
+    return float((found_NK & positive_NK).sum() / positive_NK.sum().clamp_min(1))
+
+
+def more_exact(encoding: Encoding) -> Encoding:
+    """The encoding to fall back to."""
+    return replace(encoding, mode=_MORE_EXACT[encoding.mode])
