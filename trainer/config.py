@@ -32,6 +32,12 @@ class SkipInit(Enum):
     ridge = "ridge"
 
 
+class OptimName(Enum):
+    adam = "adam"
+    signum = "signum"
+    muon = "muon"
+
+
 class EncodeMode(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -106,10 +112,14 @@ class LossConfig:
 
 @dataclass
 class OptimConfig:
-    """Adam with the paper's recipe: warm-up, then linear to zero."""
+    """Adam with the paper's recipe (warm-up, then linear to zero), schedule-free signum, or Muon."""
 
+    name: OptimName = OptimName.adam
     lr: float | None = None
-    """null: 2e-4 / sqrt(width / 2^14). Short runs need more (1e-3 to 3e-3)."""
+    """null: adam 2e-4 / sqrt(width / 2^14), signum 5e-3 by the same root, muon 2e-3. Short runs of Adam need more
+    (1e-3 to 3e-3)."""
+    momentum: float = 0.95
+    """signum: weight of the average in the point where gradients are taken; muon: Nesterov momentum."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 6.25e-10
@@ -124,6 +134,8 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name}={getattr(self, name)}: must be at least 0 and below 1")
+        if not 0 < self.momentum < 1:
+            raise UserError(f"optim.momentum={self.momentum}: must be above 0 and below 1")
         for name in ("eps", "clip"):
             if getattr(self, name) <= 0:
                 raise UserError(f"optim.{name}={getattr(self, name)}: must be positive")

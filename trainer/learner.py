@@ -3,6 +3,7 @@
 Legend: B tokens of a batch, M latents, E output width.
 """
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +34,7 @@ class Learner:
     def __init__(self, cfg: TrainConfig, x: Moments, y: Moments, steps: int, device: str) -> None:
         """`x` and `y`: moments of the side read and the side written, over the training units."""
         self.cfg, self.steps, self.step_number, self.tokens = cfg, steps, 0, 0
-        self.is_sae = cfg.coder.kind is Kind.sae
+        self.unit_norm = cfg.coder.kind is Kind.sae and cfg.coder.normalize_decoder
         self.sides = sides(cfg.coder)
         self.scales = Scales(
             power_of_two_scale(x.mean_square), power_of_two_scale(y.mean_square), float(y.variance.sum())
@@ -44,7 +45,6 @@ class Learner:
         self.recall = 1.0
         self.coder.init_biases(torch.from_numpy(x.mean / s.s_in), torch.from_numpy(y.mean / s.s_out))
         self.optimiser = build_optimiser(cfg.optim, self.coder.parameters(), cfg.coder.width)
-        self.base_lr = self.optimiser.param_groups[0]["lr"]
         self.since_fired_M = torch.zeros(cfg.coder.width, dtype=torch.int64, device=device)
         self.dead_tokens = cfg.train.dead_tokens or min(10_000_000, max(1, cfg.train.tokens // 4))
 
@@ -60,22 +60,19 @@ class Learner:
         `fvu` (against the training units' variance) and the loss's other terms, `l0`, `grad_norm`."""
         sides = {"input": x, "output": y}
         x, y = sides[self.sides[0]] / self.scales.s_in, sides[self.sides[1]] / self.scales.s_out
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.base_lr * schedule(self.step_number, self.steps, self.cfg.optim.warmup_steps)
         if self.step_number % self.cfg.train.log_every == 0:
             self._check_recall(x)
         dead_M = (self.since_fired_M >= self.dead_tokens).nonzero()[:, 0] if self.cfg.loss.auxk else None
         variance = batch_tokens * self.scales.variance / self.scales.s_out**2
         terms, codes = losses(self.coder, self.cfg.loss, x, y, variance, dead_M)
         torch.stack(list(terms.values())).sum().backward()
-        unit_norm = self.is_sae and self.cfg.coder.normalize_decoder
-        if unit_norm:
+        if self.unit_norm:
             remove_parallel_gradient(self.coder.W_dec)
         norm = torch.nn.utils.clip_grad_norm_(self.coder.parameters(), self.cfg.optim.clip)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        if unit_norm:
-            normalise_rows(self.coder.W_dec)
+        self.optimiser.step(schedule(self.cfg.optim, self.step_number, self.steps))
+        if self.unit_norm:
+            for W_dec in self.optimiser.copies(self.coder.W_dec):
+                normalise_rows(W_dec)
         fired_NK = codes.values > 0
         self.since_fired_M += batch_tokens
         self.since_fired_M[codes.indices[fired_NK]] = 0
@@ -96,14 +93,15 @@ class Learner:
         """Latents that have not fired for `dead_tokens` tokens."""
         return int((self.since_fired_M >= self.dead_tokens).sum())
 
-    @property
-    def lr(self) -> float:
-        """Rate of the last step."""
-        return float(self.optimiser.param_groups[0]["lr"])
-
     def folded(self) -> SparseCoder:
         """The coder for raw activations, on the CPU."""
-        return fold(self.coder, self.scales.s_in, self.scales.s_out).cpu()
+        coder = copy.deepcopy(self.coder).cpu()
+        with torch.no_grad():
+            for mine, average in zip(coder.parameters(), self.coder.parameters(), strict=True):
+                mine.copy_(self.optimiser.averaged(average))
+            if self.optimiser.schedule_free and self.unit_norm:  # an average of unit rows is shorter
+                normalise_rows(coder.W_dec)
+        return fold(coder, self.scales.s_in, self.scales.s_out)
 
     def state_dict(self) -> dict[str, Any]:
         """All that `step` depends on."""
@@ -139,7 +137,7 @@ def remove_parallel_gradient(W_dec_ME: Tensor) -> None:
     """Take from each row's gradient what would only change the row's length."""
     grad = W_dec_ME.grad
     assert grad is not None
-    along = torch.einsum("me,me->m", grad, W_dec_ME) / W_dec_ME.square().sum(1).clamp_min(1e-30)
+    along = torch.einsum("me,me->m", grad, W_dec_ME) / W_dec_ME.norm(dim=1).square_().clamp_min_(1e-30)
     grad.addcmul_(along[:, None], W_dec_ME, value=-1)
 
 

@@ -1,33 +1,117 @@
-"""Optimiser and learning-rate schedule of one coder."""
+"""Optimisers of one coder, and the learning-rate schedule."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from skipcoder.trainer.config import OptimConfig
-from torch import nn
+from skipcoder.kernels.sign_step import sign_step
+from skipcoder.trainer.config import OptimConfig, OptimName
+from torch import Tensor, nn
 
 
 def learning_rate(cfg: OptimConfig, width: int) -> float:
-    """The configured rate, or the paper's rule 2e-4 / sqrt(width / 2^14)."""
-    return cfg.lr if cfg.lr is not None else 2e-4 / math.sqrt(width / 2**14)
+    """The configured rate, or the rule of the field: Adam 2e-4 / sqrt(width / 2^14) (the paper), signum 5e-3 by the
+    same root, Muon 2e-3 (both eai-sparsify's)."""
+    if cfg.lr is not None:
+        return cfg.lr
+    if cfg.name is OptimName.muon:
+        return 2e-3
+    return {OptimName.adam: 2e-4, OptimName.signum: 5e-3}[cfg.name] / math.sqrt(width / 2**14)
 
 
-def build_optimiser(cfg: OptimConfig, parameters: Iterable[nn.Parameter], width: int) -> torch.optim.Optimizer:
-    """Adam in one fused pass per parameter (on CPU 5 ms where the foreach form takes 27)."""
-    return torch.optim.Adam(
-        parameters, lr=learning_rate(cfg, width), betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True
-    )
+def build_optimiser(cfg: OptimConfig, parameters: Iterable[nn.Parameter], width: int) -> "Optimiser":
+    """The configured optimiser over the parameters of one coder."""
+    parameters, lr = list(parameters), learning_rate(cfg, width)
+    if cfg.name is OptimName.signum:
+        return Optimiser(ScheduleFreeSign(parameters, lr, cfg.momentum))
+    vectors = [p for p in parameters if cfg.name is OptimName.adam or p.dim() < 2]
+    # One fused pass per parameter: on CPU 5 ms where the foreach form takes 27.
+    adam = torch.optim.Adam(vectors, lr=lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    if cfg.name is OptimName.adam:
+        return Optimiser(adam)
+    matrices = [p for p in parameters if p.dim() == 2]
+    muon = torch.optim.Muon(matrices, lr=lr, momentum=cfg.momentum, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return Optimiser(adam, muon)
 
 
-def schedule(step: int, steps: int, warmup_steps: int) -> float:
+class Optimiser:
+    """One or several torch optimisers that share the schedule and the step."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+        self.base_lr = float(parts[0].param_groups[0]["lr"])
+        self.schedule_free = isinstance(parts[0], ScheduleFreeSign)
+
+    @property
+    def lr(self) -> float:
+        """Rate of the last step."""
+        return float(self.parts[0].param_groups[0]["lr"])
+
+    def step(self, factor: float) -> None:
+        """Move the parameters at `factor` times the base rate, and drop the gradients."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = self.base_lr * factor
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def copies(self, parameter: nn.Parameter) -> list[Tensor]:
+        """The parameter and what else of the same meaning is kept with it."""
+        return [parameter, self.parts[0].state[parameter]["z"]] if self.schedule_free else [parameter]
+
+    def averaged(self, parameter: nn.Parameter) -> Tensor:
+        """What to save and to evaluate in place of the parameter; the parameter itself unless schedule-free."""
+        return self.parts[0].averaged(parameter) if isinstance(self.parts[0], ScheduleFreeSign) else parameter
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Of every part."""
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Continue bit for bit."""
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
+class ScheduleFreeSign(torch.optim.Optimizer):
+    """Schedule-free sign descent, eai-sparsify's "signum". Parameters hold y, where gradients are taken; the state
+    holds z. The average x, the weights to use, is made of both by `averaged`."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"z": p.detach().clone(), "step": torch.zeros(())}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """z makes a step of equal weight to all before it in the average."""
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                state["step"] += 1
+                sign_step(p, state["z"], p.grad, group["lr"], group["momentum"], 1 / float(state["step"]))
+
+    @torch.no_grad()
+    def averaged(self, parameter: nn.Parameter) -> Tensor:
+        """x = y + (1 / beta - 1) (y - z)."""
+        return torch.lerp(parameter, self.state[parameter]["z"], 1 - 1 / self.param_groups[0]["momentum"])
+
+
+def schedule(cfg: OptimConfig, step: int, steps: int) -> float:
     """Factor on the rate at `step` (from 0) of `steps`: linear warm-up over at most 5 % of the run, then linear
-    to 0.
+    to 0; always 1 for signum, which is schedule-free.
 
-    >>> [round(schedule(s, 100, 1000), 3) for s in (0, 4, 5, 99)]
+    >>> [round(schedule(OptimConfig(), s, 100), 3) for s in (0, 4, 5, 99)]
     [0.2, 1.0, 1.0, 0.011]
     """
-    warmup = min(warmup_steps, math.ceil(0.05 * steps))
+    if cfg.name is OptimName.signum:
+        return 1.0
+    warmup = min(cfg.warmup_steps, math.ceil(0.05 * steps))
     if step < warmup:
         return (step + 1) / warmup
     return (steps - step) / max(steps - warmup, 1)

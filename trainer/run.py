@@ -164,7 +164,7 @@ def _loop(
                 if not (line["fvu"] < float("inf")):
                     raise UserError(
                         f"{label}: the loss is {line['fvu']} at step {line['step']}; "
-                        f"lower optim.lr (it is {learner.base_lr:g})"
+                        f"lower optim.lr (it is {learner.optimiser.base_lr:g})"
                     )
                 metrics.write(json.dumps(line) + "\n")
                 metrics.flush()
@@ -188,7 +188,7 @@ def _metrics_line(learner: Learner, window: list[dict[str, torch.Tensor]], secon
         "dead": learner.dead,
         "encode_mode": learner.coder.encoding.mode,
         "recall": learner.recall,
-        "lr": learner.lr,
+        "lr": learner.optimiser.lr,
         "seconds": round(seconds, 3),
     }
 

@@ -41,12 +41,13 @@ def batches(store: ActivationStore, n: int) -> list[Any]:
 
 def reference_steps(learner: Learner, data: list[Any]) -> dict[str, torch.Tensor]:
     """The same steps, dense, in float64, with torch's plain Adam."""
-    coder, s, is_sae = learner.coder, learner.scales, learner.is_sae
+    coder, s = learner.coder, learner.scales
+    is_sae = coder.cfg.kind is Kind.sae
     p = {n: q.detach().double().clone().requires_grad_() for n, q in coder.named_parameters()}
     cfg = learner.cfg.optim
     adam = torch.optim.Adam(p.values(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
     for step, batch in enumerate(data):
-        adam.param_groups[0]["lr"] = cfg.lr * schedule(step, learner.steps, cfg.warmup_steps)
+        adam.param_groups[0]["lr"] = cfg.lr * schedule(cfg, step, learner.steps)
         sides = {"input": batch.x.double() / s.s_in, "output": batch.y.double() / s.s_out}
         x, y = sides[learner.sides[0]], sides[learner.sides[1]]
         pre = (x - p["b_dec"] if is_sae else x) @ p["W_enc"].T + p["b_enc"]
@@ -153,6 +154,6 @@ def test_ridge_is_the_least_squares_solution(store: ActivationStore) -> None:
 def test_papers_rate_and_schedule() -> None:
     assert learning_rate(OptimConfig(), 2**14) == pytest.approx(2e-4)
     assert learning_rate(OptimConfig(), 2**16) == pytest.approx(1e-4)
-    factors = [schedule(s, 100_000, 1000) for s in range(100_000)]
+    factors = [schedule(OptimConfig(), s, 100_000) for s in range(100_000)]
     assert factors.index(max(factors)) in (999, 1000)
     assert factors[-1] == pytest.approx(1 / 99_000)

@@ -49,7 +49,7 @@ def assert_same(a: Path, b: Path) -> None:
     assert all(torch.equal(weights[n], weights_b[n]) for n in weights)
     assert metrics == metrics_b
     assert state["stream"] == state_b["stream"]
-    moments, moments_b = (s["learner"]["optimiser"]["state"] for s in (state, state_b))
+    moments, moments_b = (s["learner"]["optimiser"][0]["state"] for s in (state, state_b))
     for n in moments:
         assert all(torch.equal(moments[n][key], moments_b[n][key]) for key in moments[n])
 
