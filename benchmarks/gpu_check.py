@@ -100,6 +100,12 @@ def forms(shape: Shape, device: str) -> dict[str, dict[str, Form]]:
         },
         "step": {f"ours {mode}": partial(one.step, x, grad, n) for mode, one in learners.items()},
     }
+    if device == "cuda":
+        from skipcoder.kernels import gpu
+
+        operations["decode, by width of tile"] = {
+            f"{tile}": partial(gpu.gather_sum, indices, values, W_dec, None, b_dec, tile) for tile in (512, 256, 1024)
+        }
     if device == "cuda" and importlib.util.find_spec("sparsify"):
         from sparsify.utils import triton_decode
 

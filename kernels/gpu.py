@@ -113,13 +113,14 @@ def num_warps(tile: int, item_bytes: int, warp: int = 64 if torch.version.hip el
 
 
 def gather_sum(
-    indices: Tensor, weights: Tensor, W_MD: Tensor, offsets: Tensor | None = None, base: Tensor | None = None
-) -> Tensor:
-    """[N, D] in W's dtype; see rows.gather_sum."""
+    indices: Tensor, weights: Tensor, W_MD: Tensor, offsets: Tensor | None = None, base: Tensor | None = None,
+    tile: int | None = None,
+) -> Tensor:  # fmt: skip
+    """[N, D] in W's dtype; see rows.gather_sum. `tile` does not change the result."""
     n, d = len(indices if offsets is None else offsets), W_MD.shape[1]
     out = W_MD.new_empty(n, d)
     if n:
-        tile = block_d(d)
+        tile = tile or block_d(d)
         k = 0 if offsets is not None else indices.shape[1]
         gather_sum_kernel[(n, triton.cdiv(d, tile))](
             indices.contiguous(), weights.contiguous(), W_MD.contiguous(), indices if offsets is None else offsets,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from skipcoder.kernels.encode import Codes
 from skipcoder.pipeline.stats import Moments
 from skipcoder.trainer.coder import SparseCoder
 from skipcoder.trainer.config import CoderConfig, Kind, Side, TrainConfig
@@ -62,9 +63,8 @@ class Learner:
         x, y = sides[self.sides[0]] / self.scales.s_in, sides[self.sides[1]] / self.scales.s_out
         if self.step_number % self.cfg.train.log_every == 0:
             self._check_recall(x)
-        dead_M = (self.since_fired_M >= self.dead_tokens).nonzero()[:, 0] if self.cfg.loss.auxk else None
         variance = batch_tokens * self.scales.variance / self.scales.s_out**2
-        terms, codes = losses(self.coder, self.cfg.loss, x, y, variance, dead_M)
+        terms, codes = self.losses(x, y, variance)
         torch.stack(list(terms.values())).sum().backward()
         if self.unit_norm:
             remove_parallel_gradient(self.coder.W_dec)
@@ -80,6 +80,11 @@ class Learner:
         self.tokens += batch_tokens
         result = {name: term.detach() for name, term in terms.items()}
         return {**result, "l0": fired_NK.sum() / max(len(x), 1), "grad_norm": norm}
+
+    def losses(self, x: Tensor, y: Tensor, variance: float) -> tuple[dict[str, Tensor], Codes]:
+        """The terms of the loss of scaled pairs, and the codes."""
+        dead_M = (self.since_fired_M >= self.dead_tokens).nonzero()[:, 0] if self.cfg.loss.auxk else None
+        return losses(self.coder, self.cfg.loss, x, y, variance, dead_M)
 
     def _check_recall(self, x: Tensor) -> None:
         """Measure, and go on in a more exact mode if too little is found."""

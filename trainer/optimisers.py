@@ -1,4 +1,8 @@
-"""Optimisers of one coder, and the learning-rate schedule."""
+"""Optimisers of one coder, and the learning-rate schedule.
+
+Rows without a gradient cannot be skipped exactly: Adam's moments go on decaying and moving them, and the schedule-free
+y goes on moving towards z. So every step touches every row.
+"""
 
 import math
 from collections.abc import Callable, Iterable
