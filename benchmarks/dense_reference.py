@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from skipcoder.kernels.encode import Codes
 from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer.assemble import make_learner
 from skipcoder.trainer.config import (
     CoderConfig,
     EncodeConfig,
@@ -26,7 +27,6 @@ from skipcoder.trainer.config import (
     TrainConfig,
 )
 from skipcoder.trainer.learner import Learner
-from skipcoder.trainer.run import make_learner
 from skipcoder.trainer.stream import ActivationStream
 from torch import Tensor
 

@@ -21,7 +21,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     from skipcoder.evals import report
     from skipcoder.evals.run import Evaluator, Run, write_result
     from skipcoder.pipeline.store import ActivationStore
-    from skipcoder.trainer.run import pick_device
+    from skipcoder.trainer.assemble import pick_device
 
     paths = [Path(cfg.run)] if cfg.run else find_runs(cfg.runs or "")
     runs = [Run.open(path) for path in paths]

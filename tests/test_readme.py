@@ -13,7 +13,7 @@ from skipcoder.evals.config import EvaluateConfig
 from skipcoder.pipeline.cli import typed
 from skipcoder.pipeline.config import CacheConfig
 from skipcoder.pipeline.store import ActivationStore
-from skipcoder.trainer import run
+from skipcoder.trainer import bank
 from skipcoder.trainer.config import TrainConfig
 
 from tests.conftest import REPO
@@ -40,7 +40,7 @@ def test_commands_compose(command: str) -> None:
 
 
 def test_python_example_runs(store: ActivationStore, tmp_path: Path) -> None:
-    run.train(config(store), tmp_path / "run")
+    bank.train(config(store), tmp_path / "run")
     (code,) = re.findall(r"```python\n(.+?)```", README, re.S)
     code = code.replace("stores/smollm2.zarr", str(store.path)).replace("runs/skip", str(tmp_path / "run"))
     names: dict = {}

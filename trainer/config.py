@@ -192,6 +192,10 @@ class LoopConfig:
     threads: int | None = None
     """CPU threads; null: all cores."""
     log_every: int = 10
+    eval_every: int | None = None
+    """Steps between looks at held-out tokens; null: ten in a run."""
+    eval_tokens: int = 4096
+    """Held-out tokens looked at in training; 0: none."""
     save_every: int = 200
     """Steps between checkpoints from which an interrupted run goes on."""
 
@@ -199,7 +203,9 @@ class LoopConfig:
         for name in ("tokens", "batch_tokens", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("dead_tokens", "threads"):
+        if self.eval_tokens < 0:
+            raise UserError(f"train.eval_tokens={self.eval_tokens}: must not be negative")
+        for name in ("dead_tokens", "threads", "eval_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)}: must be at least 1, or null")
 

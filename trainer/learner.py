@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from skipcoder.kernels.encode import Codes
 from skipcoder.pipeline.stats import Moments
+from skipcoder.trainer.clock import Clock
 from skipcoder.trainer.coder import SparseCoder
 from skipcoder.trainer.config import CoderConfig, Kind, Side, TrainConfig
 from skipcoder.trainer.encoding import make_encoding, more_exact, recall
@@ -44,6 +45,7 @@ class Learner:
         s = self.scales
         self.coder.encoding = make_encoding(cfg.encode, x, s.s_in, device)
         self.recall = 1.0
+        self.clock = Clock(device)
         self.coder.init_biases(torch.from_numpy(x.mean / s.s_in), torch.from_numpy(y.mean / s.s_out))
         self.optimiser = build_optimiser(cfg.optim, self.coder.parameters(), cfg.coder.width)
         self.since_fired_M = torch.zeros(cfg.coder.width, dtype=torch.int64, device=device)
@@ -59,13 +61,14 @@ class Learner:
     def step(self, x: Tensor, y: Tensor, batch_tokens: int) -> dict[str, Tensor]:
         """One optimiser step on raw pairs. Returns 0-d tensors, so that nothing waits for the device:
         `fvu` (against the training units' variance) and the loss's other terms, `l0`, `grad_norm`."""
-        sides = {"input": x, "output": y}
-        x, y = sides[self.sides[0]] / self.scales.s_in, sides[self.sides[1]] / self.scales.s_out
+        self.clock.start()
+        x, y = self._scaled(x, y)
         if self.step_number % self.cfg.train.log_every == 0:
             self._check_recall(x)
         variance = batch_tokens * self.scales.variance / self.scales.s_out**2
         terms, codes = self.losses(x, y, variance)
         torch.stack(list(terms.values())).sum().backward()
+        self.clock.lap("backward")
         if self.unit_norm:
             remove_parallel_gradient(self.coder.W_dec)
         norm = torch.nn.utils.clip_grad_norm_(self.coder.parameters(), self.cfg.optim.clip)
@@ -78,13 +81,34 @@ class Learner:
         self.since_fired_M[codes.indices[fired_NK]] = 0
         self.step_number += 1
         self.tokens += batch_tokens
+        self.clock.lap("optimiser")
         result = {name: term.detach() for name, term in terms.items()}
         return {**result, "l0": fired_NK.sum() / max(len(x), 1), "grad_norm": norm}
 
     def losses(self, x: Tensor, y: Tensor, variance: float) -> tuple[dict[str, Tensor], Codes]:
         """The terms of the loss of scaled pairs, and the codes."""
         dead_M = (self.since_fired_M >= self.dead_tokens).nonzero()[:, 0] if self.cfg.loss.auxk else None
-        return losses(self.coder, self.cfg.loss, x, y, variance, dead_M)
+        return losses(self.coder, self.cfg.loss, x, y, variance, dead_M, self.clock.lap)
+
+    @torch.no_grad()
+    def fvu(self, x: Tensor, y: Tensor) -> float:
+        """Of raw pairs, with the weights that would be saved now: squared error over squared distance from the
+        mean."""
+        x, y = self._scaled(x, y)
+        encoding, weights = self.coder.encoding, [p.data for p in self.coder.parameters()]
+        self.coder.encoding = replace(encoding, mode="float32")
+        for p in self.coder.parameters():
+            p.data = self.optimiser.averaged(p).data
+        error = y.double() - self.coder(x).y_hat.double()
+        for p, data in zip(self.coder.parameters(), weights, strict=True):
+            p.data = data
+        self.coder.encoding = encoding
+        return float(error.square().sum() / (y.double() - y.double().mean(0)).square().sum())
+
+    def _scaled(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(what the coder reads, what it should write) out of raw pairs."""
+        sides = {"input": x, "output": y}
+        return sides[self.sides[0]] / self.scales.s_in, sides[self.sides[1]] / self.scales.s_out
 
     def _check_recall(self, x: Tensor) -> None:
         """Measure, and go on in a more exact mode if too little is found."""

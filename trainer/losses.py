@@ -4,6 +4,8 @@ Every term is a sum over tokens divided by a constant, so losses add up over mic
 Legend: N tokens, M latents, E output width.
 """
 
+from collections.abc import Callable
+
 import torch
 from skipcoder.kernels.decode import sparse_decode
 from skipcoder.kernels.encode import Codes, encode, first
@@ -15,16 +17,23 @@ MULTI_TOPK, MULTI_TOPK_WEIGHT = 4, 1 / 8
 
 
 def losses(
-    coder: SparseCoder, cfg: LossConfig, x_ND: Tensor, y_NE: Tensor, variance: float, dead_M: Tensor | None = None
+    coder: SparseCoder,
+    cfg: LossConfig,
+    x_ND: Tensor,
+    y_NE: Tensor,
+    variance: float,
+    dead_M: Tensor | None = None,
+    lap: Callable[[str], None] = lambda phase: None,
 ) -> tuple[dict[str, Tensor], Codes]:
     """The terms to add up, `fvu` first, and the codes of the k latents. `variance`: the denominator, tokens of the
-    global batch times variance per token. `dead_M`: indices of the dead latents."""
+    global batch times variance per token. `dead_M`: indices of the dead latents. `lap` is told when a phase ends."""
     k = coder.cfg.k
     if cfg.multi_topk:
         wide = coder.encode(x_ND, min(MULTI_TOPK * k, coder.cfg.width))
         codes = first(wide, k)
     else:
         codes = coder.encode(x_ND)
+    lap("encode")
     affine = coder.affine(x_ND)
     error_NE = y_NE - sparse_decode(codes, coder.W_dec, affine)
     terms = {"fvu": error_NE.square().sum() / variance}
@@ -33,6 +42,7 @@ def losses(
         terms["multi_topk"] = MULTI_TOPK_WEIGHT * wide_error_NE.square().sum() / variance
     if cfg.auxk and dead_M is not None and len(dead_M):
         terms["auxk"] = cfg.auxk * auxk(coder, x_ND, error_NE.detach(), dead_M) / variance
+    lap("decode")
     return terms, codes
 
 

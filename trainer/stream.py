@@ -131,6 +131,10 @@ class ActivationStream:
         """Where the next batch begins."""
         return {"epoch": self.epoch, "block": self.block, "offset": self.offset, "layout": self.layout_hash()}
 
+    def beginning(self) -> dict[str, int | str]:
+        """Where the first batch begins."""
+        return {"epoch": 0, "block": 0, "offset": 0, "layout": self.layout_hash()}
+
     def load_state_dict(self, state: dict) -> None:
         """Go to a position that `state_dict` gave. UserError if the layout is another."""
         if state["layout"] != self.layout_hash():
@@ -142,7 +146,7 @@ class ActivationStream:
 
     # ---- batches ----------------------------------------------------------------------------------
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         parts: list[tuple[Tensor, ...]] = []
         missing, seen = self.batch_tokens, False
         blocks = _ahead(self._blocks())

@@ -18,7 +18,7 @@ ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 def main(cfg: DictConfig) -> None:
     """Hydra's entry, once per job. A sweep's job writes where Hydra says, a single run to run.dir."""
     config = cli.typed(cfg, TrainConfig)
-    from skipcoder.trainer.run import train
+    from skipcoder.trainer.bank import train
 
     directory = Path(HydraConfig.get().runtime.output_dir)
     summary = train(config, directory)

@@ -14,7 +14,7 @@ from skipcoder.evals.run import Evaluator, Run
 from skipcoder.evals.splice import splice
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
-from skipcoder.trainer import run as training
+from skipcoder.trainer import bank as training
 from skipcoder.trainer.config import CoderConfig, Kind, Side, StreamConfig
 
 from tests.trainer.test_run import config

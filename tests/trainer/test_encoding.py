@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer.assemble import make_learner
 from skipcoder.trainer.config import CoderConfig, EncodeConfig, EncodeMode, Kind, LoopConfig, OptimConfig, TrainConfig
 from skipcoder.trainer.encoding import fastest_mode, recall
 from skipcoder.trainer.learner import Learner
-from skipcoder.trainer.run import make_learner
 from skipcoder.trainer.stream import ActivationStream
 
 HOOKPOINT = "layers.1.mlp"

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer.assemble import make_learner
 from skipcoder.trainer.config import (
     CoderConfig,
     EncodeConfig,
@@ -18,7 +19,6 @@ from skipcoder.trainer.config import (
 )
 from skipcoder.trainer.learner import Learner
 from skipcoder.trainer.optimisers import learning_rate, schedule
-from skipcoder.trainer.run import make_learner
 from skipcoder.trainer.skip_init import ridge
 from skipcoder.trainer.stream import ActivationStream, TokenFilter
 

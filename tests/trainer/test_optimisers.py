@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer.assemble import make_learner
 from skipcoder.trainer.config import CoderConfig, Kind, LoopConfig, OptimConfig, OptimName, TrainConfig
 from skipcoder.trainer.learner import Learner
 from skipcoder.trainer.optimisers import learning_rate
-from skipcoder.trainer.run import make_learner
 from skipcoder.trainer.stream import ActivationStream
 
 HOOKPOINT = "layers.1.mlp"

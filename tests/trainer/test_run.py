@@ -14,10 +14,11 @@ import pytest
 import torch
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
-from skipcoder.trainer import checkpoint, run
+from skipcoder.trainer import assemble, bank, checkpoint
 from skipcoder.trainer.coder import SparseCoder
 from skipcoder.trainer.config import CoderConfig, Kind, LoopConfig, OptimConfig, StoreRef, TrainConfig
 from skipcoder.trainer.learner import Learner
+from skipcoder.trainer.stream import ActivationStream
 
 from tests.conftest import REPO
 
@@ -38,7 +39,7 @@ def outcome(directory: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, An
     """Weights, metrics and optimiser state of a run, without the seconds."""
     metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     for line in metrics:
-        del line["seconds"]
+        del line["seconds"], line["ms"]
     state = checkpoint.load_state(directory / "checkpoint")
     assert state is not None
     return SparseCoder.load(directory).state_dict(), metrics, state
@@ -70,11 +71,11 @@ def train_killed_after(cfg: TrainConfig, directory: Path, step: int, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(Learner, "step", dying)
         with pytest.raises(_Killed):
-            run.train(cfg, directory)
+            bank.train(cfg, directory)
 
 
 def test_files_of_a_run(store: ActivationStore, tmp_path: Path) -> None:
-    summary = run.train(config(store), tmp_path / "run")
+    summary = bank.train(config(store), tmp_path / "run")
     left = sorted(str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file())
     assert left == [
         "checkpoint/coder.json",
@@ -97,9 +98,9 @@ def test_files_of_a_run(store: ActivationStore, tmp_path: Path) -> None:
 def test_killed_and_resumed_equals_undisturbed(
     store: ActivationStore, tmp_path: Path, kind: Kind, killed_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run.train(config(store, kind), tmp_path / "whole")
+    bank.train(config(store, kind), tmp_path / "whole")
     train_killed_after(config(store, kind), tmp_path / "cut", killed_at, monkeypatch)
-    run.train(config(store, kind), tmp_path / "cut")
+    bank.train(config(store, kind), tmp_path / "cut")
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -108,47 +109,47 @@ def test_the_resume_test_fails_without_resume(
     store: ActivationStore, tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Proof that the test above tests something: drop one half of the saved state and it fails."""
-    run.train(config(store), tmp_path / "whole")
+    bank.train(config(store), tmp_path / "whole")
     train_killed_after(config(store), tmp_path / "cut", 27, monkeypatch)
-    owner = Learner if lost == "learner" else run.ActivationStream
+    owner = Learner if lost == "learner" else ActivationStream
     if lost == "learner":
         monkeypatch.setattr(owner, "load_state_dict", lambda self, s: setattr(self, "step_number", s["step"]))
     else:
         monkeypatch.setattr(owner, "load_state_dict", lambda self, s: None)
-    run.train(config(store), tmp_path / "cut")
+    bank.train(config(store), tmp_path / "cut")
     with pytest.raises(AssertionError):
         assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_finished_run_takes_zero_steps(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    summary = run.train(config(store), tmp_path)
+    summary = bank.train(config(store), tmp_path)
     monkeypatch.setattr(Learner, "step", None)
-    assert run.train(config(store), tmp_path) == summary
+    assert bank.train(config(store), tmp_path) == summary
 
 
 def test_other_configuration_in_the_directory_is_refused_naming_keys(store: ActivationStore, tmp_path: Path) -> None:
-    run.train(config(store), tmp_path)
+    bank.train(config(store), tmp_path)
     other = config(store, save_every=7)  # free to change
-    run.train(other, tmp_path)
+    bank.train(other, tmp_path)
     other.coder.k, other.optim.lr = 5, 0.1
     with pytest.raises(UserError, match=r"coder.k: 4 there, 5 asked; optim.lr: 0.01 there, 0.1 asked"):
-        run.train(other, tmp_path)
+        bank.train(other, tmp_path)
 
 
 def test_diverging_loss_says_so(store: ActivationStore, tmp_path: Path) -> None:
     cfg = config(store)
     cfg.optim.lr = 1e30
     with pytest.raises(UserError, match=r"the loss is nan at step \d+; lower optim.lr \(it is 1e\+30\)"):
-        run.train(cfg, tmp_path)
+        bank.train(cfg, tmp_path)
 
 
 def test_gpu_that_is_not_there() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
     with pytest.raises(UserError, match=r"torch sees no GPU here; use cpu"):
-        run.pick_device("cuda")
+        assemble.pick_device("cuda")
     with pytest.raises(UserError, match=r"train\.device=gpux"):
-        run.pick_device("gpux")
+        assemble.pick_device("gpux")
 
 
 def sweep(store: ActivationStore, directory: Path) -> list[str]:
@@ -188,7 +189,7 @@ def test_unfinished_store_is_refused(store: ActivationStore, tmp_path: Path) -> 
     cfg = config(store)
     cfg.store.path = str(copy)
     with pytest.raises(UserError, match="has only 32 of its units; finish it"):
-        run.train(cfg, tmp_path / "run")
+        bank.train(cfg, tmp_path / "run")
 
 
 def test_without_a_path_the_only_store_is_found_and_recorded(
@@ -199,7 +200,7 @@ def test_without_a_path_the_only_store_is_found_and_recorded(
     (tmp_path / "stores" / "one.zarr").symlink_to(store.path)
     cfg = config(store)
     cfg.store.path = None
-    run.train(cfg, tmp_path / "run")
+    bank.train(cfg, tmp_path / "run")
     assert "path: stores/one.zarr" in (tmp_path / "run" / "config.yaml").read_text()
 
 

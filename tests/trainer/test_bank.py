@@ -1,0 +1,176 @@
+"""Coders that share a stream learn what they would learn alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer.bank import train, train_bank
+from skipcoder.trainer.coder import SparseCoder
+from skipcoder.trainer.config import (
+    CoderConfig,
+    Kind,
+    LoopConfig,
+    OptimConfig,
+    OptimName,
+    SkipInit,
+    StoreRef,
+    StreamConfig,
+    TrainConfig,
+)
+from skipcoder.trainer.learner import Learner
+from skipcoder.trainer.stream import ActivationStream
+
+from tests.conftest import REPO
+from tests.trainer.test_run import assert_same
+
+STEPS = 24
+
+
+def config(store: ActivationStore, kind: Kind = Kind.transcoder, steps: int = STEPS, **keys: Any) -> TrainConfig:
+    coder = {"k": 4, "width": 64, **{k: v for k, v in keys.items() if k in CoderConfig.__dataclass_fields__}}
+    optim = {"lr": 1e-2, **{k: v for k, v in keys.items() if k in OptimConfig.__dataclass_fields__}}
+    return TrainConfig(
+        store=StoreRef(str(store.path)),
+        hookpoint="layers.1.mlp",
+        coder=CoderConfig(kind=kind, **coder),
+        optim=OptimConfig(**optim),
+        train=LoopConfig(tokens=steps * 128, batch_tokens=128, save_every=10, log_every=5, dead_tokens=1000),
+        seed=keys.get("seed", 0),
+    )
+
+
+def variants(store: ActivationStore) -> dict[str, TrainConfig]:
+    """Kinds, k, width, rate, optimiser, seed and length differ."""
+    return {
+        "sae": config(store, Kind.sae),
+        "transcoder": config(store, k=2, width=48),
+        "skip": config(store, Kind.skip_transcoder, lr=3e-3, seed=1),
+        "ridge": config(store, Kind.skip_transcoder, skip_init=SkipInit.ridge),
+        "signum": config(store, Kind.sae, name=OptimName.signum, steps=17),
+        "muon": config(store, name=OptimName.muon),
+    }
+
+
+def test_every_member_equals_the_same_run_alone(store: ActivationStore, tmp_path: Path) -> None:
+    outcomes = train_bank([(cfg, tmp_path / "bank" / name) for name, cfg in variants(store).items()])
+    assert [o.directory.name for o in outcomes] == list(variants(store)) and not any(o.error for o in outcomes)
+    for name, cfg in variants(store).items():
+        train(cfg, tmp_path / "alone" / name)
+        assert_same(tmp_path / "bank" / name, tmp_path / "alone" / name)
+
+
+def test_each_batch_is_read_once(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    real = ActivationStream._batch
+    monkeypatch.setattr(ActivationStream, "_batch", lambda self, parts: read.append(1) or real(self, parts))
+    train_bank([(config(store, seed=seed), tmp_path / str(seed)) for seed in range(3)])
+    assert len(read) == STEPS + 1  # and the held-out tokens
+
+
+def test_a_failing_member_is_dropped_and_the_others_go_on(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverging, broken = config(store, lr=1e18), config(store, k=3)
+    real = Learner.step
+
+    def step(self: Learner, *args: Any) -> Any:
+        if self.cfg.coder.k == 3 and self.step_number == 7:
+            raise RuntimeError("out of luck")
+        return real(self, *args)
+
+    monkeypatch.setattr(Learner, "step", step)
+    outcomes = train_bank([(diverging, tmp_path / "a"), (broken, tmp_path / "b"), (config(store), tmp_path / "c")])
+    assert isinstance(outcomes[0].error, UserError) and "lower optim.lr" in str(outcomes[0].error)
+    assert str(outcomes[1].error) == "out of luck"
+    train(config(store), tmp_path / "alone")
+    assert_same(tmp_path / "c", tmp_path / "alone")
+
+
+def test_members_at_different_steps_meet(store: ActivationStore, tmp_path: Path) -> None:
+    """One finished, one stopped at its second save, one never begun: each ends as if alone."""
+    train(config(store), tmp_path / "0")
+    whole = train(config(store, seed=1), tmp_path / "whole")
+    train(config(store, seed=1), tmp_path / "1")
+    cut = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        _train_until(13, [(config(store, seed=1), cut)])
+    assert json.loads((cut / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 10
+    outcomes = train_bank(
+        [(config(store), tmp_path / "0"), (config(store, seed=1), cut), (config(store, seed=2), tmp_path / "2")]
+    )
+    assert outcomes[1].summary is not None and outcomes[1].summary["train_fvu"] == whole["train_fvu"]
+    assert_same(cut, tmp_path / "whole")
+    train(config(store, seed=2), tmp_path / "alone")
+    assert_same(tmp_path / "2", tmp_path / "alone")
+
+
+def _train_until(step: int, jobs: list[tuple[TrainConfig, Path]]) -> None:
+    """Train; the process gets a Ctrl-C in the middle of a step."""
+    real, sent = Learner.step, []
+
+    def interrupting(self: Learner, *args: Any) -> Any:
+        if self.step_number == step and not sent:
+            sent.append(1)
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "step", interrupting)
+        train_bank(jobs)
+
+
+def test_interrupted_at_any_step_every_member_goes_on(store: ActivationStore, tmp_path: Path) -> None:
+    """The step that was under way is finished and saved, between the regular saves."""
+    jobs = [(config(store, seed=seed), tmp_path / str(seed)) for seed in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        _train_until(7, jobs)
+    states = [torch.load(d / "checkpoint" / "state" / "state.pt") for _, d in jobs]
+    assert [s["learner"]["step"] for s in states] == [8, 8]
+    train_bank(jobs)
+    for seed in range(2):
+        train(config(store, seed=seed), tmp_path / f"alone{seed}")
+        assert_same(tmp_path / str(seed), tmp_path / f"alone{seed}")
+
+
+def test_metrics_say_where_the_time_went_and_what_held_out_tokens_show(store: ActivationStore, tmp_path: Path) -> None:
+    cfg = config(store, Kind.skip_transcoder)
+    summary = train(cfg, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert set(lines[0]["ms"]) == {"read", "encode", "decode", "backward", "optimiser"}
+    assert all(ms > 0 for ms in lines[0]["ms"].values())
+    held = next(iter(ActivationStream(store, "layers.1.mlp", 4096, split="held_out", epochs=1)))
+    y = held.y.double()
+    error = (y - SparseCoder.load(tmp_path)(held.x).y_hat.double()).square().sum()
+    assert summary["held_out_fvu"] == pytest.approx(float(error / (y - y.mean(0)).square().sum()), rel=1e-5)
+
+
+def test_jobs_of_different_streams_do_not_make_a_bank(store: ActivationStore, tmp_path: Path) -> None:
+    other = config(store)
+    other.stream = StreamConfig(seed=1)
+    with pytest.raises(AssertionError):
+        train_bank([(config(store), tmp_path / "a"), (other, tmp_path / "b")])
+
+
+def test_sigterm_leaves_a_resumable_run_and_exit_code_3(store: ActivationStore, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, str(REPO / "trainer" / "train.py"), f"store.path={store.path}", "hookpoint=layers.1.mlp"),
+        *("coder=sae", "coder.k=4", "coder.width=64", "train.tokens=2000000", "train.batch_tokens=128"),
+        *("train.save_every=100000", f"run.dir={tmp_path / 'run'}"),
+    ]
+    job = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while job.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    job.send_signal(signal.SIGTERM)
+    _, said = job.communicate()
+    assert job.returncode == 3, said
+    assert "run the same command again" in said
+    assert (tmp_path / "run" / "checkpoint" / "state" / "state.pt").exists()

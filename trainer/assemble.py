@@ -1,0 +1,102 @@
+"""What a run is built from: the device, the store, a learner that starts from the store's statistics."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer.config import Kind, SkipInit, TrainConfig
+from skipcoder.trainer.learner import Learner, sides
+from skipcoder.trainer.skip_init import ridge
+from skipcoder.trainer.stream import ActivationStream, TokenFilter
+
+
+def open_store(cfg: TrainConfig) -> ActivationStore:
+    """The complete store that the configuration means; its path is written into the configuration."""
+    cfg.store.path = str(_store_path(cfg))
+    store = ActivationStore.open(cfg.store.path)
+    if not store.is_complete:
+        raise UserError(
+            f"{store.path} has only {len(store.units)} of its units; finish it: run the same capture command again"
+        )
+    return store
+
+
+def token_filter(cfg: TrainConfig) -> TokenFilter:
+    """The positions that training leaves out."""
+    return TokenFilter(cfg.stream.first_positions, cfg.stream.special_tokens)
+
+
+def make_stream(cfg: TrainConfig, store: ActivationStore, device: str) -> ActivationStream:
+    """The configured stream of training tokens."""
+    return ActivationStream(
+        store,
+        store.hookpoint(cfg.hookpoint),
+        cfg.train.batch_tokens,
+        seed=cfg.stream.seed,
+        filter=token_filter(cfg),
+        pool_chunks=cfg.stream.pool_chunks,
+        device=device,
+    )
+
+
+def make_learner(
+    cfg: TrainConfig, store: ActivationStore, hookpoint: str, steps: int, device: str, fresh: bool = True
+) -> Learner:
+    """A learner that starts from the statistics of the store's training units."""
+    kept = token_filter(cfg)
+    x, y = (store.moments(hookpoint, side, positions=kept.classes) for side in sides(cfg.coder))
+    learner = Learner(cfg, x, y, steps, device)
+    if fresh and cfg.coder.kind is Kind.skip_transcoder and cfg.coder.skip_init is SkipInit.ridge:
+        learner.start_skip(*ridge(ActivationStream(store, hookpoint, 8192, filter=kept, epochs=1), len(x.mean)))
+    return learner
+
+
+def pick_device(asked: str | None, key: str = "train.device") -> str:
+    """The asked device, if it is there; without a wish, cuda before cpu."""
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"{key}={asked}, but torch sees no GPU here; use cpu, or leave it null")
+    try:
+        return str(torch.empty(0, device=asked).device)
+    except RuntimeError as error:
+        raise UserError(f"{key}={asked}: {str(error).splitlines()[0]}") from None
+
+
+def provenance(store: ActivationStore, hookpoint: str, learner: Learner) -> dict[str, Any]:
+    """Where a coder came from and where it attaches, for coder.json."""
+    facts = store.hookpoints[hookpoint]
+    site = {
+        "input": {"module": facts["read"], "side": "input"},
+        "output": {"module": facts["write"], "side": "output"},
+    }
+    read, write = learner.sides
+    return {
+        "model": store.attrs["identity"]["model"],
+        "hookpoint": hookpoint,
+        "read": site[read],
+        "write": site[write],
+        "scales": {"input": learner.scales.s_in, "output": learner.scales.s_out, "folded": True},
+        "data": {
+            "store_identity": store.attrs["identity_hash"],
+            "source": store.attrs["data"],
+            "train_tokens": learner.tokens,
+            "filter": {
+                "first_positions": learner.cfg.stream.first_positions,
+                "special_tokens": learner.cfg.stream.special_tokens,
+            },
+        },
+        "seed": learner.cfg.seed,
+    }
+
+
+def _store_path(cfg: TrainConfig) -> Path:
+    if cfg.store.path is not None:
+        return Path(cfg.store.path)
+    found = sorted(Path("stores").glob("*.zarr"))
+    if len(found) == 1:
+        return found[0]
+    have = f"stores/ holds {', '.join(p.name for p in found)}" if found else "there is none under stores/"
+    raise UserError(f"store.path is not set and {have}; set it, or capture with: python pipeline/cache.py")

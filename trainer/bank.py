@@ -1,0 +1,169 @@
+"""A bank: any number of coders on one stream of batches. Each batch is read, decoded and moved once.
+
+A member takes the batches that it would take alone, in the same order, and shares nothing else with the others: its
+result is the same to the bit. Members may be at different steps (one was added later, another interrupted earlier): the
+stream begins where the one furthest behind stands, and the others wait for their batch.
+"""
+
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer.assemble import make_stream, open_store, pick_device, token_filter
+from skipcoder.trainer.config import TrainConfig
+from skipcoder.trainer.live_table import live_table
+from skipcoder.trainer.member import Member
+from skipcoder.trainer.stream import ActivationStream, Batch
+
+
+class Outcome(NamedTuple):
+    """What became of one run."""
+
+    directory: Path
+    summary: dict[str, Any] | None
+    """None if the run failed."""
+    error: Exception | None = None
+
+
+def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
+    """Train one coder and return its summary; a finished run returns its summary at once."""
+    (outcome,) = train_bank([(cfg, directory)])
+    if outcome.error is not None:
+        raise outcome.error
+    assert outcome.summary is not None
+    return outcome.summary
+
+
+def stream_key(cfg: TrainConfig) -> tuple[Any, ...]:
+    """What the members of a bank have in common."""
+    stream = tuple(vars(cfg.stream).items())
+    return cfg.store.path, cfg.hookpoint, cfg.train.batch_tokens, stream, cfg.train.device, cfg.train.threads
+
+
+def train_bank(jobs: Sequence[tuple[TrainConfig, Path]]) -> list[Outcome]:
+    """Train all jobs, which share their stream, to the end. One that fails is dropped; the others go on.
+
+    An interruption leaves every member where it can go on.
+    """
+    outcomes: dict[Path, Outcome] = {}
+    waiting: list[Member] = []
+    store: ActivationStore | None = None
+    for cfg, directory in jobs:
+        with _failing(outcomes, directory):
+            store = open_store(cfg) if store is None else store
+            cfg.store.path = str(store.path)
+            store.hookpoint(cfg.hookpoint)
+            member = Member(cfg, directory)
+            if member.summary is not None:
+                print(f"{directory}: finished before, nothing to do")
+                outcomes[directory] = Outcome(directory, member.summary)
+            else:
+                waiting.append(member)
+    if waiting and store is not None:
+        _train(waiting, store, outcomes)
+    return [outcomes[directory] for _, directory in jobs]
+
+
+def _train(members: list[Member], store: ActivationStore, outcomes: dict[Path, Outcome]) -> None:
+    cfg = members[0].cfg
+    assert len({stream_key(member.cfg) for member in members}) == 1
+    device = pick_device(cfg.train.device)
+    if cfg.train.threads:
+        torch.set_num_threads(cfg.train.threads)
+    stream = make_stream(cfg, store, device)
+    positions: dict[int, dict[str, Any] | None] = {}
+    for member in members:
+        with _failing(outcomes, member.directory):
+            position = member.start(store, stream, device)
+            positions[member.learner.step_number] = position
+    if not positions:
+        return
+    begin = min(positions)
+    stream.load_state_dict(positions[begin] or stream.beginning())
+    _loop([m for m in members if m.directory not in outcomes], begin, stream, _held_out(cfg, store, device), outcomes)
+
+
+def _loop(
+    members: list[Member],
+    step: int,
+    stream: ActivationStream,
+    held_out: Batch | None,
+    outcomes: dict[Path, Outcome],
+) -> None:
+    """Steps until every member has made all of its own."""
+    with live_table(members, outcomes) as show, closing(iter(stream)) as batches, _stopping() as asked_to_stop:
+        members = _unfinished(members, outcomes)
+        while members:
+            begun = time.perf_counter()
+            batch = next(batches)
+            read_ms = 1e3 * (time.perf_counter() - begun)
+            taking = [member for member in members if member.learner.step_number == step]
+            step += 1
+            for member in taking:
+                with _failing(outcomes, member.directory):
+                    member.step(batch, read_ms, held_out)
+                    if member.finished or asked_to_stop() or step % member.cfg.train.save_every == 0:
+                        member.save(stream.state_dict())
+            if asked_to_stop():
+                raise KeyboardInterrupt
+            members = _unfinished(members, outcomes)
+            show()
+
+
+def _unfinished(members: list[Member], outcomes: dict[Path, Outcome]) -> list[Member]:
+    """Those still at work; the summaries of the others are written."""
+    for member in members:
+        if member.directory not in outcomes and member.finished:
+            with _failing(outcomes, member.directory):
+                outcomes[member.directory] = Outcome(member.directory, member.finish())
+    return [member for member in members if member.directory not in outcomes]
+
+
+def _held_out(cfg: TrainConfig, store: ActivationStore, device: str) -> Batch | None:
+    """The first eval_tokens held-out tokens of a fixed order."""
+    if not cfg.train.eval_tokens:
+        return None
+    hookpoint, tokens = store.hookpoint(cfg.hookpoint), cfg.train.eval_tokens
+    kept = token_filter(cfg)
+    stream = ActivationStream(store, hookpoint, tokens, split="held_out", filter=kept, epochs=1, device=device)
+    return next(iter(stream), None)
+
+
+@contextmanager
+def _stopping() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM wait for the end of a step, so that what is saved is whole; a second Ctrl-C does not."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # in a Ray worker: signals are Ray's
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _failing(outcomes: dict[Path, Outcome], directory: Path) -> Iterator[None]:
+    """An exception inside is the outcome of that run, not the end of the others."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        outcomes[directory] = Outcome(directory, None, error)

@@ -1,0 +1,176 @@
+"""One coder's run: its directory, its learner, what it logs and what it leaves behind.
+
+A run directory holds config.yaml, metrics.jsonl, checkpoint/ and, once it is finished, summary.json.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from skipcoder.pipeline import cli
+from skipcoder.pipeline.commit import write_atomically
+from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer import checkpoint
+from skipcoder.trainer.assemble import make_learner, provenance
+from skipcoder.trainer.config import TrainConfig
+from skipcoder.trainer.learner import Learner
+from skipcoder.trainer.stream import ActivationStream, Batch
+
+# What may differ between a run and its resumption: it does not change what is learned.
+_FREE_KEYS = ("run", "train.device", "train.threads", "train.save_every")
+
+
+class Member:
+    """A run on its way. Made cheaply; `start` builds the learner."""
+
+    learner: Learner
+
+    def __init__(self, cfg: TrainConfig, directory: Path) -> None:
+        self.cfg, self.directory = cfg, directory
+        self.steps = -(-cfg.train.tokens // cfg.train.batch_tokens)
+        self.label = f"{cfg.coder.kind.value} k={cfg.coder.k} width={cfg.coder.width}"
+        self.window: list[dict[str, torch.Tensor]] = []
+        self.read_ms: list[float] = []
+        self.seconds_before = 0.0
+        self.last: dict[str, Any] = {}
+        """The latest line of metrics."""
+        self.refuse_other_config()
+
+    def refuse_other_config(self) -> None:
+        """UserError naming the keys in which the run in this directory was configured otherwise."""
+        file = self.directory / "config.yaml"
+        if not file.exists():
+            return
+        then, now = (
+            OmegaConf.to_container(c, enum_to_str=True) for c in (OmegaConf.load(file), OmegaConf.structured(self.cfg))
+        )
+        facts = cli.differences(then, now, ignore=_FREE_KEYS)
+        if facts:
+            raise UserError(f"{self.directory} holds another run ({facts}); choose another directory, or delete it")
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """Of a finished run."""
+        file = self.directory / "summary.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    # ---- training ---------------------------------------------------------------------------------
+
+    def start(self, store: ActivationStore, stream: ActivationStream, device: str) -> dict[str, Any] | None:
+        """Build the learner, or go on from the last save; returns the stream's position, None at the beginning."""
+        self.store, self.hookpoint = store, stream.hookpoint
+        state = checkpoint.load_state(self.directory / "checkpoint")
+        self.learner = make_learner(self.cfg, store, self.hookpoint, self.steps, device, fresh=state is None)
+        write_atomically(self.directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.cfg)).encode())
+        self.begun = time.perf_counter()
+        if state is None:
+            self._metrics_file.unlink(missing_ok=True)
+            return None
+        stream.load_state_dict(state["stream"])
+        self.learner.load_state_dict(state["learner"])
+        self.window, self.seconds_before = state["window"], state["seconds"]
+        kept = [line for line in self._read_metrics() if line["step"] <= self.learner.step_number]
+        self.last = kept[-1] if kept else {}
+        write_atomically(self._metrics_file, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        print(f"{self.directory}: going on from step {self.learner.step_number} of {self.steps}")
+        return state["stream"]
+
+    @property
+    def finished(self) -> bool:
+        """All steps are made."""
+        return self.learner.step_number == self.steps
+
+    def step(self, batch: Batch, read_ms: float, held_out: Batch | None) -> None:
+        """One optimiser step, and a line of metrics where one is due."""
+        self.window.append(self.learner.step(batch.x, batch.y, batch.tokens))
+        self.read_ms.append(read_ms)
+        every, step = self.cfg.train.log_every, self.learner.step_number
+        if self.finished or step % every == 0:
+            line = self._line()
+            evaluate_every = self.cfg.train.eval_every or max(self.steps // 10, 1)
+            if held_out is not None and (self.finished or step % evaluate_every < every):
+                line["held_out_fvu"] = self.learner.fvu(held_out.x, held_out.y)
+            with self._metrics_file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.last = line
+
+    def _line(self) -> dict[str, Any]:
+        mean = {key: float(torch.stack([w[key] for w in self.window]).double().mean()) for key in self.window[0]}
+        read_ms = sum(self.read_ms) / len(self.read_ms)
+        self.window.clear()
+        self.read_ms.clear()
+        if not (mean["fvu"] < float("inf")):
+            raise UserError(
+                f"{self.label}: the loss is {mean['fvu']} at step {self.learner.step_number}; "
+                f"lower optim.lr (it is {self.learner.optimiser.base_lr:g})"
+            )
+        return {
+            "step": self.learner.step_number,
+            "tokens": self.learner.tokens,
+            **mean,
+            "dead": self.learner.dead,
+            "encode_mode": self.learner.coder.encoding.mode,
+            "recall": self.learner.recall,
+            "lr": self.learner.optimiser.lr,
+            "ms": {"read": round(read_ms, 3), **self.learner.clock.read()},
+            "seconds": round(self.seconds, 3),
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Spent in training, over all resumptions."""
+        return self.seconds_before + time.perf_counter() - self.begun
+
+    # ---- files ------------------------------------------------------------------------------------
+
+    def save(self, stream: dict[str, Any]) -> None:
+        """The point from which an interrupted run goes on; `stream`: the position after the last step."""
+        state = {
+            "learner": self.learner.state_dict(),
+            "stream": stream,
+            "window": self.window,
+            "seconds": self.seconds,
+        }
+        checkpoint.save_state(state, self.directory / "checkpoint")
+
+    def finish(self) -> dict[str, Any]:
+        """Write the coder and the summary."""
+        coder = self.learner.folded()
+        coder.meta = provenance(self.store, self.hookpoint, self.learner)
+        checkpoint.save_coder(coder, self.directory / "checkpoint")
+        summary = {
+            "kind": self.cfg.coder.kind.value,
+            "k": self.cfg.coder.k,
+            "width": self.cfg.coder.width,
+            "hookpoint": self.hookpoint,
+            "model": self.store.attrs["model"]["name"],
+            "seed": self.cfg.seed,
+            "train_tokens": self.learner.tokens,
+            "steps": self.steps,
+            "train_fvu": self.last["fvu"],
+            "held_out_fvu": self.last.get("held_out_fvu"),
+            "l0": self.last["l0"],
+            "dead": self.last["dead"],
+            "encode_mode": self.last["encode_mode"],
+            "seconds": round(self.seconds, 2),
+        }
+        write_atomically(self.directory / "summary.json", json.dumps(summary, indent=2).encode())
+        return summary
+
+    @property
+    def _metrics_file(self) -> Path:
+        return self.directory / "metrics.jsonl"
+
+    def _read_metrics(self) -> list[dict[str, Any]]:
+        lines: list[dict[str, Any]] = []
+        if self._metrics_file.exists():
+            for line in self._metrics_file.read_text().splitlines():
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:  # a kill may cut the last line
+                    break
+        return lines
