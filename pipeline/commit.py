@@ -8,10 +8,10 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from google_crc32c import value as crc32c
 from skipcoder.pipeline.errors import UserError
@@ -87,12 +87,12 @@ def withdraw(store: Path, unit: int) -> None:
     path_of(store, unit).unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write, sync and rename: the file is whole or absent, also after a power cut."""
+def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Write (or let `content` write), sync and rename: the file is whole or absent, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with partial.open("wb") as file:
-        file.write(content)
+        file.write(content) if isinstance(content, bytes) else content(file)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -3,10 +3,8 @@
 What was tried to get here is told by the comments; the order of the start-up calls matters.
 """
 
-import contextlib
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from skipcoder.pipeline import cli, layout
+from skipcoder.pipeline.cluster import cluster
 from skipcoder.pipeline.config import ModelConfig, RayConfig
 from skipcoder.pipeline.errors import UserError
 
@@ -28,7 +27,7 @@ def run(store: Path, attrs: dict[str, Any], units: list[int], model: ModelConfig
     }
     bytes_per_token = sum(2 * (h["d_in"] + h["d_out"]) for h in attrs["hookpoints"].values())
     try:
-        with _cluster(cfg), cli.progress("capture", sum(tokens_of.values())) as advance:
+        with cluster(cfg.address), cli.progress("capture", sum(tokens_of.values())) as advance:
             first_at, first_tokens = 0.0, 0
             for unit in _results(store, units, model, cfg):
                 captured += tokens_of[unit]
@@ -111,47 +110,3 @@ def _share(cfg: RayConfig) -> tuple[int, float]:
     if gpus > have.get("GPU", 0.0):
         raise UserError(f"ray.gpus_per_worker={gpus:g}, but this Ray has {have.get('GPU', 0.0):g} GPUs; set it to 0")
     return cpus, gpus
-
-
-@contextlib.contextmanager
-def _cluster(cfg: RayConfig) -> Iterator[None]:
-    """A quiet Ray: our own on this machine unless an address is given, shut down in the end."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    if cfg.address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # another's cluster decides this for itself
-    import ray  # reads these when it is imported
-
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if cfg.address is None:
-        # Only unit numbers and short messages cross Ray, so its object store may be small.
-        options |= {"address": "local", "object_store_memory": 200 * 2**20, "include_dashboard": False}
-    else:
-        options |= {"address": cfg.address}
-    try:
-        with _silent_stderr():
-            ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        if cfg.address is None:
-            raise
-        fault = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"ray.address={cfg.address}: {fault}; leave it null to start a Ray here") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Ray's C++ parts announce their log level on file descriptor 2, whatever Python's logging says."""
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)

@@ -1,6 +1,5 @@
 """Files of a run: the coder for users, the state for resuming. Every file appears whole or not at all."""
 
-import io
 import json
 from enum import Enum
 from pathlib import Path
@@ -70,9 +69,7 @@ def load_coder(path: Path) -> SparseCoder:
 
 def save_state(state: dict[str, Any], folder: Path) -> None:
     """Write the resume point, replacing the last one in one step."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(folder / "state" / "state.pt", buffer.getvalue())
+    write_atomically(folder / "state" / "state.pt", lambda file: torch.save(state, file))
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:

@@ -1,0 +1,134 @@
+"""`train.py -m` through Hydra's launcher: every job as if run alone, one pass over the store."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer import memory
+from skipcoder.trainer.config import Kind, StreamConfig, TrainConfig
+from skipcoder.trainer.memory import MARGIN, Need, bank_bytes, need, pack
+from skipcoder.trainer.stream import ActivationStream
+from skipcoder.trainer.sweep import Settings, plan, run_sweep
+
+from tests.conftest import REPO
+from tests.trainer.test_bank import config
+from tests.trainer.test_run import assert_same
+
+
+def command(store: ActivationStore, *overrides: str) -> list[str]:
+    return [
+        *(sys.executable, str(REPO / "trainer" / "train.py"), *(["-m"] if "-m" in overrides else [])),
+        *(f"store.path={store.path}", "hookpoint=layers.1.mlp"),
+        *("coder.width=64", "optim.lr=1e-2", "train.tokens=2560", "train.batch_tokens=128", "train.threads=1"),
+        *(override for override in overrides if override != "-m"),
+    ]
+
+
+def call(store: ActivationStore, cwd: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(store, *overrides), cwd=cwd, capture_output=True, text=True)
+
+
+def test_a_sweep_is_one_bank_of_jobs_as_if_run_alone(store: ActivationStore, tmp_path: Path) -> None:
+    swept = call(store, tmp_path, "-m", "coder=sae,transcoder", "coder.k=2,4", "hydra.sweep.dir=sweep")
+    assert swept.returncode == 0, swept.stderr
+    assert "bank 1 of 1: 4 coders on one stream" in swept.stdout
+    # Hydra's sweeper leaves multirun.yaml.
+    assert sorted(p.name for p in (tmp_path / "sweep").iterdir()) == ["0", "1", "2", "3", "multirun.yaml"]
+    alone = call(store, tmp_path, "coder=transcoder", "coder.k=2", "run.dir=alone")
+    assert alone.returncode == 0, alone.stderr
+    assert_same(tmp_path / "sweep" / "2", tmp_path / "alone")
+    again = call(store, tmp_path, "-m", "coder=sae,transcoder", "coder.k=2,4", "hydra.sweep.dir=sweep")
+    assert again.returncode == 0 and again.stdout.count("finished before") == 4
+
+
+def test_every_failure_is_named_and_the_others_are_finished(store: ActivationStore, tmp_path: Path) -> None:
+    done = call(store, tmp_path, "-m", "optim.lr=1e-2,1e18,1e19", "coder=transcoder", "coder.k=2", "hydra.sweep.dir=s")
+    assert done.returncode == 2
+    assert done.stderr.count("lower optim.lr") == 2 and "Traceback" not in done.stderr
+    assert "Error executing job" not in done.stderr
+    assert (tmp_path / "s" / "0" / "summary.json").exists() and not (tmp_path / "s" / "1" / "summary.json").exists()
+
+
+def test_other_configuration_in_a_jobs_folder_is_refused_before_anything_is_written(
+    store: ActivationStore, tmp_path: Path
+) -> None:
+    call(store, tmp_path, "-m", "coder=transcoder", "coder.k=2,4", "hydra.sweep.dir=s")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "s").rglob("*/*") if p.is_file()}
+    done = call(store, tmp_path, "-m", "coder=transcoder", "coder.k=3,4", "hydra.sweep.dir=s")
+    assert done.returncode == 2 and "coder.k: 2 there, 3 asked" in done.stderr
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "s").rglob("*/*") if p.is_file()} == before
+
+
+def test_bad_values_name_their_job_before_anything_is_trained(store: ActivationStore, tmp_path: Path) -> None:
+    done = call(store, tmp_path, "-m", "coder=transcoder", "coder.k=2,400", "hydra.sweep.dir=s")
+    assert done.returncode == 2 and "coder.k=400" in done.stderr and "Traceback" not in done.stderr
+    assert not list((tmp_path / "s").rglob("summary.json"))
+
+
+def test_on_ray(store: ActivationStore, tmp_path: Path) -> None:
+    """Two streams, so two banks, as tasks of a real Ray."""
+    where = ("-m", "coder=transcoder", "coder.k=2", "stream.seed=0,1", "hydra.sweep.dir=s", "hydra.launcher.ray=true")
+    done = call(store, tmp_path, *where)
+    assert done.returncode == 0, done.stderr
+    assert "bank 2 of 2" in done.stdout
+    assert call(store, tmp_path, "coder=transcoder", "coder.k=2", "stream.seed=1", "run.dir=alone").returncode == 0
+    assert_same(tmp_path / "s" / "1", tmp_path / "alone")
+
+
+def test_the_launcher_is_found_from_a_wheel(tmp_path: Path) -> None:
+    """Nothing of the checkout on the path: an empty folder, the built package before all others."""
+    build = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "site"), str(REPO)],
+        capture_output=True,
+        text=True,
+    )
+    assert build.returncode == 0, build.stderr
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    code = "import skipcoder; print(skipcoder.__file__); from skipcoder.trainer.train import cli_main; cli_main()"
+    asked = [sys.executable, "-c", code, "--cfg", "hydra", "-p", "hydra.launcher"]
+    done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert str(tmp_path / "site") in done.stdout and "BankLauncher" in done.stdout, done.stderr
+
+
+# ---- planning -----------------------------------------------------------------------------------------
+
+
+def test_jobs_with_different_streams_make_different_banks(store: ActivationStore, tmp_path: Path) -> None:
+    jobs = [(config(store, kind), tmp_path / kind.value) for kind in Kind]
+    jobs[1][0].stream = StreamConfig(seed=5)
+    banks = list(plan(jobs, Settings(), 1))
+    assert [[directory.name for _, directory in bank] for bank in banks] == [["sae", "skip_transcoder"], ["transcoder"]]
+
+
+def test_packing_holds_the_budget_and_loses_nobody() -> None:
+    needs = [Need(size, size // 3) for size in (5, 1, 7, 3, 3, 2, 8)]
+    for budget in (12, 15, 20, 40):
+        banks = pack(needs, MARGIN + budget)
+        assert sorted(i for bank in banks for i in bank) == list(range(7))
+        assert all(bank_bytes([needs[i] for i in bank]) <= MARGIN + budget for bank in banks)
+    assert len(pack(needs, MARGIN + 40)) == 1 and len(pack(needs, MARGIN + 40, devices=3)) == 3
+
+
+def test_a_coder_too_large_for_the_device_is_refused(store: ActivationStore, tmp_path: Path) -> None:
+    big = config(store, width=2**20)
+    with pytest.raises(UserError, match=r"coder.width=1048576 takes about .* GiB"):
+        run_sweep([(big, tmp_path)], Settings(memory_gib=0.6))
+
+
+def test_needed_memory_covers_what_training_holds(store: ActivationStore, tmp_path: Path) -> None:
+    from skipcoder.trainer.assemble import make_learner
+
+    cfg: TrainConfig = config(store, Kind.skip_transcoder, width=512)
+    learner = make_learner(cfg, store, "layers.1.mlp", 20, "cpu")
+    batch = next(iter(ActivationStream(store, "layers.1.mlp", 128)))
+    learner.step(batch.x, batch.y, batch.tokens)
+    tensors = [*learner.coder.parameters(), learner.since_fired_M]
+    for part in learner.optimiser.parts:
+        tensors += [t for s in part.state.values() for t in s.values() if t.numel() > 1]
+    held = sum(t.numel() * t.element_size() for t in tensors)
+    assert need(cfg, 24, 24).resident == held
+    assert memory.free_bytes("cpu") > 0

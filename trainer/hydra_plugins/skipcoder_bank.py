@@ -1,0 +1,74 @@
+"""Hydra's launcher `bank`: the jobs of a sweep that read the same stream are trained together, in one pass.
+
+Every Hydra application in this environment imports this module, so it imports nothing heavy; what it does is in
+`skipcoder.trainer.sweep`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+
+@dataclass
+class BankLauncherConf:
+    """`hydra.launcher.*` of a sweep."""
+
+    _target_: str = "hydra_plugins.skipcoder_bank.BankLauncher"
+    ray: bool | None = None
+    """Run banks as Ray tasks; null: where there are several GPUs, or an address."""
+    address: str | None = None
+    """An existing Ray cluster (`auto` or an address); null: a Ray of our own."""
+    memory_gib: float | None = None
+    """Memory that one bank may use; null: what is free on the device."""
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="bank", node=BankLauncherConf, provider="skipcoder")
+
+
+class BankLauncher(Launcher):
+    """Each job gets its own folder and configuration as from any launcher; the training is done once for all."""
+
+    def __init__(self, ray: bool | None, address: str | None, memory_gib: float | None) -> None:
+        self.ray, self.address, self.memory_gib = ray, address, memory_gib
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra's first call."""
+        self.context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Record what each job would do, train them, and hand each its held-out FVU (for sweepers that optimise)."""
+        setup_globals()
+        from skipcoder.pipeline import cli
+        from skipcoder.trainer.config import TrainConfig
+        from skipcoder.trainer.sweep import Settings, report_failures, run_sweep
+
+        jobs = []
+
+        def record(cfg: DictConfig) -> None:
+            jobs.append((cli.typed(cfg, TrainConfig), HydraConfig.get().runtime.output_dir))
+
+        returns = []
+        for number, overrides in enumerate(job_overrides, initial_job_idx):
+            config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+            with open_dict(config):
+                config.hydra.job.id, config.hydra.job.num = str(number), number
+            one = run_job(
+                hydra_context=self.context, task_function=record, config=config, job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir", configure_logging=False,
+            )  # fmt: skip
+            if one.status is JobStatus.FAILED:  # before anything is trained
+                report_failures([(" ".join(overrides), one._return_value)])
+            returns.append(one)
+        outcomes = run_sweep(jobs, Settings(self.ray, self.address, self.memory_gib))
+        report_failures([(str(o.directory), o.error) for o in outcomes if o.error is not None])
+        for one, outcome in zip(returns, outcomes, strict=True):
+            assert outcome.summary is not None
+            one.return_value = outcome.summary["held_out_fvu"]
+            one.status = JobStatus.COMPLETED
+        return returns
