@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from skipcoder.kernels.encode import Codes
+from skipcoder.kernels.rows import by_latent
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.assemble import make_learner
 from skipcoder.trainer.config import (
@@ -27,6 +28,7 @@ from skipcoder.trainer.config import (
     TrainConfig,
 )
 from skipcoder.trainer.learner import Learner
+from skipcoder.trainer.losses import Losses
 from skipcoder.trainer.stream import ActivationStream
 from torch import Tensor
 
@@ -36,7 +38,7 @@ BATCH = 4096
 class DenseLearner(Learner):
     """The same training with dense products."""
 
-    def losses(self, x: Tensor, y: Tensor, variance: float) -> tuple[dict[str, Tensor], Codes]:
+    def losses(self, x: Tensor, y: Tensor, variance: float) -> Losses:
         coder = self.coder
         centred = x if coder.b_pre is None else x - coder.b_pre
         values, indices = torch.relu(centred @ coder.W_enc.T + coder.b_enc).topk(coder.cfg.k)
@@ -45,7 +47,8 @@ class DenseLearner(Learner):
         if coder.W_skip is not None:
             y_hat = y_hat + x @ coder.W_skip.T
         error = y - y_hat
-        return {"fvu": error.square().sum() / variance}, Codes(values.detach(), indices, None, None)  # type: ignore[arg-type]
+        fvu = error.square().sum() / variance
+        return Losses(fvu, {"fvu": fvu}, Codes(values.detach(), indices, None, by_latent(indices, coder.cfg.width)))
 
 
 def train(cls: type[Learner], store: ActivationStore, kind: Kind, mode: EncodeMode, steps: int) -> tuple[float, float]:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from skipcoder.kernels.preactivations import MODES
-from skipcoder.kernels.rows import ByLatent, by_latent, gather_sum
-from skipcoder.kernels.select import ACTIVATIONS, select
+from skipcoder.kernels.rows import ByLatent, by_latent, gather_sum, token_of_entry
+from skipcoder.kernels.select import ACTIVATIONS, FLAT, select
 from torch import Tensor
 from torch.autograd import Function
 
@@ -28,6 +28,21 @@ class Codes(NamedTuple):
     by_latent: ByLatent
     """The same entries by latent, for gradients."""
 
+    @property
+    def token(self) -> Tensor:
+        """The token of each entry, shaped like the values."""
+        return token_of_entry(self.indices, self.offsets).view(self.indices.shape)
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Values and indices as [N, K], K that of the token with most; what is missing is value 0 of latent 0."""
+        if self.offsets is None:
+            return self.values, self.indices
+        token, n = self.token, len(self.offsets)
+        place = torch.arange(len(token), device=token.device) - self.offsets[token]
+        width = int(place.max()) + 1 if len(place) else 1
+        values, indices = self.values.new_zeros(n, width), self.indices.new_zeros(n, width)
+        return values.index_put((token, place), self.values), indices.index_put((token, place), self.indices)
+
 
 def encode(
     x_ND: Tensor,
@@ -41,6 +56,7 @@ def encode(
     chunk_elements: int = 2**24,
     centre_D: Tensor | None = None,
     spread_D: Tensor | None = None,
+    threshold_M: Tensor | None = None,
 ) -> Codes:
     """Encode tokens; `select` says what activation does, `preactivations` what mode, centre and spread do.
 
@@ -55,9 +71,20 @@ def encode(
     if activation == "groupmax" and m % k:
         raise ValueError(f"groupmax takes the largest of k groups, but {m} latents do not divide by k={k}")
     values, indices, offsets, *order = _Encode.apply(
-        x_ND, W_enc_MD, b_enc_M, b_pre_D, k, activation, mode, nominated, chunk_elements, centre_D, spread_D
+        x_ND,
+        W_enc_MD,
+        b_enc_M,
+        b_pre_D,
+        k,
+        activation,
+        mode,
+        nominated,
+        chunk_elements,
+        centre_D,
+        spread_D,
+        threshold_M,
     )
-    return Codes(values, indices, offsets if activation == "batchtopk" else None, ByLatent(*order))
+    return Codes(values, indices, offsets if activation in FLAT else None, ByLatent(*order))
 
 
 def first(codes: Codes, k: int) -> Codes:
@@ -67,11 +94,14 @@ def first(codes: Codes, k: int) -> Codes:
 
 
 def encode_reference(
-    x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, k: int, b_pre_D: Tensor | None = None, activation: str = "topk"
-) -> Tensor:
+    x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, k: int, b_pre_D: Tensor | None = None, activation: str = "topk",
+    threshold_M: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The formula, dense [N, M], by autograd; for tests (float64)."""
     n, m = x_ND.shape[0], W_enc_MD.shape[0]
     pre = torch.relu((x_ND if b_pre_D is None else x_ND - b_pre_D) @ W_enc_MD.T + b_enc_M)
+    if threshold_M is not None:
+        return pre * (pre > threshold_M)
     shape = {"topk": (n, m), "groupmax": (n * k, m // k), "batchtopk": (1, n * m)}[activation]
     count = {"topk": k, "groupmax": 1, "batchtopk": n * k}[activation]
     kept = pre.detach().reshape(shape).sort(dim=1, descending=True, stable=True).indices[:, :count]
@@ -83,15 +113,26 @@ class _Encode(Function):
     def forward(
         ctx: Any, x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, b_pre_D: Tensor | None, k: int, activation: str,
         mode: str, nominated: float, chunk_elements: int, centre_D: Tensor | None, spread_D: Tensor | None,
+        threshold_M: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         centred_ND = x_ND if b_pre_D is None else x_ND - b_pre_D
         if centre_D is not None and b_pre_D is not None:
             centre_D = centre_D - b_pre_D
         values, indices, offsets = select(
-            centred_ND, W_enc_MD, b_enc_M, k, activation, mode, nominated, chunk_elements, centre_D, spread_D
+            centred_ND,
+            W_enc_MD,
+            b_enc_M,
+            k,
+            activation,
+            mode,
+            nominated,
+            chunk_elements,
+            centre_D,
+            spread_D,
+            threshold_M,
         )
         values = torch.relu(values)
-        ragged = activation == "batchtopk"
+        ragged = activation in FLAT
         order = by_latent(indices, W_enc_MD.shape[0], offsets if ragged else None)
         ctx.save_for_backward(centred_ND, W_enc_MD, values, indices, offsets, *order)
         ctx.has_b_pre, ctx.ragged = b_pre_D is not None, ragged
@@ -112,4 +153,4 @@ class _Encode(Function):
             grad_b = latents.sum_weights(grad)
         if ctx.has_b_pre and ctx.needs_input_grad[3]:
             grad_b_pre = -(grad_b @ W_enc_MD)  # O(M D), where the sum over tokens would be O(N K D)
-        return grad_x, grad_W, grad_b if ctx.needs_input_grad[2] else None, grad_b_pre, *[None] * 7
+        return grad_x, grad_W, grad_b if ctx.needs_input_grad[2] else None, grad_b_pre, *[None] * 8

@@ -1,4 +1,5 @@
-"""Which latents fire, and how strongly: top-k per token, the largest of each of k groups, or top-k of the whole batch.
+"""Which latents fire, and how strongly: top-k per token, the largest of each of k groups, top-k of the whole batch, or
+all above a threshold.
 
 In `float32` mode the pre-activations themselves are compared. In the other modes they are estimates that nominate
 `nominated` times as many latents; these get exact values, and the best of them are taken.
@@ -8,14 +9,17 @@ Legend: N tokens, K latents per token, C nominated per token, M latents, D input
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from skipcoder.kernels.preactivations import Chunk, preactivations
 from skipcoder.kernels.rows import gather_dot
-from skipcoder.kernels.topk import GROUP, above, candidates, largest, rank, topk_lowest
+from skipcoder.kernels.topk import above, candidates, largest, rank, topk_lowest
 from torch import Tensor
 
-ACTIVATIONS = ("topk", "groupmax", "batchtopk")
+ACTIVATIONS = ("topk", "groupmax", "batchtopk", "above")
+FLAT = ("batchtopk", "above")
+"""Those whose codes differ in length from token to token."""
 
 
 @torch.library.custom_op("skipcoder::select", mutates_args=())
@@ -30,39 +34,50 @@ def select(
     chunk_elements: int = 2**24,
     centre_D: Tensor | None = None,
     spread_D: Tensor | None = None,
+    threshold_M: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pre-activations of the chosen latents, their indices, and (batchtopk) where each token's begin.
 
     topk: [N, K] values descending. groupmax: [N, K], column j from the j-th run of M/K latents. batchtopk: flat, by
-    token, then latent, positive values only; the third result is [N], else it is empty. Equal values: the lowest
-    index (batchtopk: the earliest token).
+    token, then latent, positive values only; the third result is [N], else it is empty. above: in the same form all
+    that exceed both 0 and their latent's threshold, in float32 whatever the mode. Equal values: the lowest index
+    (batchtopk: the earliest token). batchtopk is faster, and chooses the same, if `threshold_M` is something that a few
+    more than N K exceed.
     """
     n, m = len(x_ND), len(W_MD)
     none = torch.empty(0, dtype=torch.int64, device=x_ND.device)
     if not n:
-        shape = (0,) if activation == "batchtopk" else (0, k)
+        shape = (0,) if activation in FLAT else (0, k)
         return x_ND.new_empty(shape), none.new_empty(shape), none
-    chunks = preactivations(x_ND, W_MD, b_M, mode, chunk_elements, centre_D, spread_D)
+    mode = "float32" if activation == "above" else mode
+    chunks = partial(preactivations, x_ND, W_MD, b_M, mode, chunk_elements, centre_D, spread_D)
+    tokens = torch.arange(n, device=x_ND.device)
+    if activation == "above":
+        assert threshold_M is not None
+        flat, values = _above_threshold(chunks(), threshold_M.clamp_min(0))
+        return values, flat % m, torch.searchsorted(flat // m, tokens)
     if activation == "batchtopk":
         count = n * k if mode == "float32" else math.ceil(nominated * n * k)
-        flat, values = _largest_of_batch(chunks, m, count)
+        flat, values = _largest_of_batch(chunks(), m, count, hint=threshold_M)
+        if threshold_M is not None and len(flat) < count:
+            flat, values = _largest_of_batch(chunks(), m, count)
         if mode != "float32":
             token, latent = flat // m, flat % m
-            offsets = torch.searchsorted(token, torch.arange(n, device=flat.device))
+            offsets = torch.searchsorted(token, tokens)
             exact = gather_dot(x_ND, W_MD, latent, offsets) + b_M[latent]
             best = largest(exact, n * k)
             flat, values = flat[best], exact[best]
         flat, values = flat[values > 0], values[values > 0]
-        return values, flat % m, torch.searchsorted(flat // m, torch.arange(n, device=flat.device))
+        return values, flat % m, torch.searchsorted(flat // m, tokens)
     if mode == "float32":
         values_NK = x_ND.new_empty(n, k)
         indices_NK = torch.empty(n, k, dtype=torch.int64, device=x_ND.device)
-        for part, pre in chunks:
+        for part, pre in chunks():
             values_NK[part], indices_NK[part] = topk_lowest(pre, k) if activation == "topk" else _max_of_groups(pre, k)
         return values_NK, indices_NK, none
     c = min(math.ceil(nominated * k), m)
     nominate = candidates if activation == "topk" else _two_of_groups
-    columns_NC = torch.cat([nominate(pre, c if activation == "topk" else k) for _, pre in chunks])
+    columns_NC = torch.cat([nominate(pre, c if activation == "topk" else k) for _, pre in chunks()])
     exact_NC = gather_dot(x_ND, W_MD, columns_NC) + b_M[columns_NC]
     if activation == "topk":
         return *rank(exact_NC, columns_NC, k), none
@@ -83,11 +98,12 @@ def _(
     chunk_elements: int = 2**24,
     centre_D: Tensor | None = None,
     spread_D: Tensor | None = None,
+    threshold_M: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = len(x_ND)
-    shape = (torch.library.get_ctx().new_dynamic_size(),) if activation == "batchtopk" else (n, k)
+    shape = (torch.library.get_ctx().new_dynamic_size(),) if activation in FLAT else (n, k)
     ints = x_ND.new_empty(shape, dtype=torch.int64)
-    return x_ND.new_empty(shape), ints, ints.new_empty(n if activation == "batchtopk" else 0)
+    return x_ND.new_empty(shape), ints, ints.new_empty(n if activation in FLAT else 0)
 
 
 def _max_of_groups(pre_NM: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -104,22 +120,32 @@ def _two_of_groups(pre_NM: Tensor, k: int) -> Tensor:
     return (two + first).flatten(1)
 
 
-def _largest_of_batch(chunks: Iterator[Chunk], m: int, count: int) -> tuple[Tensor, Tensor]:
+def _above_threshold(chunks: Iterator[Chunk], threshold_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat positions (rising) and values of what exceeds its column's threshold."""
+    flat, values = [], []
+    for part, pre in chunks:
+        row, column = (pre > threshold_M).nonzero(as_tuple=True)
+        flat.append((row + part.start) * len(threshold_M) + column)
+        values.append(pre[row, column])
+    return torch.cat(flat), torch.cat(values)
+
+
+def _largest_of_batch(chunks: Iterator[Chunk], m: int, count: int, hint: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Flat positions (rising) and values of the `count` largest non-negative elements of the [N, M] that the chunks
-    make up, holding one chunk and `count` elements at a time."""
+    make up, holding one chunk and 4 `count` elements at a time; with a hint, of those among them that reach it."""
     flat = values = bound = torch.empty(0)
     for part, pre in chunks:
         if part.start == 0:
             flat = torch.empty(0, dtype=torch.int64, device=pre.device)
             values, bound = pre.new_empty(0), pre.new_zeros(())
-            maxima = pre.view(len(pre), GROUP, -1).amax(1).flatten() if m % GROUP == 0 else pre.flatten()
-            if len(maxima) > count:  # as many elements are at least this large
-                bound = torch.topk(maxima, count, sorted=False).values.min().clamp_min(0)
+            if hint is not None:
+                bound = hint.amin().clamp_min(0).to(pre.dtype)
         row, column = above(pre, bound)
         flat = torch.cat([flat, (row + part.start) * m + column])
         values = torch.cat([values, pre[row, column]])
-        best = largest(values, count)
-        flat, values = flat[best], values[best]
-        if len(values) == count:
+        if len(values) > 4 * count:
+            best = largest(values, count)
+            flat, values = flat[best], values[best]
             bound = torch.maximum(bound, values.min())
-    return flat, values
+    best = largest(values, count)
+    return flat[best], values[best]

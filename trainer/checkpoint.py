@@ -27,7 +27,6 @@ def save_coder(coder: SparseCoder, folder: Path) -> None:
     description = {
         "format_version": FORMAT_VERSION,
         **{key: _plain(value) for key, value in vars(coder.cfg).items()},
-        "prefixes": None,
         "d_in": coder.d_in,
         "d_out": coder.d_out,
         "dtype": "float32",
@@ -62,9 +61,9 @@ def load_coder(path: Path) -> SparseCoder:
     cfg = cli.typed(OmegaConf.create(fields), CoderConfig)
     coder = SparseCoder(cfg, description.pop("d_in"), description.pop("d_out"))
     coder.load_state_dict(tensors)
-    own = ("format_version", "prefixes", "dtype", "subtract_decoder_bias")
+    own = ("format_version", "dtype", "subtract_decoder_bias")
     coder.meta = {key: value for key, value in description.items() if key not in own}
-    return coder.requires_grad_(False)
+    return coder.requires_grad_(False).eval()
 
 
 def save_state(state: dict[str, Any], folder: Path) -> None:

@@ -1,7 +1,7 @@
 """SparseCoder: one module for SAEs, transcoders and skip transcoders.
 
     pre   = W_enc (x - b_pre) + b_enc        b_pre = b_dec for an SAE, 0 for transcoders
-    f     = TopK_k(ReLU(pre))
+    f     = activation(pre)                  top-k, group max, batch top-k or jumprelu
     y_hat = f W_dec + W_skip x + b_dec       W_skip for skip transcoders only
 
 Legend: N tokens, K active latents, M latents, D input width, E output width.
@@ -14,8 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from skipcoder.kernels.decode import sparse_decode
 from skipcoder.kernels.encode import Codes, encode
-from skipcoder.trainer.config import CoderConfig, Kind
+from skipcoder.kernels.jumprelu import fires, jumprelu
+from skipcoder.trainer.config import Activation, CoderConfig, Kind
 from torch import Tensor, nn
+
+BANDWIDTH = 1e-3
+"""Width of the window in which a jumprelu threshold learns, relative to the length of an input (arXiv 2407.14435 scales
+inputs to length 1; here their elements are about 1)."""
+
+
+HINT = 0.8
+"""Of batchtopk's running threshold: where its search begins."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +46,13 @@ class CoderOutput(NamedTuple):
     y_hat: Tensor
     """[..., E] reconstruction (SAE) or prediction (transcoder) of the MLP side the coder writes."""
     values: Tensor
-    """[..., K] activations of the chosen latents."""
+    """[..., K] activations of the chosen latents, 0 where fewer fire; batchtopk, jumprelu: K is the most of a token."""
     indices: Tensor
     """int64 [..., K] the chosen latents."""
 
 
 class SparseCoder(nn.Module):
-    """A TopK sparse coder. Parameters are float32 and take activations as the model makes them."""
+    """A sparse coder. Parameters are float32 and take activations as the model makes them."""
 
     def __init__(self, cfg: CoderConfig, d_in: int, d_out: int, seed: int = 0) -> None:
         super().__init__()
@@ -64,6 +73,13 @@ class SparseCoder(nn.Module):
             self.W_dec = nn.Parameter(torch.zeros(cfg.width, d_out))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.W_skip = nn.Parameter(torch.zeros(d_out, d_in)) if cfg.kind is Kind.skip_transcoder else None
+        self.threshold: Tensor | None = None
+        """[M], what a pre-activation must exceed: of batchtopk outside training, of jumprelu always."""
+        if cfg.activation is Activation.jumprelu:
+            self.threshold = nn.Parameter(torch.zeros(cfg.width))
+        elif cfg.activation is Activation.batchtopk:
+            del self.threshold
+            self.register_buffer("threshold", torch.zeros(cfg.width))
 
     @torch.no_grad()
     def init_biases(self, mean_x_D: Tensor, mean_y_E: Tensor) -> None:
@@ -78,10 +94,30 @@ class SparseCoder(nn.Module):
         return self.b_dec if self.cfg.kind is Kind.sae else None
 
     def encode(self, x_ND: Tensor, k: int | None = None) -> Codes:
-        """Values and indices of the K active latents of each token (or of `k`)."""
+        """Values and indices of the active latents of each token (K of them, or `k`)."""
+        activation = self.cfg.activation
+        if activation is Activation.jumprelu:
+            return self.encode_jumprelu(x_ND)[0]
+        if activation is Activation.batchtopk and not self.training:
+            return self._encode(x_ND, "above", threshold_M=self.threshold)
+        if activation is Activation.batchtopk and k in (None, self.cfg.k):
+            assert self.threshold is not None
+            return self._encode(x_ND, "batchtopk", k, threshold_M=HINT * self.threshold)
+        return self._encode(x_ND, activation.value, k)
+
+    def encode_jumprelu(self, x_ND: Tensor) -> tuple[Codes, Tensor]:
+        """Codes, and the mean number of latents that fire, with gradients to the thresholds."""
+        assert self.threshold is not None
+        bandwidth = BANDWIDTH * self.d_in**0.5
+        codes = self._encode(x_ND, "above", threshold_M=self.threshold.detach() - bandwidth / 2)
+        theta_L = self.threshold.index_select(0, codes.indices)
+        l0 = fires(codes.values, theta_L, bandwidth).sum() / max(len(x_ND), 1)
+        return codes._replace(values=jumprelu(codes.values, theta_L, bandwidth)), l0
+
+    def _encode(self, x_ND: Tensor, activation: str, k: int | None = None, **options: Any) -> Codes:
         x_ND = x_ND.to(self.W_enc.dtype)
-        activation = self.cfg.activation.value
-        return encode(x_ND, self.W_enc, self.b_enc, k or self.cfg.k, self.b_pre, activation, **vars(self.encoding))
+        k = k or self.cfg.k
+        return encode(x_ND, self.W_enc, self.b_enc, k, self.b_pre, activation, **vars(self.encoding), **options)
 
     def decode(self, codes: Codes, x_ND: Tensor) -> Tensor:
         """[N, E]: the sparse part, plus bias, plus the skip of `x_ND`."""
@@ -98,12 +134,9 @@ class SparseCoder(nn.Module):
         """Encode and decode activations [..., D]."""
         x_ND = x.reshape(-1, self.d_in)
         codes = self.encode(x_ND)
-        lead = x.shape[:-1]
-        return CoderOutput(
-            self.decode(codes, x_ND).view(*lead, self.d_out),
-            codes.values.view(*lead, self.cfg.k),
-            codes.indices.view(*lead, self.cfg.k),
-        )
+        lead, (values, indices) = x.shape[:-1], codes.padded()
+        y_hat = self.decode(codes, x_ND).view(*lead, self.d_out)
+        return CoderOutput(y_hat, values.view(*lead, -1), indices.view(*lead, -1))
 
     def skip_only(self, x: Tensor) -> Tensor:
         """[..., E]: the prediction with every latent at 0 (the affine part of a skip transcoder)."""

@@ -20,6 +20,8 @@ class Kind(Enum):
 class Activation(Enum):
     topk = "topk"
     groupmax = "groupmax"
+    batchtopk = "batchtopk"
+    jumprelu = "jumprelu"
 
 
 class Side(Enum):
@@ -54,7 +56,10 @@ class CoderConfig:
     width: int = 4608
     """Latents."""
     activation: Activation = Activation.topk
-    """topk, or groupmax: the largest of each of k equal runs of latents."""
+    """topk; groupmax: the largest of each of k equal runs of latents; batchtopk: the k per token that are largest in
+    the batch, afterwards all above a threshold; jumprelu: all above thresholds that are learned, about k per token."""
+    prefixes: list[int] | None = None
+    """Matryoshka: the first so many latents must reconstruct by themselves, too, e.g. [512,2048]."""
     side: Side = Side.output
     """Which side of the MLP an SAE reconstructs; transcoders read the input and write the output."""
     normalize_decoder: bool = True
@@ -67,6 +72,10 @@ class CoderConfig:
             raise UserError(f"coder.width={self.width}: must be at least 1")
         if not 1 <= self.k <= self.width:
             raise UserError(f"coder.k={self.k} must be between 1 and coder.width={self.width}; lower k or raise width")
+        if self.prefixes is not None and not all(
+            a < b for a, b in zip([0, *self.prefixes], [*self.prefixes, self.width], strict=True)
+        ):
+            raise UserError(f"coder.prefixes={self.prefixes}: must rise from at least 1 to less than coder.width")
         if self.activation is Activation.groupmax and self.width % self.k:
             raise UserError(
                 f"coder.activation=groupmax needs coder.width={self.width} to be a multiple of coder.k={self.k}"
@@ -104,10 +113,13 @@ class LossConfig:
     """Weight of AuxK: dead latents predict the error (1/32 is usual; 0: off)."""
     multi_topk: bool = False
     """Add 1/8 of the error with 4 k latents."""
+    l0: float = 1.0
+    """jumprelu: weight of (latents per token / k - 1)^2."""
 
     def __post_init__(self) -> None:
-        if self.auxk < 0:
-            raise UserError(f"loss.auxk={self.auxk}: must not be negative")
+        for name in ("auxk", "l0"):
+            if getattr(self, name) < 0:
+                raise UserError(f"loss.{name}={getattr(self, name)}: must not be negative")
 
 
 @dataclass
@@ -185,6 +197,9 @@ class LoopConfig:
     """Tokens to train on, in steps of batch_tokens (an epoch's short last batch counts as a whole one); more than the
     store holds means several epochs."""
     batch_tokens: int = 4096
+    k_start: int | None = None
+    """Latents active at the start, falling linearly to coder.k over the first k_anneal of the run; null: coder.k."""
+    k_anneal: float = 0.1
     dead_tokens: int | None = None
     """A latent is dead after this many tokens without firing; null: min(10M, tokens / 4)."""
     device: str | None = None
@@ -203,6 +218,8 @@ class LoopConfig:
         for name in ("tokens", "batch_tokens", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)}: must be at least 1")
+        if not 0 < self.k_anneal <= 1:
+            raise UserError(f"train.k_anneal={self.k_anneal}: must be above 0, at most 1")
         if self.eval_tokens < 0:
             raise UserError(f"train.eval_tokens={self.eval_tokens}: must not be negative")
         for name in ("dead_tokens", "threads", "eval_every"):
@@ -228,5 +245,11 @@ class TrainConfig:
     """Seed of the coder's initialisation."""
 
     def __post_init__(self) -> None:
-        if self.loss.multi_topk and self.coder.activation is not Activation.topk:
-            raise UserError(f"loss.multi_topk needs coder.activation=topk, not {self.coder.activation.value}")
+        activation, k_start = self.coder.activation, self.train.k_start
+        if self.loss.multi_topk and activation is not Activation.topk:
+            raise UserError(f"loss.multi_topk needs coder.activation=topk, not {activation.value}")
+        if k_start is not None:
+            if activation not in (Activation.topk, Activation.batchtopk):
+                raise UserError(f"train.k_start needs coder.activation=topk or batchtopk, not {activation.value}")
+            if not self.coder.k <= k_start <= self.coder.width:
+                raise UserError(f"train.k_start={k_start}: must be between coder.k and coder.width")

@@ -47,13 +47,13 @@ def recall(coder: SparseCoder, x_ND: Tensor) -> float:
     first tokens of a batch."""
     x_ND = x_ND[:SAMPLE]
     encoding = coder.encoding
-    chosen_NK = coder.encode(x_ND).indices
+    chosen = coder.encode(x_ND)
     coder.encoding = replace(encoding, mode="float32")
     exact = coder.encode(x_ND)
     coder.encoding = encoding
-    found_NK = (exact.indices[:, :, None] == chosen_NK[:, None]).any(2)
-    positive_NK = exact.values > 0
-    return float((found_NK & positive_NK).sum() / positive_NK.sum().clamp_min(1))
+    wanted, had = (c.token * coder.cfg.width + c.indices for c in (exact, chosen))
+    positive = exact.values > 0
+    return float((torch.isin(wanted, had) & positive).sum() / positive.sum().clamp_min(1))
 
 
 def more_exact(encoding: Encoding) -> Encoding:

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from skipcoder.kernels.encode import Codes
 from skipcoder.pipeline.stats import Moments
 from skipcoder.trainer.clock import Clock
 from skipcoder.trainer.coder import SparseCoder
-from skipcoder.trainer.config import CoderConfig, Kind, Side, TrainConfig
+from skipcoder.trainer.config import Activation, CoderConfig, Kind, Side, TrainConfig
 from skipcoder.trainer.encoding import make_encoding, more_exact, recall
 from skipcoder.trainer.fold import fold, power_of_two_scale
-from skipcoder.trainer.losses import losses
+from skipcoder.trainer.losses import Losses, losses
 from skipcoder.trainer.optimisers import build_optimiser, schedule
+from skipcoder.trainer.thresholds import follow_threshold, set_threshold
 from torch import Tensor
 
 
@@ -47,7 +47,7 @@ class Learner:
         self.recall = 1.0
         self.clock = Clock(device)
         self.coder.init_biases(torch.from_numpy(x.mean / s.s_in), torch.from_numpy(y.mean / s.s_out))
-        self.optimiser = build_optimiser(cfg.optim, self.coder.parameters(), cfg.coder.width)
+        self.optimiser = build_optimiser(cfg.optim, self.coder)
         self.since_fired_M = torch.zeros(cfg.coder.width, dtype=torch.int64, device=device)
         self.dead_tokens = cfg.train.dead_tokens or min(10_000_000, max(1, cfg.train.tokens // 4))
 
@@ -66,8 +66,10 @@ class Learner:
         if self.step_number % self.cfg.train.log_every == 0:
             self._check_recall(x)
         variance = batch_tokens * self.scales.variance / self.scales.s_out**2
-        terms, codes = self.losses(x, y, variance)
-        torch.stack(list(terms.values())).sum().backward()
+        if self.step_number == 0 and self.cfg.coder.activation is Activation.jumprelu:
+            set_threshold(self.coder, x, self.k)
+        loss = self.losses(x, y, variance)
+        loss.total.backward()
         self.clock.lap("backward")
         if self.unit_norm:
             remove_parallel_gradient(self.coder.W_dec)
@@ -76,19 +78,33 @@ class Learner:
         if self.unit_norm:
             for W_dec in self.optimiser.copies(self.coder.W_dec):
                 normalise_rows(W_dec)
-        fired_NK = codes.values > 0
+        codes = loss.codes
+        fired = codes.values > 0
         self.since_fired_M += batch_tokens
-        self.since_fired_M[codes.indices[fired_NK]] = 0
+        self.since_fired_M[codes.indices[fired]] = 0
         self.step_number += 1
         self.tokens += batch_tokens
         self.clock.lap("optimiser")
-        result = {name: term.detach() for name, term in terms.items()}
-        return {**result, "l0": fired_NK.sum() / max(len(x), 1), "grad_norm": norm}
+        if self.cfg.coder.activation is Activation.batchtopk:
+            follow_threshold(self.coder, codes, self.step_number == 1)
+        parts = {name: term.detach() for name, term in loss.parts.items()}
+        return {**parts, "l0": fired.sum() / max(len(x), 1), "grad_norm": norm}
 
-    def losses(self, x: Tensor, y: Tensor, variance: float) -> tuple[dict[str, Tensor], Codes]:
-        """The terms of the loss of scaled pairs, and the codes."""
+    def losses(self, x: Tensor, y: Tensor, variance: float) -> Losses:
+        """Of scaled pairs."""
         dead_M = (self.since_fired_M >= self.dead_tokens).nonzero()[:, 0] if self.cfg.loss.auxk else None
-        return losses(self.coder, self.cfg.loss, x, y, variance, dead_M, self.clock.lap)
+        return losses(self.coder, self.cfg.loss, x, y, variance, self.k, dead_M, self.clock.lap)
+
+    @property
+    def k(self) -> int:
+        """Latents active in the coming step."""
+        k, start = self.cfg.coder.k, self.cfg.train.k_start
+        left = 1 - self.step_number / (self.cfg.train.k_anneal * self.steps)
+        return k + round((start - k) * left) if start is not None and left > 0 else k
+
+    def calibrate(self, x: Tensor, y: Tensor) -> None:
+        """batchtopk, when training is over: the threshold at which k latents fire per token of these raw pairs."""
+        set_threshold(self.coder, self._scaled(x, y)[0], self.cfg.coder.k)
 
     @torch.no_grad()
     def fvu(self, x: Tensor, y: Tensor) -> float:
@@ -96,13 +112,13 @@ class Learner:
         mean."""
         x, y = self._scaled(x, y)
         encoding, weights = self.coder.encoding, [p.data for p in self.coder.parameters()]
-        self.coder.encoding = replace(encoding, mode="float32")
+        self.coder.eval().encoding = replace(encoding, mode="float32")
         for p in self.coder.parameters():
             p.data = self.optimiser.averaged(p).data
         error = y.double() - self.coder(x).y_hat.double()
         for p, data in zip(self.coder.parameters(), weights, strict=True):
             p.data = data
-        self.coder.encoding = encoding
+        self.coder.train().encoding = encoding
         return float(error.square().sum() / (y.double() - y.double().mean(0)).square().sum())
 
     def _scaled(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +146,7 @@ class Learner:
                 mine.copy_(self.optimiser.averaged(average))
             if self.optimiser.schedule_free and self.unit_norm:  # an average of unit rows is shorter
                 normalise_rows(coder.W_dec)
-        return fold(coder, self.scales.s_in, self.scales.s_out)
+        return fold(coder, self.scales.s_in, self.scales.s_out).eval()
 
     def state_dict(self) -> dict[str, Any]:
         """All that `step` depends on."""

@@ -1,19 +1,31 @@
 """The training loss of one coder on one batch.
 
-Every term is a sum over tokens divided by a constant, so losses add up over micro-batches and ranks.
-Legend: N tokens, M latents, E output width.
+Every term but jumprelu's penalty is a sum over tokens divided by a constant, so losses add up over micro-batches and
+ranks. Legend: N tokens, M latents, E output width.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from skipcoder.kernels.decode import sparse_decode
 from skipcoder.kernels.encode import Codes, encode, first
 from skipcoder.trainer.coder import SparseCoder
-from skipcoder.trainer.config import LossConfig
+from skipcoder.trainer.config import Activation, LossConfig
 from torch import Tensor
 
 MULTI_TOPK, MULTI_TOPK_WEIGHT = 4, 1 / 8
+
+
+class Losses(NamedTuple):
+    """What a batch gives."""
+
+    total: Tensor
+    """To be minimised."""
+    parts: dict[str, Tensor]
+    """`fvu`, the error of the k latents, and the other terms."""
+    codes: Codes
+    """Of the k latents."""
 
 
 def losses(
@@ -22,28 +34,46 @@ def losses(
     x_ND: Tensor,
     y_NE: Tensor,
     variance: float,
+    k: int,
     dead_M: Tensor | None = None,
     lap: Callable[[str], None] = lambda phase: None,
-) -> tuple[dict[str, Tensor], Codes]:
-    """The terms to add up, `fvu` first, and the codes of the k latents. `variance`: the denominator, tokens of the
-    global batch times variance per token. `dead_M`: indices of the dead latents. `lap` is told when a phase ends."""
-    k = coder.cfg.k
+) -> Losses:
+    """`variance`: the denominator, tokens of the global batch times variance per token. `dead_M`: indices of the dead
+    latents. `lap` is told when a phase ends."""
+    parts: dict[str, Tensor] = {}
     if cfg.multi_topk:
         wide = coder.encode(x_ND, min(MULTI_TOPK * k, coder.cfg.width))
         codes = first(wide, k)
+    elif coder.cfg.activation is Activation.jumprelu:
+        codes, l0 = coder.encode_jumprelu(x_ND)
+        parts["l0_penalty"] = cfg.l0 * (l0 / k - 1).square()
     else:
-        codes = coder.encode(x_ND)
+        codes = coder.encode(x_ND, k)
     lap("encode")
     affine = coder.affine(x_ND)
-    error_NE = y_NE - sparse_decode(codes, coder.W_dec, affine)
-    terms = {"fvu": error_NE.square().sum() / variance}
+
+    def error_of(codes: Codes) -> Tensor:
+        return y_NE - sparse_decode(codes, coder.W_dec, affine)
+
+    error_NE = error_of(codes)
+    fvu = error_NE.square().sum() / variance
+    total = fvu
+    if coder.cfg.prefixes:
+        shorter = [error_of(_prefix(codes, p)).square().sum() / variance for p in coder.cfg.prefixes]
+        parts |= {f"fvu_{p}": loss.detach() for p, loss in zip(coder.cfg.prefixes, shorter, strict=True)}
+        total = (fvu + sum(shorter)) / (1 + len(shorter))
     if cfg.multi_topk:
-        wide_error_NE = y_NE - sparse_decode(wide, coder.W_dec, affine)
-        terms["multi_topk"] = MULTI_TOPK_WEIGHT * wide_error_NE.square().sum() / variance
+        parts["multi_topk"] = MULTI_TOPK_WEIGHT * error_of(wide).square().sum() / variance
     if cfg.auxk and dead_M is not None and len(dead_M):
-        terms["auxk"] = cfg.auxk * auxk(coder, x_ND, error_NE.detach(), dead_M) / variance
+        parts["auxk"] = cfg.auxk * auxk(coder, x_ND, error_NE.detach(), dead_M) / variance
+    total = total + sum(term for term in parts.values() if term.requires_grad)
     lap("decode")
-    return terms, codes
+    return Losses(total, {"fvu": fvu, **parts}, codes)
+
+
+def _prefix(codes: Codes, width: int) -> Codes:
+    """The codes with latents from `width` on at 0 (Matryoshka: Bussmann et al., arXiv 2503.17547)."""
+    return codes._replace(values=torch.where(codes.indices < width, codes.values, 0))
 
 
 def auxk(coder: SparseCoder, x_ND: Tensor, error_NE: Tensor, dead_M: Tensor) -> Tensor:

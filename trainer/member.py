@@ -15,12 +15,15 @@ from skipcoder.pipeline.commit import write_atomically
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer import checkpoint
-from skipcoder.trainer.assemble import make_learner, provenance
-from skipcoder.trainer.config import TrainConfig
+from skipcoder.trainer.assemble import make_learner, provenance, token_filter
+from skipcoder.trainer.config import Activation, TrainConfig
 from skipcoder.trainer.learner import Learner
 from skipcoder.trainer.stream import ActivationStream, Batch
 
 # What may differ between a run and its resumption: it does not change what is learned.
+CALIBRATION_TOKENS = 2**14
+"""Training tokens on which batchtopk's final threshold is set."""
+
 _FREE_KEYS = ("run", "train.device", "train.threads", "train.save_every")
 
 
@@ -139,6 +142,12 @@ class Member:
 
     def finish(self) -> dict[str, Any]:
         """Write the coder and the summary."""
+        if self.cfg.coder.activation is Activation.batchtopk:
+            start = next(iter(ActivationStream(
+                self.store, self.hookpoint, CALIBRATION_TOKENS, filter=token_filter(self.cfg), epochs=1,
+                device=self.learner.coder.W_enc.device,
+            )))  # fmt: skip
+            self.learner.calibrate(start.x, start.y)
         coder = self.learner.folded()
         coder.meta = provenance(self.store, self.hookpoint, self.learner)
         checkpoint.save_coder(coder, self.directory / "checkpoint")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from skipcoder.kernels.sign_step import sign_step
+from skipcoder.trainer.coder import SparseCoder
 from skipcoder.trainer.config import OptimConfig, OptimName
 from torch import Tensor, nn
 
@@ -24,39 +25,41 @@ def learning_rate(cfg: OptimConfig, width: int) -> float:
     return {OptimName.adam: 2e-4, OptimName.signum: 5e-3}[cfg.name] / math.sqrt(width / 2**14)
 
 
-def build_optimiser(cfg: OptimConfig, parameters: Iterable[nn.Parameter], width: int) -> "Optimiser":
+def build_optimiser(cfg: OptimConfig, coder: SparseCoder) -> "Optimiser":
     """The configured optimiser over the parameters of one coder."""
-    parameters, lr = list(parameters), learning_rate(cfg, width)
+    lr = learning_rate(cfg, coder.cfg.width)
+    # A change of every weight by lr moves a pre-activation by up to about sqrt(d_in) lr, as inputs have elements of
+    # about 1. Thresholds must keep up.
+    groups = [
+        {"params": [p], "scale": coder.d_in**0.5 if name == "threshold" else 1.0}
+        for name, p in coder.named_parameters()
+    ]
     if cfg.name is OptimName.signum:
-        return Optimiser(ScheduleFreeSign(parameters, lr, cfg.momentum))
-    vectors = [p for p in parameters if cfg.name is OptimName.adam or p.dim() < 2]
+        return Optimiser(lr, ScheduleFreeSign(groups, lr, cfg.momentum))
+    vectors = [g for g in groups if cfg.name is OptimName.adam or g["params"][0].dim() < 2]
     # One fused pass per parameter: on CPU 5 ms where the foreach form takes 27.
     adam = torch.optim.Adam(vectors, lr=lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
     if cfg.name is OptimName.adam:
-        return Optimiser(adam)
-    matrices = [p for p in parameters if p.dim() == 2]
+        return Optimiser(lr, adam)
+    matrices = [g for g in groups if g["params"][0].dim() == 2]
     muon = torch.optim.Muon(matrices, lr=lr, momentum=cfg.momentum, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    return Optimiser(adam, muon)
+    return Optimiser(lr, adam, muon)
 
 
 class Optimiser:
     """One or several torch optimisers that share the schedule and the step."""
 
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+    def __init__(self, lr: float, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
-        self.base_lr = float(parts[0].param_groups[0]["lr"])
+        self.base_lr = self.lr = lr
         self.schedule_free = isinstance(parts[0], ScheduleFreeSign)
-
-    @property
-    def lr(self) -> float:
-        """Rate of the last step."""
-        return float(self.parts[0].param_groups[0]["lr"])
 
     def step(self, factor: float) -> None:
         """Move the parameters at `factor` times the base rate, and drop the gradients."""
+        self.lr = self.base_lr * factor
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = self.base_lr * factor
+                group["lr"] = self.lr * group["scale"]
             part.step()
             part.zero_grad(set_to_none=True)
 
@@ -82,7 +85,7 @@ class ScheduleFreeSign(torch.optim.Optimizer):
     """Schedule-free sign descent, eai-sparsify's "signum". Parameters hold y, where gradients are taken; the state
     holds z. The average x, the weights to use, is made of both by `averaged`."""
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float) -> None:
+    def __init__(self, params: Iterable[dict[str, Any]], lr: float, momentum: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
         for group in self.param_groups:
             for p in group["params"]:

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skipcoder.kernels.decode import sparse_decode, sparse_decode_reference
 from skipcoder.kernels.encode import Codes, encode, encode_reference, first
+from skipcoder.kernels.jumprelu import fires, jumprelu
 from skipcoder.kernels.rows import by_latent, gather_dot, gather_sum
-from skipcoder.kernels.select import ACTIVATIONS
 from torch import Tensor
 
+ACTIVATIONS = ("topk", "groupmax", "batchtopk")
 DEVICE = os.environ.get("SKIPCODER_TEST_DEVICE", "cpu")
 
 
@@ -164,6 +165,55 @@ def test_widths_that_suit_no_hardware(mode: str) -> None:
     p = [q.detach() for q in problem(5, 13, 37, 8, torch.float32)]
     y, y_ref = ours(p, 37, mode=mode), dense([q.double() for q in p], 37)  # k = m: nothing to choose
     torch.testing.assert_close(y.double(), y_ref, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 20), st.integers(1, 40), st.integers(0, 999), st.sampled_from([90, 10**6]))
+def test_above_a_threshold(n: int, m: int, seed: int, chunk_elements: int) -> None:
+    """Also where no latent of a token, or none at all, fires."""
+    mine, theirs = problem(n, 5, m, seed), problem(n, 5, m, seed)
+    threshold = 6 * torch.rand(m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE) - 1
+    options = {"activation": "above", "threshold_M": threshold, "chunk_elements": chunk_elements}
+    y = ours(mine, 1, **options)
+    x, W_enc, b_enc, b_pre, W_dec, b_dec = theirs
+    y_ref = sparse_decode_reference(encode_reference(x, W_enc, b_enc, 1, b_pre, threshold_M=threshold), W_dec, b_dec)
+    torch.testing.assert_close(y, y_ref, rtol=1e-12, atol=1e-12)
+    y.square().sum().backward()
+    y_ref.square().sum().backward()
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("hint", [0.0, 0.5, 3.0, 1e9])
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "scout"])
+def test_a_hint_does_not_change_batchtopk(hint: float, mode: str) -> None:
+    """Too low, about right, too high and absurd."""
+    x, W_enc, b_enc, *_ = (q.detach() for q in problem(60, 16, 256, 3, torch.float32))
+    plain = encode(x, W_enc, b_enc, 4, activation="batchtopk", mode=mode)
+    hinted = encode(
+        x, W_enc, b_enc, 4, activation="batchtopk", mode=mode, threshold_M=torch.full((256,), hint).to(DEVICE)
+    )
+    assert torch.equal(plain.indices, hinted.indices) and torch.equal(plain.values, hinted.values)
+
+
+def test_jumprelus_thresholds_learn_in_their_window() -> None:
+    pre = torch.tensor([0.10, 0.49, 0.51, 0.90], requires_grad=True)
+    theta = torch.full((4,), 0.5, requires_grad=True)
+    jumprelu(pre, theta, 0.1).backward(torch.tensor([1.0, 2, 3, 4]))
+    assert pre.grad is not None and theta.grad is not None
+    assert pre.grad.tolist() == [0, 0, 3, 4]
+    assert theta.grad.tolist() == pytest.approx([0, -0.5 / 0.1 * 2, -0.5 / 0.1 * 3, 0])
+    theta.grad = None
+    assert fires(pre, theta, 0.1).tolist() == [0, 0, 1, 1]
+    fires(pre, theta, 0.1).sum().backward()
+    assert theta.grad.tolist() == pytest.approx([0, -10, -10, 0])
+
+
+def test_padded_codes() -> None:
+    indices, offsets = torch.tensor([1, 2, 0]), torch.tensor([0, 0, 2])
+    codes = Codes(torch.tensor([1.0, 2, 3]), indices, offsets, by_latent(indices, 3, offsets))
+    values, padded = codes.padded()
+    assert values.tolist() == [[0, 0], [1, 2], [3, 0]] and padded.tolist() == [[0, 0], [1, 2], [0, 0]]
 
 
 @pytest.mark.parametrize("k", [1, 512])

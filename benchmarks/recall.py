@@ -1,0 +1,73 @@
+"""How many of the latents that float32 chooses does a cheaper encoder choose?
+
+    python benchmarks/recall.py [--store PATH --runs DIR [DIR ...]] [--nominated 1.25]
+
+On random inputs and weights, and on real activations with trained coders (`make demo` leaves a store and runs), once as
+training sees them and once with first positions and special tokens, whose activations are massive. "alone" is the
+estimate without nominating more than k: what a plain bfloat16 encoder does.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from skipcoder.pipeline.stats import Moments
+from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer.coder import SparseCoder
+from skipcoder.trainer.config import CoderConfig, EncodeConfig, Kind
+from skipcoder.trainer.encoding import make_encoding
+from skipcoder.trainer.stream import ActivationStream, TokenFilter
+from torch import Tensor
+
+TOKENS = 8192
+
+
+@torch.no_grad()
+def recall(coder: SparseCoder, x_ND: Tensor, mode: str, nominated: float) -> float:
+    """Of the float32 choice, over positive values."""
+    encoding = coder.encoding
+    exact = coder.encode(x_ND)
+    coder.encoding = replace(encoding, mode=mode, nominated=nominated)
+    chosen = coder.encode(x_ND).indices
+    coder.encoding = encoding
+    found, positive = (exact.indices[:, :, None] == chosen[:, None]).any(2), exact.values > 0
+    return float((found & positive).sum() / positive.sum())
+
+
+def problems(store: Path | None, runs: list[Path]) -> list[tuple[str, SparseCoder, Tensor]]:
+    """(name, coder with statistics, inputs)."""
+    g = torch.Generator().manual_seed(0)
+    random = SparseCoder(CoderConfig(kind=Kind.transcoder, k=32, width=18432), 576, 576)
+    x = torch.randn(TOKENS, 576, generator=g)
+    random.encoding = replace(make_encoding(EncodeConfig(), Moments.of(x.numpy()), 1.0, "cpu"), mode="float32")
+    found = [("random", random, x)]
+    for run in runs:
+        assert store is not None
+        opened, coder = ActivationStore.open(store), SparseCoder.load(run)
+        side = coder.meta["read"]["side"]
+        for name, kept in (("training", TokenFilter()), ("all", TokenFilter(0, False))):
+            stream = ActivationStream(opened, coder.meta["hookpoint"], TOKENS, filter=kept)
+            batch = next(iter(stream))
+            moments = opened.moments(coder.meta["hookpoint"], side, positions=TokenFilter().classes)
+            coder.encoding = replace(make_encoding(EncodeConfig(), moments, 1.0, "cpu"), mode="float32")
+            label = f"{coder.cfg.kind.value} k={coder.cfg.k}, {name} tokens"
+            found.append((label, coder, batch.x if side == "input" else batch.y))
+    return found
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path)
+    parser.add_argument("--runs", type=Path, nargs="*", default=[])
+    parser.add_argument("--nominated", type=float, default=1.25)
+    args = parser.parse_args()
+    print(f"{'inputs and coder':40}{'bfloat16':>10}{'scout':>10}{'bfloat16 alone':>16}{'scout alone':>13}")
+    for name, coder, x in problems(args.store, args.runs):
+        values = [recall(coder, x, mode, f) for f in (args.nominated, 1.0) for mode in ("bfloat16", "scout")]
+        print(f"{name:40}{values[0]:10.6f}{values[1]:10.6f}{values[2]:16.6f}{values[3]:13.6f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

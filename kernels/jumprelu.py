@@ -1,0 +1,55 @@
+"""JumpReLU with thresholds that learn, by straight-through estimators on a window around them.
+
+    f = pre if pre > theta else 0           df/dtheta  ~ -(theta / eps) [|pre - theta| < eps / 2]
+    H = 1   if pre > theta else 0           dH/dtheta  ~ -(1 / eps)     [|pre - theta| < eps / 2]
+
+Rajamanoharan et al., arXiv 2407.14435. Both are given on the L entries of flat codes, which must hold all of the
+window.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+def jumprelu(pre_L: Tensor, theta_L: Tensor, bandwidth: float) -> Tensor:
+    """[L] activations; gradients to both."""
+    return _JumpReLU.apply(pre_L, theta_L, bandwidth)
+
+
+def fires(pre_L: Tensor, theta_L: Tensor, bandwidth: float) -> Tensor:
+    """[L] 1 where a latent fires; gradient to the thresholds."""
+    return _Fires.apply(pre_L, theta_L, bandwidth)
+
+
+def _window(pre_L: Tensor, theta_L: Tensor, bandwidth: float) -> Tensor:
+    return ((pre_L - theta_L).abs() < bandwidth / 2).to(pre_L.dtype) / bandwidth
+
+
+class _JumpReLU(Function):
+    @staticmethod
+    def forward(ctx: Any, pre_L: Tensor, theta_L: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre_L, theta_L)
+        ctx.bandwidth = bandwidth
+        return torch.where(pre_L > theta_L, pre_L, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_L: Tensor) -> tuple[Tensor, Tensor, None]:
+        pre_L, theta_L = ctx.saved_tensors
+        to_theta = -theta_L * _window(pre_L, theta_L, ctx.bandwidth) * grad_L
+        return torch.where(pre_L > theta_L, grad_L, 0), to_theta, None
+
+
+class _Fires(Function):
+    @staticmethod
+    def forward(ctx: Any, pre_L: Tensor, theta_L: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre_L, theta_L)
+        ctx.bandwidth = bandwidth
+        return (pre_L > theta_L).to(pre_L.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_L: Tensor) -> tuple[None, Tensor, None]:
+        pre_L, theta_L = ctx.saved_tensors
+        return None, -_window(pre_L, theta_L, ctx.bandwidth) * grad_L, None
