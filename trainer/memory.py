@@ -32,7 +32,7 @@ def free_bytes(device: str) -> int:
     """Memory that new tensors on the device may use."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     return int(psutil.virtual_memory().available)
 

@@ -30,7 +30,7 @@ def build_optimiser(cfg: OptimConfig, coder: SparseCoder) -> "Optimiser":
     lr = learning_rate(cfg, coder.cfg.width)
     # A change of every weight by lr moves a pre-activation by up to about sqrt(d_in) lr, as inputs have elements of
     # about 1. Thresholds must keep up.
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p], "scale": coder.d_in**0.5 if name == "threshold" else 1.0}
         for name, p in coder.named_parameters()
     ]

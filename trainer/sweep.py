@@ -26,9 +26,8 @@ class Settings:
     memory_gib: float | None = None
 
 
-def run_sweep(jobs: Sequence[tuple[TrainConfig, str | Path]], settings: Settings) -> list[Outcome]:
+def run_sweep(jobs: Sequence[Job], settings: Settings) -> list[Outcome]:
     """Train all jobs; outcomes in their order."""
-    jobs = [(cfg, Path(directory)) for cfg, directory in jobs]
     gpus = torch.cuda.device_count()
     on_ray = settings.ray if settings.ray is not None else gpus > 1 or settings.address is not None
     banks = list(plan(jobs, settings, max(gpus, 1) if on_ray else 1))

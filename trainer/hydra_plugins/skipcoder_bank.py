@@ -6,6 +6,7 @@ Every Hydra application in this environment imports this module, so it imports n
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -51,7 +52,7 @@ class BankLauncher(Launcher):
         jobs = []
 
         def record(cfg: DictConfig) -> None:
-            jobs.append((cli.typed(cfg, TrainConfig), HydraConfig.get().runtime.output_dir))
+            jobs.append((cli.typed(cfg, TrainConfig), Path(HydraConfig.get().runtime.output_dir)))
 
         returns = []
         for number, overrides in enumerate(job_overrides, initial_job_idx):
