@@ -21,7 +21,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
 from shapes import SHAPES
-from skipcoder.kernels import gpu, gpu_select
+from skipcoder.kernels import gpu, gpu_select, gpu_sign
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -76,6 +76,13 @@ def kernels(
             {"GROUPS": groups, "LOW_BIT": 16 if dtype == "bf16" else 0},
             gpu_select.num_warps(groups, warp),
         ),
+        (
+            "sign_step",
+            gpu_sign.sign_step_kernel,
+            {"y_ptr": f32, "z_ptr": f32, "grad_ptr": f32, "count": "i32", "lr": "fp32", "y_lr": "fp32", "c": "fp32"},
+            {"BLOCK": gpu_sign.BLOCK},
+            4,
+        ),
     ]
 
 
@@ -86,7 +93,9 @@ def compile_one(
     signature = types | dict.fromkeys(constants, "constexpr")
     # What the launcher sees at run time: torch's pointers and all our widths are multiples of 16.
     names = list(signature)
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in types if n.endswith("_ptr") or n in "DM"}
+    aligned = {
+        (names.index(n),): [["tt.divisibility", 16]] for n in types if n.endswith("_ptr") or n in ("D", "M", "count")
+    }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": warps})
     facts: dict[str, Any] = {"shared": built.metadata.shared}

@@ -23,6 +23,7 @@ from shapes import SHAPES, TINY, Shape
 from skipcoder.kernels.decode import sparse_decode
 from skipcoder.kernels.encode import encode
 from skipcoder.kernels.rows import by_latent, gather_dot, gather_sum
+from skipcoder.kernels.sign_step import sign_step
 from skipcoder.kernels.topk import candidates
 from skipcoder.pipeline.stats import Moments
 from skipcoder.trainer.config import CoderConfig, EncodeConfig, EncodeMode, Kind, TrainConfig
@@ -47,6 +48,13 @@ def csr_codes(values_NK: Tensor, indices_NK: Tensor, m: int) -> Tensor:
     return torch.sparse_csr_tensor(rows, columns, values, (n, m))
 
 
+def plain_sign_step(y: Tensor, z: Tensor, grad: Tensor) -> None:
+    """The same update, an operation at a time."""
+    sign = grad.sign()
+    y.lerp_(z, 0.5).sub_(sign, alpha=1e-9)
+    z.sub_(sign, alpha=1e-9)
+
+
 def forms(shape: Shape, device: str) -> dict[str, dict[str, Form]]:
     """{operation: {form: function}} for one shape."""
     n, d, m, k = shape
@@ -56,6 +64,7 @@ def forms(shape: Shape, device: str) -> dict[str, dict[str, Form]]:
     b_enc, b_dec = torch.zeros(m, device=device), torch.zeros(d, device=device)
     codes = encode(x, W_enc, b_enc, k, mode="bfloat16")
     values, indices = codes.values, codes.indices
+    grad_W = torch.randn(m, d, generator=g).to(device)
     csr = csr_codes(values, indices, m)
 
     def backward() -> Tensor:
@@ -97,6 +106,10 @@ def forms(shape: Shape, device: str) -> dict[str, dict[str, Form]]:
             "ours (decoder and encoder)": backward,
             "embedding_bag (decoder)": backward_bags,
             "dense (decoder)": backward_dense,
+        },
+        "schedule-free sign step": {
+            "ours": lambda: sign_step(W_enc, W_dec, grad_W, 1e-9, 0.9, 0.5),
+            "lerp, sign, add, add": lambda: plain_sign_step(W_enc, W_dec, grad_W),
         },
         "step": {f"ours {mode}": partial(one.step, x, grad, n) for mode, one in learners.items()},
     }

@@ -250,6 +250,19 @@ def test_torch_compile_takes_the_step_whole() -> None:
         assert torch.equal(a.grad, b.grad)
 
 
+def test_operations_are_registered_as_they_behave() -> None:
+    """torch's own check: schemas, no aliasing, shapes without data."""
+    x, W_enc, b_enc, *_ = (q.detach() for q in problem(6, 5, 40, 3, torch.float32))
+    codes = encode(x, W_enc, b_enc, 3)
+    latents, ops = codes.by_latent, torch.ops.skipcoder
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.select.default, (x, W_enc, b_enc, 3), test_utils=checks)
+    torch.library.opcheck(ops.gather_sum.default, (codes.indices, codes.values, W_enc), test_utils=checks)
+    torch.library.opcheck(ops.gather_dot.default, (x, W_enc, codes.indices), test_utils=checks)
+    weights = codes.values.flatten()[latents.entry_L]
+    torch.library.opcheck(ops.sum_rows.default, (latents.token_L, weights, latents.starts_M, x), test_utils=checks)
+
+
 def test_sums_by_latent() -> None:
     indices = torch.tensor([[0, 2], [2, 1], [2, 0]], device=DEVICE)
     weights = torch.tensor([[1.0, 2], [3, 4], [5, 6]], device=DEVICE)
