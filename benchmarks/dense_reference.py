@@ -38,8 +38,8 @@ BATCH = 4096
 class DenseLearner(Learner):
     """The same training with dense products."""
 
-    def losses(self, x: Tensor, y: Tensor, variance: float) -> Losses:
-        coder = self.coder
+    def losses(self, x: Tensor, y: Tensor, batch_tokens: int) -> Losses:
+        coder, variance = self.coder, batch_tokens * self.scales.variance / self.scales.s_out**2
         centred = x if coder.b_pre is None else x - coder.b_pre
         values, indices = torch.relu(centred @ coder.W_enc.T + coder.b_enc).topk(coder.cfg.k)
         f = torch.zeros(len(x), coder.cfg.width).scatter(1, indices, values)

@@ -26,9 +26,10 @@ def ordered_bits(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def load_keys(pre_ptr, row, column, inside):  # type: ignore[no-untyped-def]
-    """Ordered bits of a tile of a row; what lies outside comes last."""
-    return ordered_bits(tl.load(pre_ptr + row + column, mask=inside, other=float("-inf")))
+def load_keys(pre_ptr, row, column, inside, LOW_BIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Ordered bits of a tile of a row, without the LOW_BIT lowest, which bfloat16 does not have; what lies outside
+    comes last."""
+    return ordered_bits(tl.load(pre_ptr + row + column, mask=inside, other=float("-inf"))) >> LOW_BIT
 
 
 @triton.jit
@@ -41,72 +42,79 @@ def candidates_kernel(  # type: ignore[no-untyped-def]
     group = tl.arange(0, GROUPS)
     top = tl.full((GROUPS,), -0x80000000, tl.int32)
     for start in range(0, M, GROUPS):
-        top = tl.maximum(top, load_keys(pre_ptr, row, start + group, start + group < M))
+        top = tl.maximum(top, load_keys(pre_ptr, row, start + group, start + group < M, LOW_BIT))
 
     # The largest bound that C of the maxima reach, bit by bit from the sign down.
     bound = tl.sum(tl.where(top >= 0, 1, 0)).to(tl.int32)
-    bound = tl.where(bound >= C, 0, -0x80000000)
+    bound = tl.where(bound >= C, 0, -0x80000000 >> LOW_BIT)
     for i in range(31 - LOW_BIT):
-        higher = bound + (1 << (30 - i))
+        higher = bound + (1 << (30 - LOW_BIT - i))
         reached = tl.sum(tl.where(top >= higher, 1, 0))
         bound = tl.where(reached >= C, higher, bound)
 
     found = 0
     for start in range(0, M, GROUPS):
-        keys = load_keys(pre_ptr, row, start + group, start + group < M)
+        keys = load_keys(pre_ptr, row, start + group, start + group < M, LOW_BIT)
         hit = (keys >= bound) & (start + group < M)
         at = found + tl.cumsum(hit.to(tl.int32)) - 1
         tl.store(out_ptr + place + at, (start + group).to(tl.int64), mask=hit & (at < P))
         found += tl.sum(hit.to(tl.int32))
 
     if found > P:  # find the C-th element itself, then take what is larger, and of its equals the first
-        exact = -0x80000000
         count = 0
         for start in range(0, M, GROUPS):
             inside = start + group < M
-            count += tl.sum((inside & (load_keys(pre_ptr, row, start + group, inside) >= 0)).to(tl.int32))
-        exact = tl.where(count >= C, 0, -0x80000000)
+            count += tl.sum((inside & (load_keys(pre_ptr, row, start + group, inside, LOW_BIT) >= 0)).to(tl.int32))
+        exact = tl.where(count >= C, 0, -0x80000000 >> LOW_BIT)
         for i in range(31 - LOW_BIT):
-            higher = exact + (1 << (30 - i))
+            higher = exact + (1 << (30 - LOW_BIT - i))
             count = 0
             for start in range(0, M, GROUPS):
                 inside = start + group < M
-                count += tl.sum((inside & (load_keys(pre_ptr, row, start + group, inside) >= higher)).to(tl.int32))
+                count += tl.sum(
+                    (inside & (load_keys(pre_ptr, row, start + group, inside, LOW_BIT) >= higher)).to(tl.int32)
+                )
             exact = tl.where(count >= C, higher, exact)
         larger = 0
         for start in range(0, M, GROUPS):
             inside = start + group < M
-            larger += tl.sum((inside & (load_keys(pre_ptr, row, start + group, inside) > exact)).to(tl.int32))
+            larger += tl.sum((inside & (load_keys(pre_ptr, row, start + group, inside, LOW_BIT) > exact)).to(tl.int32))
         equal = 0
         found = 0
         for start in range(0, M, GROUPS):
             inside = start + group < M
-            keys = load_keys(pre_ptr, row, start + group, inside)
+            keys = load_keys(pre_ptr, row, start + group, inside, LOW_BIT)
             same = inside & (keys == exact)
             same = same & (equal + tl.cumsum(same.to(tl.int32)) <= C - larger)
             equal += tl.sum(same.to(tl.int32))
             hit = (inside & (keys > exact)) | same
             at = found + tl.cumsum(hit.to(tl.int32)) - 1
-            tl.store(out_ptr + place + at, (start + group).to(tl.int64), mask=hit)
+            tl.store(out_ptr + place + at, (start + group).to(tl.int64), mask=hit & (at < P))
             found += tl.sum(hit.to(tl.int32))
         for start in range(C, P, GROUPS):
             tl.store(out_ptr + place + start + group, -1, mask=start + group < P)
 
 
-def candidates(pre_NM: Tensor, c: int) -> Tensor:
+def candidates(pre_NM: Tensor, c: int, out: Tensor | None = None) -> Tensor:
     """int64 [N, P], P between c and 2 c: the columns of each row's c largest elements and of a few more; -1 where a
     row has fewer than P. Without more than P elements at the bound all equals of the c-th are among them, else
     the first of them."""
     n, m = pre_NM.shape
-    places = min(c + c // 2 + 8, m)
-    out = torch.full((n, places), -1, dtype=torch.int64, device=pre_NM.device)
+    room = places(m, c)
+    if out is None:
+        out = torch.full((n, room), -1, dtype=torch.int64, device=pre_NM.device)
     if n:
         number = groups(m, c)
         candidates_kernel[(n,)](
-            pre_NM, out, m, c, places, GROUPS=number, LOW_BIT=16 if pre_NM.dtype == torch.bfloat16 else 0,
+            pre_NM, out, m, c, room, GROUPS=number, LOW_BIT=16 if pre_NM.dtype == torch.bfloat16 else 0,
             num_warps=num_warps(number),
         )  # fmt: skip
     return out
+
+
+def places(m: int, c: int) -> int:
+    """Columns written for each row at most."""
+    return min(c + c // 2 + 8, m)
 
 
 def groups(m: int, c: int) -> int:

@@ -10,6 +10,7 @@ window.
 from typing import Any
 
 import torch
+from skipcoder.kernels.rows import ByLatent
 from torch import Tensor
 from torch.autograd import Function
 
@@ -22,6 +23,22 @@ def jumprelu(pre_L: Tensor, theta_L: Tensor, bandwidth: float) -> Tensor:
 def fires(pre_L: Tensor, theta_L: Tensor, bandwidth: float) -> Tensor:
     """[L] 1 where a latent fires; gradient to the thresholds."""
     return _Fires.apply(pre_L, theta_L, bandwidth)
+
+
+def per_entry(theta_M: Tensor, indices_L: Tensor, latents: ByLatent) -> Tensor:
+    """[L] each entry's threshold; the gradient adds up in a fixed order."""
+    return _PerEntry.apply(theta_M, indices_L, *latents)
+
+
+class _PerEntry(Function):
+    @staticmethod
+    def forward(ctx: Any, theta_M: Tensor, indices_L: Tensor, *latents: Tensor) -> Tensor:
+        ctx.save_for_backward(*latents)
+        return theta_M[indices_L]
+
+    @staticmethod
+    def backward(ctx: Any, grad_L: Tensor) -> tuple[Tensor | None, ...]:
+        return ByLatent(*ctx.saved_tensors).sum_weights(grad_L), None, None, None, None
 
 
 def _window(pre_L: Tensor, theta_L: Tensor, bandwidth: float) -> Tensor:

@@ -38,7 +38,7 @@ def preactivations(
     n, m = len(x_ND), len(W_MD)
     if mode == "scout":
         if not x_ND.is_cuda:
-            chunk_elements = min(chunk_elements, SCOUT_ELEMENTS)
+            chunk_elements = min(chunk_elements, max(SCOUT_ELEMENTS, 32 * m))  # fewer tokens starve the product
         yield from _scout(x_ND, W_MD, b_M, max(1, chunk_elements // m), centre_D, spread_D)
         return
     dtype = torch.bfloat16 if mode == "bfloat16" else x_ND.dtype
@@ -62,7 +62,7 @@ def _scout(
     # The tensor cores ask for widths that are multiples of 8, and on GPUs for more than 16 rows.
     wide, tall = -(-d // 8) * 8, -(-m // 8) * 8
     least = 17 if x_ND.is_cuda else 1
-    rows = min(max(rows - rows % 32, least), max(n, least))
+    rows = min(max(rows - rows % 32 if rows >= 32 else rows, least), max(n, least))
     x_q = torch.zeros(rows, wide, dtype=torch.int8, device=x_ND.device)
     W_q, W_scale_M = _quantise_weights(W_MD, spread_D, wide, tall)
     products = torch.empty(rows, tall, dtype=torch.int32, device=x_ND.device)

@@ -37,8 +37,13 @@ def run(main: Callable[[], object]) -> int:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        return _fail(f"no space left on the disk ({error.filename or 'unknown file'}); free some and run again")
+        return _fail(no_space(error))
     return DONE
+
+
+def no_space(error: OSError) -> str:
+    """What to say of a full disk."""
+    return f"no space left on the disk ({error.filename or 'unknown file'}); free some and run again"
 
 
 def differences(old: Any, new: Any, ignore: tuple[str, ...] = ()) -> str:

@@ -10,8 +10,9 @@ from skipcoder.pipeline.errors import UserError
 
 
 @contextlib.contextmanager
-def cluster(address: str | None) -> Iterator[None]:
-    """A quiet Ray: our own on this machine unless an address is given, shut down in the end."""
+def cluster(address: str | None, show_output: bool = False) -> Iterator[None]:
+    """A quiet Ray: our own on this machine unless an address is given, shut down in the end. `show_output`: print what
+    the workers print."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -20,7 +21,7 @@ def cluster(address: str | None) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # another's cluster decides this for itself
     import ray  # reads these when it is imported
 
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": show_output, "logging_level": logging.ERROR}
     if address is None:
         # Only unit numbers and short messages cross Ray, so its object store may be small.
         options |= {"address": "local", "object_store_memory": 200 * 2**20, "include_dashboard": False}

@@ -8,6 +8,7 @@ from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.config import Kind, SkipInit, TrainConfig
 from skipcoder.trainer.learner import Learner, sides
+from skipcoder.trainer.ranks import ALONE, Ranks
 from skipcoder.trainer.skip_init import ridge
 from skipcoder.trainer.stream import ActivationStream, TokenFilter
 
@@ -28,7 +29,7 @@ def token_filter(cfg: TrainConfig) -> TokenFilter:
     return TokenFilter(cfg.stream.first_positions, cfg.stream.special_tokens)
 
 
-def make_stream(cfg: TrainConfig, store: ActivationStore, device: str) -> ActivationStream:
+def make_stream(cfg: TrainConfig, store: ActivationStore, device: str, ranks: Ranks = ALONE) -> ActivationStream:
     """The configured stream of training tokens."""
     return ActivationStream(
         store,
@@ -36,18 +37,26 @@ def make_stream(cfg: TrainConfig, store: ActivationStore, device: str) -> Activa
         cfg.train.batch_tokens,
         seed=cfg.stream.seed,
         filter=token_filter(cfg),
+        rank=ranks.rank,
+        world_size=ranks.size,
         pool_chunks=cfg.stream.pool_chunks,
         device=device,
     )
 
 
 def make_learner(
-    cfg: TrainConfig, store: ActivationStore, hookpoint: str, steps: int, device: str, fresh: bool = True
+    cfg: TrainConfig,
+    store: ActivationStore,
+    hookpoint: str,
+    steps: int,
+    device: str,
+    fresh: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Learner:
     """A learner that starts from the statistics of the store's training units."""
     kept = token_filter(cfg)
     x, y = (store.moments(hookpoint, side, positions=kept.classes) for side in sides(cfg.coder))
-    learner = Learner(cfg, x, y, steps, device)
+    learner = Learner(cfg, x, y, steps, device, ranks)
     if fresh and cfg.coder.kind is Kind.skip_transcoder and cfg.coder.skip_init is SkipInit.ridge:
         learner.start_skip(*ridge(ActivationStream(store, hookpoint, 8192, filter=kept, epochs=1), len(x.mean)))
     return learner

@@ -5,6 +5,7 @@ result is the same to the bit. Members may be at different steps (one was added 
 stream begins where the one furthest behind stands, and the others wait for their batch.
 """
 
+import errno
 import signal
 import threading
 import time
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from skipcoder.pipeline import cli
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.assemble import make_stream, open_store, pick_device, token_filter
 from skipcoder.trainer.config import TrainConfig
 from skipcoder.trainer.live_table import live_table
 from skipcoder.trainer.member import Member
+from skipcoder.trainer.ranks import Ranks
 from skipcoder.trainer.stream import ActivationStream, Batch
 
 
@@ -31,12 +34,16 @@ class Outcome(NamedTuple):
     summary: dict[str, Any] | None
     """None if the run failed."""
     error: Exception | None = None
+    trace: str = ""
+    """Where an unforeseen error came from."""
 
 
 def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
     """Train one coder and return its summary; a finished run returns its summary at once."""
     (outcome,) = train_bank([(cfg, directory)])
     if outcome.error is not None:
+        if outcome.trace:
+            outcome.error.add_note(outcome.trace)
         raise outcome.error
     assert outcome.summary is not None
     return outcome.summary
@@ -45,7 +52,9 @@ def train(cfg: TrainConfig, directory: Path) -> dict[str, Any]:
 def stream_key(cfg: TrainConfig) -> tuple[Any, ...]:
     """What the members of a bank have in common."""
     stream = tuple(vars(cfg.stream).items())
-    return cfg.store.path, cfg.hookpoint, cfg.train.batch_tokens, stream, cfg.train.device, cfg.train.threads
+    loop = cfg.train
+    machine = loop.device, loop.threads
+    return cfg.store.path, cfg.hookpoint, loop.batch_tokens, loop.eval_tokens, stream, machine
 
 
 def train_bank(jobs: Sequence[tuple[TrainConfig, Path]]) -> list[Outcome]:
@@ -53,6 +62,8 @@ def train_bank(jobs: Sequence[tuple[TrainConfig, Path]]) -> list[Outcome]:
 
     An interruption leaves every member where it can go on.
     """
+    refuse_shared_directories(jobs)
+    assert len({stream_key(cfg) for cfg, _ in jobs}) <= 1
     outcomes: dict[Path, Outcome] = {}
     waiting: list[Member] = []
     store: ActivationStore | None = None
@@ -68,27 +79,39 @@ def train_bank(jobs: Sequence[tuple[TrainConfig, Path]]) -> list[Outcome]:
             else:
                 waiting.append(member)
     if waiting and store is not None:
-        _train(waiting, store, outcomes)
+        open_ends = [member.directory for member in waiting]
+        with _failing(outcomes, *open_ends):
+            _train(waiting, store, outcomes)
     return [outcomes[directory] for _, directory in jobs]
+
+
+def refuse_shared_directories(jobs: Sequence[tuple[TrainConfig, Path]]) -> None:
+    """UserError if two jobs would write into one directory."""
+    places = [directory.resolve() for _, directory in jobs]
+    for place in places:
+        if places.count(place) > 1:
+            raise UserError(f"{places.count(place)} jobs would write to {place}; let hydra.sweep.subdir differ by job")
 
 
 def _train(members: list[Member], store: ActivationStore, outcomes: dict[Path, Outcome]) -> None:
     cfg = members[0].cfg
-    assert len({stream_key(member.cfg) for member in members}) == 1
+    ranks = Ranks.join()
     device = pick_device(cfg.train.device)
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
-    stream = make_stream(cfg, store, device)
+    stream = make_stream(cfg, store, device, ranks)
     positions: dict[int, dict[str, Any] | None] = {}
     for member in members:
         with _failing(outcomes, member.directory):
-            position = member.start(store, stream, device)
+            ranks.check(member.cfg)
+            position = member.start(store, stream, device, ranks)
             positions[member.learner.step_number] = position
     if not positions:
         return
     begin = min(positions)
     stream.load_state_dict(positions[begin] or stream.beginning())
-    _loop([m for m in members if m.directory not in outcomes], begin, stream, _held_out(cfg, store, device), outcomes)
+    begun = [member for member in members if member.directory not in outcomes]
+    _loop(begun, begin, stream, _held_out(cfg, store, device), outcomes, ranks)
 
 
 def _loop(
@@ -97,6 +120,7 @@ def _loop(
     stream: ActivationStream,
     held_out: Batch | None,
     outcomes: dict[Path, Outcome],
+    ranks: Ranks,
 ) -> None:
     """Steps until every member has made all of its own."""
     with live_table(members, outcomes) as show, closing(iter(stream)) as batches, _stopping() as asked_to_stop:
@@ -110,9 +134,14 @@ def _loop(
             for member in taking:
                 with _failing(outcomes, member.directory):
                     member.step(batch, read_ms, held_out)
-                    if member.finished or asked_to_stop() or step % member.cfg.train.save_every == 0:
+            stopping = ranks.any(asked_to_stop())
+            for member in taking:
+                if member.directory in outcomes:
+                    continue
+                if member.finished or stopping or step % member.cfg.train.save_every == 0:
+                    with _failing(outcomes, member.directory):
                         member.save(stream.state_dict())
-            if asked_to_stop():
+            if stopping:
                 raise KeyboardInterrupt
             members = _unfinished(members, outcomes)
             show()
@@ -124,6 +153,8 @@ def _unfinished(members: list[Member], outcomes: dict[Path, Outcome]) -> list[Me
         if member.directory not in outcomes and member.finished:
             with _failing(outcomes, member.directory):
                 outcomes[member.directory] = Outcome(member.directory, member.finish())
+        if member.directory in outcomes:
+            member.release()
     return [member for member in members if member.directory not in outcomes]
 
 
@@ -147,7 +178,7 @@ def _stopping() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.append(number)
 
-    if threading.current_thread() is not threading.main_thread():  # in a Ray worker: signals are Ray's
+    if threading.current_thread() is not threading.main_thread():  # signals are not ours
         yield lambda: False
         return
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -159,11 +190,17 @@ def _stopping() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def _failing(outcomes: dict[Path, Outcome], directory: Path) -> Iterator[None]:
-    """An exception inside is the outcome of that run, not the end of the others."""
+def _failing(outcomes: dict[Path, Outcome], *directories: Path) -> Iterator[None]:
+    """An exception inside is the outcome of these runs (as far as they have none), not the end of the others."""
     try:
         yield
     except Exception as error:
-        if not isinstance(error, UserError):
-            traceback.print_exc()
-        outcomes[directory] = Outcome(directory, None, error)
+        fault: Exception = error
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            fault = UserError(cli.no_space(error))
+        trace = "" if isinstance(fault, UserError) else traceback.format_exc()
+        # Tracebacks hold frames, and those the tensors of the whole bank.
+        fault = fault.with_traceback(None)
+        fault.__context__ = fault.__cause__ = None
+        for directory in directories:
+            outcomes.setdefault(directory, Outcome(directory, None, fault, trace))

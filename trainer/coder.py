@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from skipcoder.kernels.decode import sparse_decode
 from skipcoder.kernels.encode import Codes, encode
-from skipcoder.kernels.jumprelu import fires, jumprelu
+from skipcoder.kernels.jumprelu import fires, jumprelu, per_entry
 from skipcoder.trainer.config import Activation, CoderConfig, Kind
 from torch import Tensor, nn
 
@@ -110,7 +110,7 @@ class SparseCoder(nn.Module):
         assert self.threshold is not None
         bandwidth = BANDWIDTH * self.d_in**0.5
         codes = self._encode(x_ND, "above", threshold_M=self.threshold.detach() - bandwidth / 2)
-        theta_L = self.threshold.index_select(0, codes.indices)
+        theta_L = per_entry(self.threshold, codes.indices, codes.by_latent)
         l0 = fires(codes.values, theta_L, bandwidth).sum() / max(len(x_ND), 1)
         return codes._replace(values=jumprelu(codes.values, theta_L, bandwidth)), l0
 
@@ -136,7 +136,8 @@ class SparseCoder(nn.Module):
         codes = self.encode(x_ND)
         lead, (values, indices) = x.shape[:-1], codes.padded()
         y_hat = self.decode(codes, x_ND).view(*lead, self.d_out)
-        return CoderOutput(y_hat, values.view(*lead, -1), indices.view(*lead, -1))
+        k = values.shape[1]
+        return CoderOutput(y_hat, values.view(*lead, k), indices.view(*lead, k))
 
     def skip_only(self, x: Tensor) -> Tensor:
         """[..., E]: the prediction with every latent at 0 (the affine part of a skip transcoder)."""

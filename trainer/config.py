@@ -197,6 +197,8 @@ class LoopConfig:
     """Tokens to train on, in steps of batch_tokens (an epoch's short last batch counts as a whole one); more than the
     store holds means several epochs."""
     batch_tokens: int = 4096
+    micro_batches: int = 1
+    """Parts in which a batch goes through the coder, one after the other, to save memory."""
     k_start: int | None = None
     """Latents active at the start, falling linearly to coder.k over the first k_anneal of the run; null: coder.k."""
     k_anneal: float = 0.1
@@ -215,7 +217,7 @@ class LoopConfig:
     """Steps between checkpoints from which an interrupted run goes on."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_tokens", "log_every", "save_every"):
+        for name in ("tokens", "batch_tokens", "micro_batches", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)}: must be at least 1")
         if not 0 < self.k_anneal <= 1:

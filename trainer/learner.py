@@ -3,7 +3,8 @@
 Legend: B tokens of a batch, M latents, E output width.
 """
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from skipcoder.trainer.encoding import make_encoding, more_exact, recall
 from skipcoder.trainer.fold import fold, power_of_two_scale
 from skipcoder.trainer.losses import Losses, losses
 from skipcoder.trainer.optimisers import build_optimiser, schedule
+from skipcoder.trainer.ranks import ALONE, Ranks
 from skipcoder.trainer.thresholds import follow_threshold, set_threshold
 from torch import Tensor
 
@@ -33,9 +35,9 @@ class Scales:
 class Learner:
     """Trains one coder on batches of raw activation pairs; knows nothing of files or sweeps."""
 
-    def __init__(self, cfg: TrainConfig, x: Moments, y: Moments, steps: int, device: str) -> None:
+    def __init__(self, cfg: TrainConfig, x: Moments, y: Moments, steps: int, device: str, ranks: Ranks = ALONE) -> None:
         """`x` and `y`: moments of the side read and the side written, over the training units."""
-        self.cfg, self.steps, self.step_number, self.tokens = cfg, steps, 0, 0
+        self.cfg, self.steps, self.step_number, self.tokens, self.ranks = cfg, steps, 0, 0, ranks
         self.unit_norm = cfg.coder.kind is Kind.sae and cfg.coder.normalize_decoder
         self.sides = sides(cfg.coder)
         self.scales = Scales(
@@ -59,18 +61,15 @@ class Learner:
         self.coder.b_dec.copy_(b_E / self.scales.s_out)
 
     def step(self, x: Tensor, y: Tensor, batch_tokens: int) -> dict[str, Tensor]:
-        """One optimiser step on raw pairs. Returns 0-d tensors, so that nothing waits for the device:
+        """One optimiser step on this rank's raw pairs. Returns 0-d tensors, so that nothing waits for the device:
         `fvu` (against the training units' variance) and the loss's other terms, `l0`, `grad_norm`."""
         self.clock.start()
         x, y = self._scaled(x, y)
         if self.step_number % self.cfg.train.log_every == 0:
             self._check_recall(x)
-        variance = batch_tokens * self.scales.variance / self.scales.s_out**2
         if self.step_number == 0 and self.cfg.coder.activation is Activation.jumprelu:
             set_threshold(self.coder, x, self.k)
-        loss = self.losses(x, y, variance)
-        loss.total.backward()
-        self.clock.lap("backward")
+        parts, fired_M = self._backward(x, y, batch_tokens)
         if self.unit_norm:
             remove_parallel_gradient(self.coder.W_dec)
         norm = torch.nn.utils.clip_grad_norm_(self.coder.parameters(), self.cfg.optim.clip)
@@ -78,22 +77,35 @@ class Learner:
         if self.unit_norm:
             for W_dec in self.optimiser.copies(self.coder.W_dec):
                 normalise_rows(W_dec)
-        codes = loss.codes
-        fired = codes.values > 0
         self.since_fired_M += batch_tokens
-        self.since_fired_M[codes.indices[fired]] = 0
+        self.since_fired_M[fired_M > 0] = 0
         self.step_number += 1
         self.tokens += batch_tokens
         self.clock.lap("optimiser")
-        if self.cfg.coder.activation is Activation.batchtopk:
-            follow_threshold(self.coder, codes, self.step_number == 1)
-        parts = {name: term.detach() for name, term in loss.parts.items()}
-        return {**parts, "l0": fired.sum() / max(len(x), 1), "grad_norm": norm}
+        return {**parts, "l0": fired_M.sum() / batch_tokens, "grad_norm": norm}
 
-    def losses(self, x: Tensor, y: Tensor, variance: float) -> Losses:
-        """Of scaled pairs."""
+    def _backward(self, x: Tensor, y: Tensor, batch_tokens: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients, the loss's terms and how often each latent fired [M], over all micro-batches and ranks."""
+        parts: dict[str, Tensor] = {}
+        fired_M = torch.zeros_like(self.since_fired_M)
+        pieces = min(self.cfg.train.micro_batches, max(len(x), 1))
+        for x_part, y_part in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
+            loss = self.losses(x_part, y_part, batch_tokens)
+            loss.total.backward()
+            for name, term in loss.parts.items():
+                parts[name] = parts.get(name, 0) + term.detach()
+            fired_M += torch.bincount(loss.codes.indices[loss.codes.values > 0], minlength=len(fired_M))
+            self.clock.lap("backward")
+        if self.cfg.coder.activation is Activation.batchtopk:  # the last micro-batch stands for all
+            follow_threshold(self.coder, loss.codes, self.step_number == 0)
+        self.ranks.sum(*(p.grad for p in self.coder.parameters() if p.grad is not None), *parts.values(), fired_M)
+        return parts, fired_M
+
+    def losses(self, x: Tensor, y: Tensor, batch_tokens: int) -> Losses:
+        """Of scaled pairs that are part of a global batch."""
         dead_M = (self.since_fired_M >= self.dead_tokens).nonzero()[:, 0] if self.cfg.loss.auxk else None
-        return losses(self.coder, self.cfg.loss, x, y, variance, self.k, dead_M, self.clock.lap)
+        variance = self.scales.variance / self.scales.s_out**2
+        return losses(self.coder, self.cfg.loss, x, y, batch_tokens, variance, self.k, dead_M, self.clock.lap)
 
     @property
     def k(self) -> int:
@@ -102,24 +114,40 @@ class Learner:
         left = 1 - self.step_number / (self.cfg.train.k_anneal * self.steps)
         return k + round((start - k) * left) if start is not None and left > 0 else k
 
+    @contextmanager
+    def as_saved(self) -> Iterator[SparseCoder]:
+        """The coder as it would be saved now (in its own scale): averaged weights, exact encoding."""
+        encoding, weights = self.coder.encoding, [p.data for p in self.coder.parameters()]
+        self.coder.eval().encoding = replace(encoding, mode="float32")
+        for p in self.coder.parameters():
+            p.data = self.optimiser.averaged(p).data
+        if self.unit_norm and self.optimiser.schedule_free:  # an average of unit rows is shorter
+            normalise_rows(self.coder.W_dec)
+        try:
+            yield self.coder
+        finally:
+            for p, data in zip(self.coder.parameters(), weights, strict=True):
+                p.data = data
+            self.coder.train().encoding = encoding
+
     def calibrate(self, x: Tensor, y: Tensor) -> None:
         """batchtopk, when training is over: the threshold at which k latents fire per token of these raw pairs."""
-        set_threshold(self.coder, self._scaled(x, y)[0], self.cfg.coder.k)
+        with self.as_saved() as coder:
+            set_threshold(coder, self._scaled(x, y)[0], self.cfg.coder.k)
 
     @torch.no_grad()
     def fvu(self, x: Tensor, y: Tensor) -> float:
         """Of raw pairs, with the weights that would be saved now: squared error over squared distance from the
         mean."""
         x, y = self._scaled(x, y)
-        encoding, weights = self.coder.encoding, [p.data for p in self.coder.parameters()]
-        self.coder.eval().encoding = replace(encoding, mode="float32")
-        for p in self.coder.parameters():
-            p.data = self.optimiser.averaged(p).data
-        error = y.double() - self.coder(x).y_hat.double()
-        for p, data in zip(self.coder.parameters(), weights, strict=True):
-            p.data = data
-        self.coder.train().encoding = encoding
+        with self.as_saved() as coder:
+            error = y.double() - coder(x).y_hat.double()
         return float(error.square().sum() / (y.double() - y.double().mean(0)).square().sum())
+
+    def folded(self) -> SparseCoder:
+        """The coder to save, for raw activations, on the CPU."""
+        with self.as_saved() as coder:
+            return fold(coder, self.scales.s_in, self.scales.s_out).eval().cpu()
 
     def _scaled(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """(what the coder reads, what it should write) out of raw pairs."""
@@ -130,23 +158,13 @@ class Learner:
         """Measure, and go on in a more exact mode if too little is found."""
         if self.coder.encoding.mode != "float32":
             self.recall = recall(self.coder, x)
-            if self.recall < self.cfg.encode.min_recall:
+            if self.ranks.any(self.recall < self.cfg.encode.min_recall):
                 self.coder.encoding = more_exact(self.coder.encoding)
 
     @property
     def dead(self) -> int:
         """Latents that have not fired for `dead_tokens` tokens."""
         return int((self.since_fired_M >= self.dead_tokens).sum())
-
-    def folded(self) -> SparseCoder:
-        """The coder for raw activations, on the CPU."""
-        coder = copy.deepcopy(self.coder).cpu()
-        with torch.no_grad():
-            for mine, average in zip(coder.parameters(), self.coder.parameters(), strict=True):
-                mine.copy_(self.optimiser.averaged(average))
-            if self.optimiser.schedule_free and self.unit_norm:  # an average of unit rows is shorter
-                normalise_rows(coder.W_dec)
-        return fold(coder, self.scales.s_in, self.scales.s_out).eval()
 
     def state_dict(self) -> dict[str, Any]:
         """All that `step` depends on."""

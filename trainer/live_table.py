@@ -1,9 +1,10 @@
 """The members of a bank in one live table; without a terminal, a line for every tenth of the way."""
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -12,18 +13,18 @@ from skipcoder.trainer.member import Member
 
 
 @contextmanager
-def live_table(members: Sequence[Member], failed: Collection[Path]) -> Iterator[Callable[[], None]]:
-    """Yields `show()`, to be called after every step. `failed`: directories of failed members, as it grows."""
+def live_table(members: Sequence[Member], outcomes: Mapping[Path, Any]) -> Iterator[Callable[[], None]]:
+    """Yields `show()`, to be called after every step. `outcomes` by directory, as they come."""
     console = Console(stderr=True)
     if console.is_terminal:
-        with Live(console=console, refresh_per_second=2, get_renderable=lambda: _render(members, failed)):
+        with Live(console=console, refresh_per_second=2, get_renderable=lambda: _render(members, outcomes)):
             yield lambda: None
         return
     total, printed = sum(member.steps for member in members), 0
 
     def show() -> None:
         nonlocal printed
-        done = sum(member.learner.step_number for member in members)
+        done = sum(member.done for member in members)
         if done * 10 // total > printed:
             printed = done * 10 // total
             fvu = "  ".join(f"{member.last['fvu']:.4f}" for member in members if member.last)
@@ -38,13 +39,13 @@ def _more(members: Sequence[Member]) -> str:
     return f" and {len(members) - 1} more" if len(members) > 1 else ""
 
 
-def _render(members: Sequence[Member], failed: Collection[Path]) -> Table:
+def _render(members: Sequence[Member], outcomes: Mapping[Path, Any]) -> Table:
     grid = Table(box=None, pad_edge=False)
     for name in ("run", "coder", "step", "FVU", "dead", "ms/step", "left"):
         grid.add_column(name, justify="left" if name in ("run", "coder") else "right")
     for member in members:
-        last, step = member.last, f"{member.learner.step_number}/{member.steps}"
-        if member.directory in failed:
+        last, step = member.last, f"{member.done}/{member.steps}"
+        if member.directory in outcomes and outcomes[member.directory].error is not None:
             facts = ["failed"]
         elif last:
             facts = [f"{last['fvu']:.4f}", str(last["dead"]), f"{sum(last['ms'].values()):.0f}", _left(member)]
@@ -55,6 +56,6 @@ def _render(members: Sequence[Member], failed: Collection[Path]) -> Table:
 
 
 def _left(member: Member) -> str:
-    left = member.steps - member.learner.step_number
+    left = member.steps - member.done
     seconds = int(left * member.last["seconds"] / member.last["step"])
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -33,20 +33,22 @@ def losses(
     cfg: LossConfig,
     x_ND: Tensor,
     y_NE: Tensor,
-    variance: float,
+    batch_tokens: int,
+    token_variance: float,
     k: int,
     dead_M: Tensor | None = None,
     lap: Callable[[str], None] = lambda phase: None,
 ) -> Losses:
-    """`variance`: the denominator, tokens of the global batch times variance per token. `dead_M`: indices of the dead
-    latents. `lap` is told when a phase ends."""
+    """Of some or all of the `batch_tokens` of a global batch; the denominator is that number times the variance per
+    token. `dead_M`: indices of the dead latents. `lap` is told when a phase ends."""
+    variance = batch_tokens * token_variance
     parts: dict[str, Tensor] = {}
     if cfg.multi_topk:
         wide = coder.encode(x_ND, min(MULTI_TOPK * k, coder.cfg.width))
         codes = first(wide, k)
     elif coder.cfg.activation is Activation.jumprelu:
         codes, l0 = coder.encode_jumprelu(x_ND)
-        parts["l0_penalty"] = cfg.l0 * (l0 / k - 1).square()
+        parts["l0_penalty"] = len(x_ND) / batch_tokens * cfg.l0 * (l0 / k - 1).square()
     else:
         codes = coder.encode(x_ND, k)
     lap("encode")
@@ -64,7 +66,7 @@ def losses(
         total = (fvu + sum(shorter)) / (1 + len(shorter))
     if cfg.multi_topk:
         parts["multi_topk"] = MULTI_TOPK_WEIGHT * error_of(wide).square().sum() / variance
-    if cfg.auxk and dead_M is not None and len(dead_M):
+    if cfg.auxk and dead_M is not None:
         parts["auxk"] = cfg.auxk * auxk(coder, x_ND, error_NE.detach(), dead_M) / variance
     total = total + sum(term for term in parts.values() if term.requires_grad)
     lap("decode")
@@ -79,8 +81,11 @@ def _prefix(codes: Codes, width: int) -> Codes:
 def auxk(coder: SparseCoder, x_ND: Tensor, error_NE: Tensor, dead_M: Tensor) -> Tensor:
     """Squared error of the dead latents' prediction of the error (Gao et al., arXiv 2406.04093), weighted by how many
     are dead. The gradient reaches the dead latents' encoder and decoder, not b_dec or the skip."""
+    if not len(dead_M):
+        return error_NE.new_zeros(())
     most = coder.d_out // 2
+    b_pre = None if coder.b_pre is None else coder.b_pre.detach()
     W_enc, b_enc, W_dec = (p.index_select(0, dead_M) for p in (coder.W_enc, coder.b_enc, coder.W_dec))
-    codes = encode(x_ND.to(W_enc.dtype), W_enc, b_enc, min(most, len(dead_M)), coder.b_pre, **vars(coder.encoding))
+    codes = encode(x_ND.to(W_enc.dtype), W_enc, b_enc, min(most, len(dead_M)), b_pre, **vars(coder.encoding))
     predicted_NE = sparse_decode(codes, W_dec, torch.zeros_like(coder.b_dec))
     return min(len(dead_M) / most, 1) * (error_NE - predicted_NE).square().sum()

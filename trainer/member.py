@@ -18,6 +18,7 @@ from skipcoder.trainer import checkpoint
 from skipcoder.trainer.assemble import make_learner, provenance, token_filter
 from skipcoder.trainer.config import Activation, TrainConfig
 from skipcoder.trainer.learner import Learner
+from skipcoder.trainer.ranks import ALONE, Ranks
 from skipcoder.trainer.stream import ActivationStream, Batch
 
 # What may differ between a run and its resumption: it does not change what is learned.
@@ -63,46 +64,58 @@ class Member:
 
     # ---- training ---------------------------------------------------------------------------------
 
-    def start(self, store: ActivationStore, stream: ActivationStream, device: str) -> dict[str, Any] | None:
+    def start(
+        self, store: ActivationStore, stream: ActivationStream, device: str, ranks: Ranks = ALONE
+    ) -> dict[str, Any] | None:
         """Build the learner, or go on from the last save; returns the stream's position, None at the beginning."""
         self.store, self.hookpoint = store, stream.hookpoint
         state = checkpoint.load_state(self.directory / "checkpoint")
-        self.learner = make_learner(self.cfg, store, self.hookpoint, self.steps, device, fresh=state is None)
-        write_atomically(self.directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.cfg)).encode())
+        self.learner = make_learner(self.cfg, store, self.hookpoint, self.steps, device, state is None, ranks)
+        self.ranks = ranks
+        self._write(self.directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.cfg)).encode())
         self.begun = time.perf_counter()
         if state is None:
-            self._metrics_file.unlink(missing_ok=True)
+            if ranks.is_main:
+                self._metrics_file.unlink(missing_ok=True)
             return None
         stream.load_state_dict(state["stream"])
         self.learner.load_state_dict(state["learner"])
         self.window, self.seconds_before = state["window"], state["seconds"]
         kept = [line for line in self._read_metrics() if line["step"] <= self.learner.step_number]
         self.last = kept[-1] if kept else {}
-        write_atomically(self._metrics_file, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._write(self._metrics_file, "".join(json.dumps(line) + "\n" for line in kept).encode())
         print(f"{self.directory}: going on from step {self.learner.step_number} of {self.steps}")
         return state["stream"]
 
     @property
+    def done(self) -> int:
+        """Steps made."""
+        return self.learner.step_number if "learner" in self.__dict__ else self.last.get("step", 0)
+
+    @property
     def finished(self) -> bool:
         """All steps are made."""
-        return self.learner.step_number == self.steps
+        return self.done == self.steps
 
     def step(self, batch: Batch, read_ms: float, held_out: Batch | None) -> None:
         """One optimiser step, and a line of metrics where one is due."""
         self.window.append(self.learner.step(batch.x, batch.y, batch.tokens))
         self.read_ms.append(read_ms)
         every, step = self.cfg.train.log_every, self.learner.step_number
+        if self.finished:
+            self._calibrate()
         if self.finished or step % every == 0:
             line = self._line()
             evaluate_every = self.cfg.train.eval_every or max(self.steps // 10, 1)
             if held_out is not None and (self.finished or step % evaluate_every < every):
                 line["held_out_fvu"] = self.learner.fvu(held_out.x, held_out.y)
-            with self._metrics_file.open("a") as file:
-                file.write(json.dumps(line) + "\n")
             self.last = line
+            if self.ranks.is_main:
+                with self._metrics_file.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
 
     def _line(self) -> dict[str, Any]:
-        mean = {key: float(torch.stack([w[key] for w in self.window]).double().mean()) for key in self.window[0]}
+        mean = {key: sum(float(w[key]) for w in self.window) / len(self.window) for key in self.window[0]}
         read_ms = sum(self.read_ms) / len(self.read_ms)
         self.window.clear()
         self.read_ms.clear()
@@ -128,29 +141,40 @@ class Member:
         """Spent in training, over all resumptions."""
         return self.seconds_before + time.perf_counter() - self.begun
 
+    def _calibrate(self) -> None:
+        """Give batchtopk its final threshold."""
+        if self.cfg.coder.activation is Activation.batchtopk:
+            device, kept = self.learner.coder.W_enc.device, token_filter(self.cfg)
+            start = ActivationStream(
+                self.store, self.hookpoint, CALIBRATION_TOKENS, filter=kept, epochs=1, device=device
+            )
+            batch = next(iter(start))
+            self.learner.calibrate(batch.x, batch.y)
+
+    def release(self) -> None:
+        """Let go of the learner's memory."""
+        self.__dict__.pop("learner", None)
+
     # ---- files ------------------------------------------------------------------------------------
 
     def save(self, stream: dict[str, Any]) -> None:
         """The point from which an interrupted run goes on; `stream`: the position after the last step."""
+        if not self.ranks.is_main:
+            return
         state = {
             "learner": self.learner.state_dict(),
             "stream": stream,
-            "window": self.window,
+            "window": [{key: value.cpu() for key, value in w.items()} for w in self.window],
             "seconds": self.seconds,
         }
         checkpoint.save_state(state, self.directory / "checkpoint")
 
     def finish(self) -> dict[str, Any]:
         """Write the coder and the summary."""
-        if self.cfg.coder.activation is Activation.batchtopk:
-            start = next(iter(ActivationStream(
-                self.store, self.hookpoint, CALIBRATION_TOKENS, filter=token_filter(self.cfg), epochs=1,
-                device=self.learner.coder.W_enc.device,
-            )))  # fmt: skip
-            self.learner.calibrate(start.x, start.y)
         coder = self.learner.folded()
         coder.meta = provenance(self.store, self.hookpoint, self.learner)
-        checkpoint.save_coder(coder, self.directory / "checkpoint")
+        if self.ranks.is_main:
+            checkpoint.save_coder(coder, self.directory / "checkpoint")
         summary = {
             "kind": self.cfg.coder.kind.value,
             "k": self.cfg.coder.k,
@@ -167,8 +191,12 @@ class Member:
             "encode_mode": self.last["encode_mode"],
             "seconds": round(self.seconds, 2),
         }
-        write_atomically(self.directory / "summary.json", json.dumps(summary, indent=2).encode())
+        self._write(self.directory / "summary.json", json.dumps(summary, indent=2).encode())
         return summary
+
+    def _write(self, path: Path, content: bytes) -> None:
+        if self.ranks.is_main:
+            write_atomically(path, content)
 
     @property
     def _metrics_file(self) -> Path:

@@ -17,7 +17,8 @@ class Need(NamedTuple):
     resident: int
     """Held from the first step to the last: parameters, optimiser, counts."""
     passing: int
-    """Held during its own step: gradients, and the encoder's weights in another precision."""
+    """Held during its own step (gradients, and the encoder's weights in another precision) or while it is saved (two
+    copies of the weights)."""
 
 
 def need(cfg: TrainConfig, d_in: int, d_out: int) -> Need:
@@ -25,7 +26,7 @@ def need(cfg: TrainConfig, d_in: int, d_out: int) -> Need:
     m = cfg.coder.width
     weights = m * (d_in + d_out + 1) + d_out + (d_in * d_out if cfg.coder.kind is Kind.skip_transcoder else 0)
     copies = 3 if cfg.optim.name is OptimName.adam else 2
-    return Need(4 * weights * copies + 8 * m, 4 * weights + 2 * m * d_in)
+    return Need(4 * weights * copies + 8 * m, 8 * weights)
 
 
 def free_bytes(device: str) -> int:

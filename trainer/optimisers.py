@@ -87,9 +87,6 @@ class ScheduleFreeSign(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[dict[str, Any]], lr: float, momentum: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p] = {"z": p.detach().clone(), "step": torch.zeros(())}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -100,12 +97,16 @@ class ScheduleFreeSign(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 state = self.state[p]
+                if not state:  # not before: weights may still be initialised
+                    state |= {"z": p.detach().clone(), "step": torch.zeros(())}
                 state["step"] += 1
                 sign_step(p, state["z"], p.grad, group["lr"], group["momentum"], 1 / float(state["step"]))
 
     @torch.no_grad()
     def averaged(self, parameter: nn.Parameter) -> Tensor:
         """x = y + (1 / beta - 1) (y - z)."""
+        if not self.state[parameter]:
+            return parameter
         return torch.lerp(parameter, self.state[parameter]["z"], 1 - 1 / self.param_groups[0]["momentum"])
 
 

@@ -1,8 +1,9 @@
 """A sweep as banks: group the jobs by stream, pack the groups by memory, train one bank after another, or all at once
 on Ray."""
 
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from skipcoder.pipeline import cli
 from skipcoder.pipeline.errors import UserError
 from skipcoder.trainer import memory
 from skipcoder.trainer.assemble import open_store, pick_device
-from skipcoder.trainer.bank import Outcome, stream_key, train_bank
+from skipcoder.trainer.bank import Outcome, refuse_shared_directories, stream_key, train_bank
 from skipcoder.trainer.config import TrainConfig
 
 Job = tuple[TrainConfig, Path]
+
+STOPPING_SECONDS = 120
+"""What interrupted banks are given to finish a step and save."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +34,24 @@ def run_sweep(jobs: Sequence[Job], settings: Settings) -> list[Outcome]:
     """Train all jobs; outcomes in their order."""
     gpus = torch.cuda.device_count()
     on_ray = settings.ray if settings.ray is not None else gpus > 1 or settings.address is not None
-    banks = list(plan(jobs, settings, max(gpus, 1) if on_ray else 1))
+    refuse_shared_directories(jobs)
+    if settings.address is not None and settings.memory_gib is None:
+        raise UserError("hydra.launcher.address needs hydra.launcher.memory_gib: the memory of one of its devices")
+    banks, found = plan(jobs, settings, max(gpus, 1) if on_ray else 1, together=on_ray and not gpus)
     for number, bank in enumerate(banks, 1):
         print(f"bank {number} of {len(banks)}: {len(bank)} coder{'s' if len(bank) > 1 else ''} on one stream")
-    found = _on_ray(banks, settings) if on_ray else [outcome for bank in banks for outcome in train_bank(bank)]
+    found += _on_ray(banks, settings) if on_ray else [outcome for bank in banks for outcome in train_bank(bank)]
     by_directory = {outcome.directory: outcome for outcome in found}
     return [by_directory[directory] for _, directory in jobs]
 
 
-def plan(jobs: Sequence[Job], settings: Settings, devices: int) -> Iterator[list[Job]]:
-    """The banks, each a list of jobs."""
+def plan(
+    jobs: Sequence[Job], settings: Settings, devices: int, together: bool = False
+) -> tuple[list[list[Job]], list[Outcome]]:
+    """(the banks, each a list of jobs; the outcomes of those that can be in none). `together`: all banks share one
+    memory at the same time."""
+    banks: list[list[Job]] = []
+    refused: list[Outcome] = []
     groups: dict[object, list[Job]] = {}
     for cfg, directory in jobs:
         if cfg.store.path is None:
@@ -47,41 +59,60 @@ def plan(jobs: Sequence[Job], settings: Settings, devices: int) -> Iterator[list
         groups.setdefault(stream_key(cfg), []).append((cfg, directory))
     for group in groups.values():
         cfg = group[0][0]
-        device = pick_device(cfg.train.device)
         try:
+            device = pick_device(cfg.train.device) if settings.address is None else "there"
             store = open_store(cfg)
             facts = store.hookpoints[store.hookpoint(cfg.hookpoint)]
         except UserError:  # the bank reports it for each of its jobs
-            yield group
+            banks.append(group)
             continue
         budget = settings.memory_gib * memory.GIB if settings.memory_gib else 0.9 * memory.free_bytes(device)
-        needs = [memory.need(cfg, facts["d_in"], facts["d_out"]) for cfg, _ in group]
-        for (cfg, _), one in zip(group, needs, strict=True):
-            if memory.bank_bytes([one]) > budget:
-                raise UserError(
-                    f"coder.width={cfg.coder.width} takes about {memory.bank_bytes([one]) / memory.GIB:.1f} GiB to "
-                    f"train, {device} has {budget / memory.GIB:.1f} GiB for it; lower the width"
-                )
-        for bank in memory.pack(needs, budget, devices):
-            yield [group[i] for i in bank]
+        budget /= len(groups) if together else 1
+        needs, fitting = [], []
+        for job in group:
+            need = memory.need(job[0], facts["d_in"], facts["d_out"])
+            if memory.bank_bytes([need]) <= budget:
+                needs.append(need)
+                fitting.append(job)
+                continue
+            error = UserError(
+                f"coder.width={job[0].coder.width} takes about {memory.bank_bytes([need]) / memory.GIB:.1f} GiB to "
+                f"train, {device} has {budget / memory.GIB:.1f} GiB for it; lower the width"
+            )
+            refused.append(Outcome(job[1], None, error))
+        banks += [[fitting[i] for i in bank] for bank in memory.pack(needs, budget, devices)]
+    return banks, refused
 
 
 def _on_ray(banks: list[list[Job]], settings: Settings) -> list[Outcome]:
     """Every bank is a Ray task with a GPU of its own, or, where Ray has none, with an equal share of the cores."""
     from skipcoder.pipeline.cluster import cluster
 
-    with cluster(settings.address):
+    with cluster(settings.address, show_output=True):
         import ray
 
         have = ray.cluster_resources()
         gpu = 1 if have.get("GPU") else 0
         cores = max(1, int(have.get("CPU", 1)) // max(1, len(banks) if not gpu else int(have["GPU"])))
         task = ray.remote(num_gpus=gpu, num_cpus=cores, max_retries=2)(_bank_task)
-        waiting = [task.remote(bank, None if gpu else cores) for bank in banks]
-        return [outcome for part in ray.get(waiting) for outcome in part]
+        waiting = [task.remote(bank, None if gpu else cores, os.getcwd()) for bank in banks]
+        found: list[Outcome] = []
+        try:
+            for bank, one in zip(banks, waiting, strict=True):
+                try:
+                    found += ray.get(one)  # type: ignore[arg-type]
+                except ray.exceptions.RayError as error:  # a worker died, again and again
+                    found += [Outcome(directory, None, RuntimeError(str(error))) for _, directory in bank]
+        except KeyboardInterrupt:
+            for one in waiting:
+                ray.cancel(one)  # a Ctrl-C there: the bank saves and ends
+            ray.wait(waiting, num_returns=len(waiting), timeout=STOPPING_SECONDS)
+            raise
+        return found
 
 
-def _bank_task(bank: list[Job], threads: int | None) -> list[Outcome]:
+def _bank_task(bank: list[Job], threads: int | None, directory: str) -> list[Outcome]:
+    os.chdir(directory)  # relative paths are the driver's
     if threads:
         torch.set_num_threads(threads)
     outcomes = train_bank(bank)
@@ -93,10 +124,11 @@ def _portable(error: Exception) -> Exception:
     return error if isinstance(error, UserError) else RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def report_failures(failures: Sequence[tuple[str, Exception]]) -> None:
-    """Name every failure and leave with the exit code for them; return if there is none."""
+def report_failures(failures: Sequence[tuple[str, Exception, str]]) -> None:
+    """Name every failure, (where, what, traceback if unforeseen), and leave with their exit code, if there is any."""
     if not failures:
         return
-    for name, error in failures:
+    for name, error, trace in failures:
+        print(trace, file=sys.stderr, end="")
         print(f"error: {name}: {error}", file=sys.stderr)
-    sys.exit(cli.BAD_INPUT if all(isinstance(error, UserError) for _, error in failures) else cli.FAILED)
+    sys.exit(cli.BAD_INPUT if all(isinstance(error, UserError) for _, error, _ in failures) else cli.FAILED)

@@ -101,14 +101,27 @@ def test_flat_entries_on_top_of_a_base() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("n", "m", "c", "levels"),
-    [(3, 50, 5, 0), (2, 700, 40, 10**6), (2, 5000, 600, 3), (2, 300, 300, 5), (1, 1, 1, 1), (2, 3000, 500, 10**6)],
+    [
+        (3, 50, 5, 0),
+        (4, 256, 4, 0),
+        (2, 700, 40, 10**6),
+        (2, 5000, 600, 3),
+        (2, 300, 300, 5),
+        (1, 1, 1, 1),
+        (2, 3000, 500, 10**6),
+    ],
 )
 def test_candidates(n: int, m: int, c: int, levels: int, dtype: torch.dtype) -> None:
     """Among them are the c first of a stable sort, even where all values are equal (levels 0)."""
     g = torch.Generator().manual_seed(m + c)
     pre = (torch.randint(-levels, levels + 1, (n, m), generator=g) / max(levels, 1)).to(DEVICE, dtype)
     pre[0, 0] = -0.0
+    if levels == 0:  # many duplicates of negative numbers: none may be written outside its row
+        pre[1], pre[2] = -1.0, -torch.inf
     wanted = pre.sort(dim=1, descending=True, stable=True).indices[:, :c]
+    guarded = torch.full((n + 8, gpu_select.places(m, c)), -7, device=DEVICE)
+    gpu_select.candidates(pre, c, out=guarded[:n].fill_(-1))
+    assert (guarded[n:] == -7).all()
     for found, first in zip(gpu_select.candidates(pre, c).tolist(), wanted.tolist(), strict=True):
         columns = [column for column in found if column >= 0]
         assert columns == sorted(set(columns)) and set(first) <= set(columns)

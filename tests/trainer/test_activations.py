@@ -41,7 +41,9 @@ def test_learns_and_resumes(
 
 @pytest.mark.parametrize("activation", FLAT)
 def test_as_many_latents_fire_as_asked(store: ActivationStore, tmp_path: Path, activation: Activation) -> None:
-    train(config(store, steps=150, activation=activation), tmp_path)
+    cfg = config(store, steps=150, activation=activation)
+    cfg.loss = LossConfig(l0=10.0)
+    train(cfg, tmp_path)
     coder = SparseCoder.load(tmp_path)
     assert coder.threshold is not None and (coder.threshold > 0).all()
     (batch,) = ActivationStream(store, "layers.1.mlp", 2**14, epochs=1)
@@ -76,7 +78,7 @@ def test_matryoshka_is_the_mean_over_prefixes_of_one_selection() -> None:
     for p in coder.parameters():
         p.data += torch.randn(p.shape, generator=g)
     x, y = (torch.randn(30, 6, generator=g, dtype=torch.float64) for _ in range(2))
-    found = losses(coder, LossConfig(), x, y, 7.0, 3)
+    found = losses(coder, LossConfig(), x, y, 1, 7.0, 3)
     pre = torch.relu(x @ coder.W_enc.T + coder.b_enc)
     values, indices = pre.topk(3)
     f = torch.zeros_like(pre).scatter(1, indices, values)

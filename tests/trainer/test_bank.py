@@ -1,24 +1,31 @@
 """Coders that share a stream learn what they would learn alone."""
 
+import errno
+import gc
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
-from skipcoder.trainer.bank import train, train_bank
+from skipcoder.trainer import checkpoint
+from skipcoder.trainer.bank import Outcome, train, train_bank
 from skipcoder.trainer.coder import SparseCoder
 from skipcoder.trainer.config import (
     CoderConfig,
     Kind,
     LoopConfig,
+    LossConfig,
     OptimConfig,
     OptimName,
     SkipInit,
@@ -27,6 +34,8 @@ from skipcoder.trainer.config import (
     TrainConfig,
 )
 from skipcoder.trainer.learner import Learner
+from skipcoder.trainer.live_table import _render
+from skipcoder.trainer.member import Member
 from skipcoder.trainer.stream import ActivationStream
 
 from tests.conftest import REPO
@@ -126,6 +135,64 @@ def _train_until(step: int, jobs: list[tuple[TrainConfig, Path]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Learner, "step", interrupting)
         train_bank(jobs)
+
+
+def test_a_signal_during_the_second_members_step_saves_the_first(store: ActivationStore, tmp_path: Path) -> None:
+    jobs = [(config(store, seed=seed), tmp_path / str(seed)) for seed in range(3)]
+    real, sent = Learner.step, []
+
+    def interrupting(self: Learner, *args: Any) -> Any:
+        if self.step_number == 6 and self.cfg.seed == 1:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        return real(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "step", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            train_bank(jobs)
+    assert [torch.load(d / "checkpoint" / "state" / "state.pt")["learner"]["step"] for _, d in jobs] == [7, 7, 7]
+
+
+def test_two_jobs_in_one_directory_are_refused(store: ActivationStore, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"2 jobs would write to .*same"):
+        train_bank([(config(store, k=2), tmp_path / "same"), (config(store), tmp_path / "x" / ".." / "same")])
+    assert not (tmp_path / "same").exists()
+
+
+def test_a_full_disk_says_so_and_a_failed_learner_is_let_go(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "state.pt")
+
+    alive = weakref.WeakSet()
+    real = Learner.__init__
+    monkeypatch.setattr(Learner, "__init__", lambda self, *a, **k: (alive.add(self), real(self, *a, **k))[1])
+    monkeypatch.setattr(checkpoint, "save_state", full)
+    outcomes = train_bank([(config(store, seed=seed), tmp_path / str(seed)) for seed in range(2)])
+    assert all("no space left on the disk (state.pt)" in str(o.error) and not o.trace for o in outcomes)
+    gc.collect()
+    assert not alive
+
+
+def test_auxk_is_reported_whether_or_not_a_latent_is_dead(store: ActivationStore, tmp_path: Path) -> None:
+    cfg = config(store, steps=40)
+    cfg.loss, cfg.train.dead_tokens = LossConfig(auxk=1 / 32), 129
+    train(cfg, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all("auxk" in line for line in lines) and any(line["auxk"] > 0 for line in lines)
+
+
+def test_the_table_calls_only_failures_failed(store: ActivationStore, tmp_path: Path) -> None:
+    members = [Member(config(store, seed=seed), tmp_path / str(seed)) for seed in range(2)]
+    outcomes = {
+        members[0].directory: Outcome(members[0].directory, {}),
+        members[1].directory: Outcome(members[1].directory, None, UserError("no")),
+    }
+    console = Console(width=100, file=io.StringIO())
+    console.print(_render(members, outcomes))
+    text = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert "failed" not in text[1] and "failed" in text[2]
 
 
 def test_interrupted_at_any_step_every_member_goes_on(store: ActivationStore, tmp_path: Path) -> None:

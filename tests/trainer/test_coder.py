@@ -62,6 +62,11 @@ def test_leading_dimensions_and_half_precision_inputs() -> None:
     assert torch.equal(out.y_hat[1, 2], coder(x[1, 2]).y_hat) or torch.allclose(out.y_hat[1, 2], coder(x[1, 2]).y_hat)
 
 
+def test_no_tokens() -> None:
+    out = random_coder(Kind.transcoder)(torch.zeros(0, D))
+    assert out.y_hat.shape == (0, D) and out.values.shape == (0, K)
+
+
 def test_skip_only_is_the_coder_with_every_latent_at_zero() -> None:
     coder = random_coder(Kind.skip_transcoder)
     x = torch.randn(5, D)

@@ -21,9 +21,9 @@ def problem(kind: Kind) -> tuple[SparseCoder, torch.Tensor, torch.Tensor]:
 
 def dense(coder: SparseCoder, x: torch.Tensor, y: torch.Tensor, variance: float) -> dict[str, torch.Tensor]:
     """fvu, multi_topk and auxk as design section 3 writes them."""
-    pre = torch.relu((x if coder.b_pre is None else x - coder.b_dec) @ coder.W_enc.T + coder.b_enc)
 
-    def decode(k: int, among: torch.Tensor) -> torch.Tensor:
+    def decode(k: int, among: torch.Tensor, b_dec: torch.Tensor = coder.b_dec) -> torch.Tensor:
+        pre = torch.relu((x if coder.b_pre is None else x - b_dec) @ coder.W_enc.T + coder.b_enc)
         values, indices = pre[:, among].topk(k)
         return torch.zeros_like(pre[:, among]).scatter(1, indices, values) @ coder.W_dec[among]
 
@@ -32,7 +32,7 @@ def dense(coder: SparseCoder, x: torch.Tensor, y: torch.Tensor, variance: float)
     error = y - decode(K, everything) - skip - coder.b_dec
     wide = y - decode(4 * K, everything) - skip - coder.b_dec
     most = D // 2
-    aux = error.detach() - decode(min(most, len(DEAD)), torch.tensor(DEAD))
+    aux = error.detach() - decode(min(most, len(DEAD)), torch.tensor(DEAD), coder.b_dec.detach())
     terms = {"fvu": error, "multi_topk": wide / 8**0.5, "auxk": aux * (min(len(DEAD) / most, 1) / 32) ** 0.5}
     return {name: term.square().sum() / variance for name, term in terms.items()}
 
@@ -41,7 +41,7 @@ def dense(coder: SparseCoder, x: torch.Tensor, y: torch.Tensor, variance: float)
 @pytest.mark.parametrize("term", ["fvu", "multi_topk", "auxk"])
 def test_terms_and_their_gradients(kind: Kind, term: str) -> None:
     coder, x, y = problem(kind)
-    _, terms, codes = losses(coder, LossConfig(auxk=1 / 32, multi_topk=True), x, y, 7.0, K, torch.tensor(DEAD))
+    _, terms, codes = losses(coder, LossConfig(auxk=1 / 32, multi_topk=True), x, y, 1, 7.0, K, torch.tensor(DEAD))
     expected = dense(coder, x, y, 7.0)[term]
     torch.testing.assert_close(terms[term], expected, rtol=1e-12, atol=0)
     assert codes.values.shape == (N, K)  # reported codes are those of the k latents
@@ -58,8 +58,8 @@ def test_terms_and_their_gradients(kind: Kind, term: str) -> None:
 
 def test_without_dead_latents_there_is_no_auxk() -> None:
     coder, x, y = problem(Kind.transcoder)
-    total, terms, _ = losses(coder, LossConfig(auxk=1 / 32), x, y, 1.0, K, torch.empty(0, dtype=torch.long))
-    assert list(terms) == ["fvu"] and total == terms["fvu"]
+    total, terms, _ = losses(coder, LossConfig(auxk=1 / 32), x, y, 1, 1.0, K, torch.empty(0, dtype=torch.long))
+    assert list(terms) == ["fvu", "auxk"] and terms["auxk"] == 0 and total == terms["fvu"]
 
 
 def test_multi_topk_needs_an_order() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.assemble import make_learner
-from skipcoder.trainer.config import CoderConfig, Kind, LoopConfig, OptimConfig, OptimName, TrainConfig
+from skipcoder.trainer.config import Activation, CoderConfig, Kind, LoopConfig, OptimConfig, OptimName, TrainConfig
 from skipcoder.trainer.learner import Learner
 from skipcoder.trainer.optimisers import learning_rate
 from skipcoder.trainer.stream import ActivationStream
@@ -65,6 +65,35 @@ def test_schedule_free_saves_the_average(store: ActivationStore) -> None:
     average = torch.stack(zs).mean(0)
     torch.testing.assert_close(one.folded().b_dec / one.scales.s_out, average, rtol=1e-5, atol=1e-6)
     assert torch.equal(one.coder.b_dec, before) and not torch.allclose(before, average)
+
+
+def test_schedule_free_keeps_what_was_initialised_before_the_first_step(store: ActivationStore) -> None:
+    """The first step's weight in the average is 1: it must not bring back the weights from before."""
+    batch = batches(store, 1)[0]
+    one = learner(store, OptimName.signum, Kind.skip_transcoder)
+    W = torch.randn(24, 24, generator=torch.Generator().manual_seed(0))
+    one.start_skip(W, torch.zeros(24))
+    started = one.coder.W_skip.detach().clone()
+    one.step(batch.x, batch.y, batch.tokens)
+    assert (one.coder.W_skip - started).abs().max() <= RATE[OptimName.signum] * 1.01
+    cfg = one.cfg
+    cfg.coder.activation = Activation.jumprelu
+    one = make_learner(cfg, store, HOOKPOINT, 60, "cpu")
+    first = one.step(batch.x, batch.y, batch.tokens)
+    assert float(first["l0"]) == pytest.approx(4, abs=0.1)
+    assert one.coder.threshold is not None and (one.coder.threshold > 0).all()
+
+
+def test_batchtopk_is_calibrated_for_the_averaged_weights(store: ActivationStore) -> None:
+    cfg = learner(store, OptimName.signum).cfg
+    cfg.coder.activation = Activation.batchtopk
+    one = make_learner(cfg, store, HOOKPOINT, 60, "cpu")
+    data = batches(store, 6)
+    for batch in data:
+        one.step(batch.x, batch.y, batch.tokens)
+    one.calibrate(data[0].x, data[0].y)
+    values = one.folded()(data[0].x).values
+    assert float((values > 0).sum() / len(values)) == pytest.approx(4, abs=0.02)
 
 
 def test_schedule_free_saes_have_unit_rows(store: ActivationStore) -> None:

@@ -1,8 +1,10 @@
 """`train.py -m` through Hydra's launcher: every job as if run alone, one pass over the store."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,21 @@ def test_on_ray(store: ActivationStore, tmp_path: Path) -> None:
     assert_same(tmp_path / "s" / "1", tmp_path / "alone")
 
 
+def test_ctrl_c_on_ray_leaves_every_variant_resumable(store: ActivationStore, tmp_path: Path) -> None:
+    where = ("-m", "coder=transcoder", "coder.k=2", "stream.seed=0,1", "hydra.sweep.dir=s", "hydra.launcher.ray=true")
+    long = ("train.tokens=3000000", "train.save_every=1000000")
+    job = subprocess.Popen(
+        [a for a in command(store, *where) if not a.startswith("train.tokens")] + list(long), cwd=tmp_path,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while job.poll() is None and len(list((tmp_path / "s").glob("*/metrics.jsonl"))) < 2:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGINT)
+    _, said = job.communicate(timeout=100)
+    assert job.returncode == 3, said
+    assert len(list((tmp_path / "s").glob("*/checkpoint/state/state.pt"))) == 2
+
+
 def test_the_launcher_is_found_from_a_wheel(tmp_path: Path) -> None:
     """Nothing of the checkout on the path: an empty folder, the built package before all others."""
     build = subprocess.run(
@@ -100,8 +117,30 @@ def test_the_launcher_is_found_from_a_wheel(tmp_path: Path) -> None:
 def test_jobs_with_different_streams_make_different_banks(store: ActivationStore, tmp_path: Path) -> None:
     jobs = [(config(store, kind), tmp_path / kind.value) for kind in Kind]
     jobs[1][0].stream = StreamConfig(seed=5)
-    banks = list(plan(jobs, Settings(), 1))
+    banks, refused = plan(jobs, Settings(), 1)
+    assert not refused
     assert [[directory.name for _, directory in bank] for bank in banks] == [["sae", "skip_transcoder"], ["transcoder"]]
+
+
+def test_a_stream_that_cannot_be_fails_alone(store: ActivationStore, tmp_path: Path) -> None:
+    jobs = [(config(store, seed=seed), tmp_path / str(seed)) for seed in range(3)]
+    jobs[1][0].train.batch_tokens = 10**6
+    outcomes = run_sweep(jobs, Settings())
+    assert [o.error is None for o in outcomes] == [True, False, True]
+    assert "train.batch_tokens=1000000 is more than" in str(outcomes[1].error)
+
+
+def test_looks_at_held_out_tokens_are_each_runs_own(store: ActivationStore, tmp_path: Path) -> None:
+    jobs = [(config(store, seed=seed), tmp_path / str(seed)) for seed in range(2)]
+    jobs[0][0].train.eval_tokens = 0
+    none, some = run_sweep(jobs, Settings())
+    assert none.summary is not None and none.summary["held_out_fvu"] is None
+    assert some.summary is not None and some.summary["held_out_fvu"] > 0
+
+
+def test_a_cluster_elsewhere_needs_its_memory(store: ActivationStore, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"hydra.launcher.address needs hydra.launcher.memory_gib"):
+        run_sweep([(config(store), tmp_path)], Settings(address="auto"))
 
 
 def test_packing_holds_the_budget_and_loses_nobody() -> None:
@@ -115,8 +154,10 @@ def test_packing_holds_the_budget_and_loses_nobody() -> None:
 
 def test_a_coder_too_large_for_the_device_is_refused(store: ActivationStore, tmp_path: Path) -> None:
     big = config(store, width=2**20)
-    with pytest.raises(UserError, match=r"coder.width=1048576 takes about .* GiB"):
-        run_sweep([(big, tmp_path)], Settings(memory_gib=0.6))
+    jobs = [(big, tmp_path / "big"), (config(store), tmp_path / "small")]
+    one, other = run_sweep(jobs, Settings(memory_gib=0.6))
+    assert isinstance(one.error, UserError)
+    assert "coder.width=1048576 takes about" in str(one.error) and other.summary is not None
 
 
 def test_needed_memory_covers_what_training_holds(store: ActivationStore, tmp_path: Path) -> None:

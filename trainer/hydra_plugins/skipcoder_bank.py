@@ -64,10 +64,10 @@ class BankLauncher(Launcher):
                 job_subdir_key="hydra.sweep.subdir", configure_logging=False,
             )  # fmt: skip
             if one.status is JobStatus.FAILED:  # before anything is trained
-                report_failures([(" ".join(overrides), one._return_value)])
+                report_failures([(" ".join(overrides), one._return_value, "")])
             returns.append(one)
         outcomes = run_sweep(jobs, Settings(self.ray, self.address, self.memory_gib))
-        report_failures([(str(o.directory), o.error) for o in outcomes if o.error is not None])
+        report_failures([(str(o.directory), o.error, o.trace) for o in outcomes if o.error is not None])
         for one, outcome in zip(returns, outcomes, strict=True):
             assert outcome.summary is not None
             one.return_value = outcome.summary["held_out_fvu"]
