@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from skipcoder.pipeline import cli
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer import memory
@@ -109,6 +111,18 @@ def test_the_launcher_is_found_from_a_wheel(tmp_path: Path) -> None:
     asked = [sys.executable, "-c", code, "--cfg", "hydra", "-p", "hydra.launcher"]
     done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert str(tmp_path / "site") in done.stdout and "BankLauncher" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (REPO / "conf" / "experiment").glob("*.yaml")))
+def test_every_experiment_composes_with_the_first_values_of_its_sweep(name: str) -> None:
+    import skipcoder.trainer.train  # noqa: F401  registers the schema
+
+    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
+        whole = compose("train", [f"+experiment={name}"], return_hydra_config=True)
+        swept = [f"{key}={str(values).split(',')[0]}" for key, values in whole.hydra.sweeper.params.items()]
+        cfg = compose("train", [f"+experiment={name}", *swept, "run.dir=x"])
+    typed = cli.typed(cfg, TrainConfig)
+    assert typed.coder.kind is Kind.sae and typed.train.tokens >= 700_000
 
 
 # ---- planning -----------------------------------------------------------------------------------------
