@@ -158,8 +158,8 @@ class StreamConfig:
     """The order of training tokens, and which are left out."""
 
     seed: int = 0
-    pool_chunks: int = 64
-    """Chunks shuffled together."""
+    pool_chunks: int | None = None
+    """Chunks shuffled together; null: as many as hold 512 MiB of pairs."""
     first_positions: int = 1
     """Leave out this many positions at the start of each row (attention sinks, BOS)."""
     special_tokens: bool = True
@@ -170,8 +170,8 @@ class StreamConfig:
             raise UserError(
                 f"stream.seed={self.seed}, stream.first_positions={self.first_positions}: must not be negative"
             )
-        if self.pool_chunks < 1:
-            raise UserError(f"stream.pool_chunks={self.pool_chunks}: must be at least 1")
+        if self.pool_chunks is not None and self.pool_chunks < 1:
+            raise UserError(f"stream.pool_chunks={self.pool_chunks}: must be at least 1, or null")
 
 
 @dataclass

@@ -24,6 +24,10 @@ from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.order import block_permutation, epoch_order
 from torch import Tensor
 
+POOL_BYTES = 2**29
+"""Pairs that are shuffled together by default. A reader holds up to four times as much for a moment. With more text the
+batches would be better mixed, benchmarks/README.md says how much."""
+
 KEEP_BYTES = 2**30
 """A split of at most this size is kept decoded in memory after its first epoch."""
 
@@ -89,13 +93,13 @@ class ActivationStream:
         filter: TokenFilter = TokenFilter(),
         rank: int = 0,
         world_size: int = 1,
-        pool_chunks: int = 64,
+        pool_chunks: int | None = None,
         epochs: int | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.store, self.hookpoint, self.filter = store, store.hookpoint(hookpoint), filter
-        self.batch_tokens, self.seed, self.pool_chunks, self.epochs = batch_tokens, seed, pool_chunks, epochs
+        self.batch_tokens, self.seed, self.epochs = batch_tokens, seed, epochs
         self.rank, self.world_size = rank, world_size
         self.device, self.dtype = torch.device(device), dtype
         self.chunks = [
@@ -111,7 +115,9 @@ class ActivationStream:
             )
         self.epoch = self.block = self.offset = 0
         facts = store.hookpoints[self.hookpoint]
-        small = total * 2 * (facts["d_in"] + facts["d_out"]) <= KEEP_BYTES
+        pair_bytes = 2 * (facts["d_in"] + facts["d_out"])
+        self.pool_chunks = pool_chunks or max(1, POOL_BYTES // (pair_bytes * store.chunk_rows))
+        small = total * pair_bytes <= KEEP_BYTES
         self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] | None = {} if small and epochs != 1 else None
 
     # ---- position ---------------------------------------------------------------------------------
