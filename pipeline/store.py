@@ -14,6 +14,7 @@ import numpy as np
 from skipcoder.pipeline import commit, layout
 from skipcoder.pipeline.codec import CODECS
 from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.shards import ShardReader
 from skipcoder.pipeline.stats import Moments, merge_all
 
 FORMAT, VERSION = "skipcoder.activations", 1
@@ -26,6 +27,7 @@ class ActivationStore:
         self.path = path
         self.attrs = attrs
         self._arrays: dict[str, Any] = {}
+        self._readers: dict[str, ShardReader | None] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> "ActivationStore":
@@ -148,8 +150,12 @@ class ActivationStore:
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of an array as stored; a damaged chunk raises UserError naming it."""
+        if name not in self._readers:
+            self._readers[name] = ShardReader.of(self.path / name, self.array(name))
+        reader = self._readers[name]
         try:
-            return np.ascontiguousarray(self.array(name)[start:stop])
+            rows = reader.read(start, stop) if reader is not None else None
+            return np.ascontiguousarray(self.array(name)[start:stop]) if rows is None else rows
         except (ValueError, RuntimeError, OSError) as error:
             unit = start // (self.unit_rows * (1 if name == "tokens" else self.context))
             raise UserError(
