@@ -44,7 +44,7 @@ def fastest_mode(device: str) -> str:
 @torch.no_grad()
 def recall(coder: SparseCoder, x_ND: Tensor) -> float:
     """Share of the float32 choice of latents (those with values above 0) that the coder's encoding chooses, on the
-    first tokens of a batch."""
+    first tokens of a batch; 1 if there is nothing to choose."""
     x_ND = x_ND[:SAMPLE]
     encoding = coder.encoding
     chosen = coder.encode(x_ND)
@@ -53,7 +53,7 @@ def recall(coder: SparseCoder, x_ND: Tensor) -> float:
     coder.encoding = encoding
     wanted, had = (c.token * coder.cfg.width + c.indices for c in (exact, chosen))
     positive = exact.values > 0
-    return float((torch.isin(wanted, had) & positive).sum() / positive.sum().clamp_min(1))
+    return float(torch.isin(wanted, had)[positive].double().mean()) if positive.any() else 1.0
 
 
 def more_exact(encoding: Encoding) -> Encoding:

@@ -38,6 +38,15 @@ def test_recall(store: ActivationStore, mode: EncodeMode) -> None:
         assert recall(one.coder, x) < 1  # nobody to choose from: the estimate alone decides
 
 
+def test_recall_of_nothing_is_no_reason_to_fall_back(store: ActivationStore) -> None:
+    """A rank may get none of an epoch's last tokens; an untrained coder may be silent."""
+    coder = learner(store, EncodeMode.scout).coder
+    assert recall(coder, torch.zeros(0, coder.d_in)) == 1
+    with torch.no_grad():
+        coder.b_enc -= 1e6
+    assert recall(coder, torch.randn(5, coder.d_in)) == 1
+
+
 def test_too_little_recall_moves_to_the_next_mode_and_is_resumed(store: ActivationStore) -> None:
     one = learner(store, EncodeMode.scout, nominated=1.0, min_recall=1.0)
     modes = []
