@@ -213,6 +213,8 @@ class LoopConfig:
     """Steps between looks at held-out tokens; null: ten in a run."""
     eval_tokens: int = 4096
     """Held-out tokens looked at in training; 0: none."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard, too (pip install 'skipcoder[tensorboard]')."""
     save_every: int = 200
     """Steps between checkpoints from which an interrupted run goes on."""
 

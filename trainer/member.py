@@ -16,6 +16,7 @@ from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer import checkpoint
 from skipcoder.trainer.assemble import make_learner, provenance, token_filter
+from skipcoder.trainer.board import Board
 from skipcoder.trainer.config import Activation, TrainConfig
 from skipcoder.trainer.learner import Learner
 from skipcoder.trainer.ranks import ALONE, Ranks
@@ -25,13 +26,14 @@ from skipcoder.trainer.stream import ActivationStream, Batch
 CALIBRATION_TOKENS = 2**14
 """Training tokens on which batchtopk's final threshold is set."""
 
-_FREE_KEYS = ("run", "train.device", "train.threads", "train.save_every")
+_FREE_KEYS = ("run", "train.device", "train.threads", "train.save_every", "train.tensorboard")
 
 
 class Member:
     """A run on its way. Made cheaply; `start` builds the learner."""
 
     learner: Learner
+    board: Board | None = None
 
     def __init__(self, cfg: TrainConfig, directory: Path) -> None:
         self.cfg, self.directory = cfg, directory
@@ -74,12 +76,15 @@ class Member:
         self.ranks = ranks
         self._write(self.directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.cfg)).encode())
         self.begun = time.perf_counter()
+        self.board = Board(self.directory) if self.cfg.train.tensorboard and ranks.is_main else None
         if state is None:
             if ranks.is_main:
                 self._metrics_file.unlink(missing_ok=True)
             return None
         stream.load_state_dict(state["stream"])
         self.learner.load_state_dict(state["learner"])
+        if self.board is not None:
+            self.board.go_on_after(self.learner.step_number)
         self.window, self.seconds_before = state["window"], state["seconds"]
         kept = [line for line in self._read_metrics() if line["step"] <= self.learner.step_number]
         self.last = kept[-1] if kept else {}
@@ -113,6 +118,8 @@ class Member:
             if self.ranks.is_main:
                 with self._metrics_file.open("a") as file:
                     file.write(json.dumps(line) + "\n")
+                if self.board is not None:
+                    self.board.write(line)
 
     def _line(self) -> dict[str, Any]:
         mean = {key: sum(float(w[key]) for w in self.window) / len(self.window) for key in self.window[0]}
@@ -153,6 +160,8 @@ class Member:
 
     def release(self) -> None:
         """Let go of the learner's memory."""
+        if self.board is not None:
+            self.board.close()
         self.__dict__.pop("learner", None)
 
     # ---- files ------------------------------------------------------------------------------------
