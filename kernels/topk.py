@@ -23,12 +23,14 @@ def candidates(pre_NM: Tensor, c: int) -> Tensor:
         from skipcoder.kernels import gpu_select
 
         return gpu_select.candidates(pre_NM, c)
-    groups = m // GROUP
-    if m % GROUP or groups < 4 * c:
+    # Groups as large as leave at least four of them for each candidate.
+    group = next((g for g in (GROUP, GROUP // 2, GROUP // 4) if m % g == 0 and m // g >= 4 * c), None)
+    if group is None:
         return torch.topk(pre_NM, c, dim=1, sorted=False).indices
-    grouped = pre_NM.view(n, GROUP, groups)
+    groups = m // group
+    grouped = pre_NM.view(n, group, groups)
     chosen_NC = torch.topk(grouped.amax(1), c, dim=1, sorted=False).indices
-    inside = grouped.gather(2, chosen_NC[:, None].expand(-1, GROUP, -1)).flatten(1)
+    inside = grouped.gather(2, chosen_NC[:, None].expand(-1, group, -1)).flatten(1)
     best_NC = torch.topk(inside, c, dim=1, sorted=False).indices
     return best_NC // c * groups + chosen_NC.gather(1, best_NC % c)
 

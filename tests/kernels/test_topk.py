@@ -23,10 +23,11 @@ def test_equals_a_stable_sort(n: int, m: int, data: st.DataObject, levels: int, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("levels", [2, 10**6])
-def test_groups(dtype: torch.dtype, levels: int) -> None:
-    """Wide enough for group maxima (m >= 128 c)."""
+@pytest.mark.parametrize("size", [GROUP, GROUP // 2, GROUP // 4])
+def test_groups(dtype: torch.dtype, levels: int, size: int) -> None:
+    """Just wide enough for group maxima of each size."""
     k = 3
-    m = 4 * GROUP * (k + 8)
+    m = 4 * size * (k + 8)
     pre = torch.randint(-levels, levels, (5, m), generator=torch.Generator().manual_seed(1)).to(dtype)
     for mine, theirs in zip(topk_lowest(pre, k), stable(pre, k), strict=True):
         assert torch.equal(mine, theirs)
