@@ -16,23 +16,11 @@ from skipcoder.pipeline.stats import Moments
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.coder import SparseCoder
 from skipcoder.trainer.config import CoderConfig, EncodeConfig, Kind
-from skipcoder.trainer.encoding import make_encoding
+from skipcoder.trainer.encoding import make_encoding, recall
 from skipcoder.trainer.stream import ActivationStream, TokenFilter
 from torch import Tensor
 
 TOKENS = 8192
-
-
-@torch.no_grad()
-def recall(coder: SparseCoder, x_ND: Tensor, mode: str, nominated: float) -> float:
-    """Of the float32 choice, over positive values."""
-    encoding = coder.encoding
-    exact = coder.encode(x_ND)
-    coder.encoding = replace(encoding, mode=mode, nominated=nominated)
-    chosen = coder.encode(x_ND).indices
-    coder.encoding = encoding
-    found, positive = (exact.indices[:, :, None] == chosen[:, None]).any(2), exact.values > 0
-    return float((found & positive).sum() / positive.sum())
 
 
 def problems(store: Path | None, runs: list[Path]) -> list[tuple[str, SparseCoder, Tensor]]:
@@ -65,7 +53,11 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{'inputs and coder':40}{'bfloat16':>10}{'scout':>10}{'bfloat16 alone':>16}{'scout alone':>13}")
     for name, coder, x in problems(args.store, args.runs):
-        values = [recall(coder, x, mode, f) for f in (args.nominated, 1.0) for mode in ("bfloat16", "scout")]
+        values, exact = [], coder.encoding
+        for nominated in (args.nominated, 1.0):
+            for mode in ("bfloat16", "scout"):
+                coder.encoding = replace(exact, mode=mode, nominated=nominated)
+                values.append(recall(coder, x, TOKENS))
         print(f"{name:40}{values[0]:10.6f}{values[1]:10.6f}{values[2]:16.6f}{values[3]:13.6f}", flush=True)
 
 

@@ -105,7 +105,8 @@ def mixing(store: ActivationStore, hookpoint: str) -> float:
     """Mean over an epoch's whole batches of a store."""
     stream = ActivationStream(store, hookpoint, BATCH, filter=KEEP_ALL, pool_chunks=POOL, epochs=1)
     rows = [b.position.numpy() // store.context for b in stream if len(b.position) == BATCH]
-    return float(np.mean([distinct(r, len(stream.chunks and np.unique(np.concatenate(rows)))) for r in rows]))
+    all_rows = len(np.unique(np.concatenate(rows)))
+    return float(np.mean([distinct(batch, all_rows) for batch in rows]))
 
 
 def simulated(tokens: int, pool: int, context: int = 256, unit_rows: int = 64, chunk: int = 1024) -> float:

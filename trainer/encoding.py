@@ -42,10 +42,10 @@ def fastest_mode(device: str) -> str:
 
 
 @torch.no_grad()
-def recall(coder: SparseCoder, x_ND: Tensor) -> float:
+def recall(coder: SparseCoder, x_ND: Tensor, tokens: int = SAMPLE) -> float:
     """Share of the float32 choice of latents (those with values above 0) that the coder's encoding chooses, on the
     first tokens of a batch; 1 if there is nothing to choose."""
-    x_ND = x_ND[:SAMPLE]
+    x_ND = x_ND[:tokens]
     encoding = coder.encoding
     chosen = coder.encode(x_ND)
     coder.encoding = replace(encoding, mode="float32")
