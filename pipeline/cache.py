@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from skipcoder.pipeline import cli, commit, layout, text, writer
 from skipcoder.pipeline.config import CacheConfig, ModelConfig
 from skipcoder.pipeline.model import identity as model_identity
-from skipcoder.pipeline.store import read_attrs
+from skipcoder.pipeline.store import ActivationStore, read_attrs
 
 ConfigStore.instance().store(name="cache_schema", node=CacheConfig)
 
@@ -49,13 +49,23 @@ def _capture(cfg: CacheConfig, path: Path) -> None:
     where = f"{path}: {rows * cfg.data.context:,} tokens, {len(every)} units, {', '.join(attrs['hookpoints'])}"
     if not missing:
         print(f"{where}: complete, nothing to do")
-        return
+        return _say_loss(path)
     print(f"{where}: {len(missing)} units to capture")
     commit.remove_partials(path)
     from skipcoder.pipeline import job
 
     job.run(path, attrs, missing, cfg.model, cfg.ray)
     print(f"{where}: complete")
+    _say_loss(path)
+
+
+def _say_loss(path: Path) -> None:
+    store = ActivationStore.open(path)
+    for name in store.hookpoints:
+        lost = {side: store.quantisation_fvu(name, side) for side in commit.SIDES}
+        if any(lost.values()):
+            facts = ", ".join(f"{side} {fvu:.1e}" for side, fvu in lost.items())
+            print(f"{name}: lost to {store.attrs['identity']['codec']}, as a fraction of variance: {facts}")
 
 
 def _identity(cfg: CacheConfig, unit_rows: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from google_crc32c import value as crc32c
 from skipcoder.pipeline.errors import UserError
@@ -19,6 +19,15 @@ from skipcoder.pipeline.stats import Moments
 
 SIDES = ("input", "output")
 POSITIONS = ("first", "special", "other")
+
+
+class Part(NamedTuple):
+    """Statistics of one side at one class of positions."""
+
+    moments: Moments
+    """Of the values as they are read back."""
+    error: float
+    """Summed squared distance of those values from the model's own: what the codec lost."""
 
 
 @dataclass(frozen=True)
@@ -31,28 +40,31 @@ class Commit:
     tokens_crc32c: int
     shards: dict[str, dict[str, int]]
     """Shard file, relative to the store -> {bytes, crc32c}."""
-    moments: dict[str, dict[str, dict[str, Moments]]]
-    """hookpoint -> side -> `first` (position 0 of its row), `special` (a special token elsewhere) or `other` ->
-    moments."""
+    parts: dict[str, dict[str, dict[str, Part]]]
+    """hookpoint -> side -> `first` (position 0 of its row), `special` (a special token elsewhere) or `other`."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data."""
-        moments = {
-            hookpoint: {side: {where: part.to_json() for where, part in parts.items()} for side, parts in sides.items()}
-            for hookpoint, sides in self.moments.items()
+        parts = {
+            hookpoint: {
+                side: {where: {**part.moments.to_json(), "error": part.error} for where, part in classes.items()}
+                for side, classes in sides.items()
+            }
+            for hookpoint, sides in self.parts.items()
         }
-        return {**vars(self), "rows": list(self.rows), "moments": moments}
+        return {**vars(self), "rows": list(self.rows), "parts": parts}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Commit":
         """Inverse of `to_json`."""
-        moments = {
+        parts = {
             hookpoint: {
-                side: {where: Moments.from_json(part) for where, part in parts.items()} for side, parts in sides.items()
+                side: {where: Part(Moments.from_json(part), part["error"]) for where, part in classes.items()}
+                for side, classes in sides.items()
             }
-            for hookpoint, sides in data["moments"].items()
+            for hookpoint, sides in data["parts"].items()
         }
-        return cls(**{**data, "rows": tuple(data["rows"]), "moments": moments})
+        return cls(**{**data, "rows": tuple(data["rows"]), "parts": parts})
 
 
 def path_of(store: Path, unit: int) -> Path:

@@ -16,6 +16,8 @@ class Dtype(Enum):
 
 class Codec(Enum):
     bf16 = "bf16"
+    int8 = "int8"
+    fp8 = "fp8"
 
 
 class Compression(Enum):
@@ -87,6 +89,7 @@ class StoreConfig:
 
     path: str = "???"
     codec: Codec = Codec.bf16
+    """bf16: 2 bytes per activation before compression, lossless for a model in bfloat16; int8, fp8: 1 byte."""
     compression: Compression = Compression.zstd
     """zstd: smaller; lz4: about 1.6 times faster to decode."""
     unit_rows: int | None = None

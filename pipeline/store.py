@@ -2,7 +2,7 @@
 
 On disk (Zarr v3 group): `tokens` [rows, context], `index` [n], `<hookpoint>/input` and `/output` [n, d], and
 `commits/`. A unit is a range of token rows and one shard of every array; what has no commit record does
-not exist. Only numpy is needed to read; `codec.Bf16.decode` makes tensors.
+not exist. int8 and fp8 codes have scales beside them (`codec.py`). Statistics need no torch.
 """
 
 import json
@@ -17,7 +17,7 @@ from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.shards import ShardReader
 from skipcoder.pipeline.stats import Moments, merge_all
 
-FORMAT, VERSION = "skipcoder.activations", 1
+FORMAT, VERSION = "skipcoder.activations", 2
 
 
 class ActivationStore:
@@ -117,7 +117,15 @@ class ActivationStore:
         """Merged statistics of one side over a split, for these classes of positions (commit.POSITIONS)."""
         d = self.hookpoints[hookpoint]["d_in" if side == "input" else "d_out"]
         records = (self.commits[unit] for unit in self.split(split))
-        return merge_all((r.moments[hookpoint][side][where] for r in records for where in positions), d)
+        return merge_all((r.parts[hookpoint][side][where].moments for r in records for where in positions), d)
+
+    def quantisation_fvu(self, hookpoint: str, side: str, positions: tuple[str, ...] = ("other",)) -> float:
+        """What the codec lost: squared error over squared distance from the mean, all units, these classes of
+        positions."""
+        d = self.hookpoints[hookpoint]["d_in" if side == "input" else "d_out"]
+        parts = [r.parts[hookpoint][side][where] for r in self.commits.values() for where in positions]
+        variation = float(merge_all((part.moments for part in parts), d).m2.sum())
+        return sum(part.error for part in parts) / variation if variation else 0.0
 
     # ---- what is in it ----------------------------------------------------------------------------
 
@@ -157,11 +165,16 @@ class ActivationStore:
             rows = reader.read(start, stop) if reader is not None else None
             return np.ascontiguousarray(self.array(name)[start:stop]) if rows is None else rows
         except (ValueError, RuntimeError, OSError) as error:
-            unit = start // (self.unit_rows * (1 if name == "tokens" else self.context))
+            unit = self._unit_of(name, start)
             raise UserError(
                 f"{self.path / name}: rows {start}-{stop} (unit {unit}) cannot be decoded ({error}); "
                 f"{self._remedy(name, unit)}"
             ) from error
+
+    def _unit_of(self, array: str, row: int) -> int:
+        if array.endswith("_channel_scale"):
+            return row
+        return row // (self.unit_rows * (1 if array == "tokens" else self.context))
 
     def _remedy(self, array: str, unit: int) -> str:
         """What mends a damaged shard: a re-run writes activations anew, tokens never."""
@@ -170,9 +183,24 @@ class ActivationStore:
         return f"delete {commit.path_of(self.path, unit)} and re-run the capture to mend it"
 
     def activations(self, hookpoint: str, side: str, start: int, stop: int) -> Any:
-        """Stored tokens [start, stop) of one side as a tensor [stop - start, d] (bfloat16 for codec bf16)."""
+        """Stored tokens [start, stop) of one side as a bfloat16 tensor [stop - start, d]."""
+        import torch
+
+        unit_tokens = self.unit_rows * self.context
+        pieces = [
+            self._unit_activations(f"{hookpoint}/{side}", unit, max(start, begin), min(stop, begin + unit_tokens))
+            for unit in range(start // unit_tokens, max(start, stop - 1) // unit_tokens + 1)
+            for begin in [unit * unit_tokens]
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _unit_activations(self, name: str, unit: int, start: int, stop: int) -> Any:
         codec = CODECS[self.attrs["identity"]["codec"]]
-        return codec.decode(self.read(f"{hookpoint}/{side}", start, stop))
+        coded = {
+            suffix: self.read(name + suffix, *((unit, unit + 1) if spec.per_unit else (start, stop)))
+            for suffix, spec in codec.arrays.items()
+        }
+        return codec.decode(coded)
 
 
 def read_attrs(path: Path) -> dict[str, Any] | None:

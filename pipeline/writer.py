@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import zarr
 from google_crc32c import value as crc32c
 from skipcoder.pipeline import cli, commit, layout
-from skipcoder.pipeline.codec import CODECS, compressors
+from skipcoder.pipeline.codec import CODECS, Spec, compressors
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.stats import Moments
 from skipcoder.pipeline.store import FORMAT, VERSION, read_attrs
@@ -51,7 +52,6 @@ def create(path: Path, attrs: dict[str, Any]) -> None:
     }
     group = zarr.open_group(path, mode="w", attributes=attrs)
     group.create_group("commits")
-    packed = compressors(identity["compression"])
     context, unit_rows = identity["context"], identity["unit_rows"]
     group.create_array(
         "tokens",
@@ -75,16 +75,19 @@ def create(path: Path, attrs: dict[str, Any]) -> None:
     )
     for name, facts in attrs["hookpoints"].items():
         for side, d in (("input", facts["d_in"]), ("output", facts["d_out"])):
-            group.create_array(
-                f"{name}/{side}",
-                shape=(0, d),
-                shards=(unit_tokens, d),
-                chunks=(chunk, d),
-                dtype=codec.dtype,
-                fill_value=codec.fill_value,
-                compressors=packed,
-                config=_WRITE_EMPTY,
-            )
+            for suffix, spec in codec.arrays.items():
+                wide = (d,) if spec.wide else ()
+                shard, rows = (1, 1) if spec.per_unit else (unit_tokens, chunk)
+                group.create_array(
+                    f"{name}/{side}{suffix}",
+                    shape=(0, *wide),
+                    shards=(shard, *wide),
+                    chunks=(rows, *wide),
+                    dtype=spec.dtype,
+                    fill_value=spec.fill_value,
+                    compressors=compressors(identity["compression"], np.dtype(spec.dtype).itemsize),
+                    config=_WRITE_EMPTY,
+                )
 
 
 def write_tokens(path: Path, rows: int, token_rows: Iterable[np.ndarray]) -> None:
@@ -115,8 +118,9 @@ def write_tokens(path: Path, rows: int, token_rows: Iterable[np.ndarray]) -> Non
         elif not known:
             _write_tokens_of(path, tokens, unit, span, block)
     next(source, None)  # lets the source finish its own checks
-    for name in ("index", *(f"{h}/{side}" for h in attrs["hookpoints"] for side in commit.SIDES)):
-        _resize(group[name], rows * context)
+    _resize(group["index"], rows * context)
+    for name, spec in _activation_arrays(attrs).items():
+        _resize(group[name], layout.num_units(rows, unit_rows) if spec.per_unit else rows * context)
     if grown_unit is not None:
         unit, block = grown_unit
         commit.withdraw(path, unit)
@@ -156,21 +160,28 @@ def write_unit(
         (path / name).unlink(missing_ok=True)  # what a killed worker left: zarr would try to read it
     group = zarr.open_group(path, mode="r+")
     _writable(group["index"])[start:stop] = (start + order).astype(np.uint64)
-    moments: dict[str, dict[str, dict[str, Moments]]] = {}
+    parts: dict[str, dict[str, dict[str, commit.Part]]] = {}
     for name, sides in pairs.items():
-        moments[name] = {}
+        parts[name] = {}
         for side, z in zip(commit.SIDES, sides, strict=True):
-            codes = codec.encode(z)[order]
-            _writable(group[f"{name}/{side}"])[start:stop] = codes
-            values = codec.to_float32(codes)
-            moments[name][side] = {where: Moments.of(values[chosen]) for where, chosen in classes.items()}
+            z = z[torch.from_numpy(order)]
+            coded = codec.encode(z)
+            for suffix, rows in coded.items():
+                place = slice(unit, unit + 1) if codec.arrays[suffix].per_unit else slice(start, stop)
+                _writable(group[f"{name}/{side}{suffix}"])[place] = rows
+            values = codec.decode(coded).float()
+            error_N = (values - z.float()).double().square_().sum(dim=1).numpy()
+            parts[name][side] = {
+                where: commit.Part(Moments.of(values.numpy()[chosen]), float(error_N[chosen].sum()))
+                for where, chosen in classes.items()
+            }
     record = commit.Commit(
         identity=attrs["identity_hash"],
         unit=unit,
         rows=(span.start, span.stop),
         tokens_crc32c=crc32c(np.ascontiguousarray(tokens, dtype="<i4").tobytes()),
         shards={name: commit.shard_checksum(path / name) for name in [_tokens_shard(unit), *shards]},
-        moments=moments,
+        parts=parts,
     )
     commit.write(path, record)
     return record
@@ -178,8 +189,16 @@ def write_unit(
 
 def _shards(attrs: dict[str, Any], unit: int) -> list[str]:
     """Files that a unit's worker writes, relative to the store."""
-    sides = [f"{h}/{side}/c/{unit}/0" for h in attrs["hookpoints"] for side in commit.SIDES]
-    return [f"index/c/{unit}", *sides]
+    arrays = _activation_arrays(attrs).items()
+    return [f"index/c/{unit}", *(f"{name}/c/{unit}" + ("/0" if spec.wide else "") for name, spec in arrays)]
+
+
+def _activation_arrays(attrs: dict[str, Any]) -> dict[str, Spec]:
+    """All arrays but `tokens` and `index`, by name."""
+    specs = CODECS[attrs["identity"]["codec"]].arrays
+    return {
+        f"{h}/{s}{suffix}": spec for h in attrs["hookpoints"] for s in commit.SIDES for suffix, spec in specs.items()
+    }
 
 
 def _tokens_shard(unit: int) -> str:

@@ -188,7 +188,7 @@ def test_what_is_not_a_store(tmp_path: Path, store: ActivationStore) -> None:
     metadata = json.loads((store.path / "zarr.json").read_text())
     metadata["attributes"]["version"] = 99
     (tmp_path / "z.zarr" / "zarr.json").write_text(json.dumps(metadata))
-    with pytest.raises(UserError, match="format version 99, this skipcoder reads 1"):
+    with pytest.raises(UserError, match="format version 99, this skipcoder reads 2"):
         ActivationStore.open(tmp_path / "z.zarr")
 
 
