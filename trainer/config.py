@@ -215,6 +215,8 @@ class LoopConfig:
     """Held-out tokens looked at in training; 0: none."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard, too (pip install 'skipcoder[tensorboard]')."""
+    wandb: str | None = None
+    """Project of Weights & Biases to write the metrics to, too (pip install 'skipcoder[wandb]')."""
     save_every: int = 200
     """Steps between checkpoints from which an interrupted run goes on."""
 

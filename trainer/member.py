@@ -16,24 +16,24 @@ from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer import checkpoint
 from skipcoder.trainer.assemble import make_learner, provenance, token_filter
-from skipcoder.trainer.board import Board
+from skipcoder.trainer.board import Board, boards
 from skipcoder.trainer.config import Activation, TrainConfig
 from skipcoder.trainer.learner import Learner
 from skipcoder.trainer.ranks import ALONE, Ranks
 from skipcoder.trainer.stream import ActivationStream, Batch
 
-# What may differ between a run and its resumption: it does not change what is learned.
 CALIBRATION_TOKENS = 2**14
 """Training tokens on which batchtopk's final threshold is set."""
 
-_FREE_KEYS = ("run", "train.device", "train.threads", "train.save_every", "train.tensorboard")
+# What may differ between a run and its resumption: it does not change what is learned.
+_FREE_KEYS = ("run", "train.device", "train.threads", "train.save_every", "train.tensorboard", "train.wandb")
 
 
 class Member:
     """A run on its way. Made cheaply; `start` builds the learner."""
 
     learner: Learner
-    board: Board | None = None
+    boards: list[Board]
 
     def __init__(self, cfg: TrainConfig, directory: Path) -> None:
         self.cfg, self.directory = cfg, directory
@@ -42,6 +42,7 @@ class Member:
         self.window: list[dict[str, torch.Tensor]] = []
         self.read_ms: list[float] = []
         self.seconds_before = 0.0
+        self.boards = []
         self.last: dict[str, Any] = {}
         """The latest line of metrics."""
         self.refuse_other_config()
@@ -76,15 +77,15 @@ class Member:
         self.ranks = ranks
         self._write(self.directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.cfg)).encode())
         self.begun = time.perf_counter()
-        self.board = Board(self.directory) if self.cfg.train.tensorboard and ranks.is_main else None
+        self.boards = boards(self.cfg, self.directory) if ranks.is_main else []
         if state is None:
             if ranks.is_main:
                 self._metrics_file.unlink(missing_ok=True)
             return None
         stream.load_state_dict(state["stream"])
         self.learner.load_state_dict(state["learner"])
-        if self.board is not None:
-            self.board.go_on_after(self.learner.step_number)
+        for board in self.boards:
+            board.go_on_after(self.learner.step_number)
         self.window, self.seconds_before = state["window"], state["seconds"]
         kept = [line for line in self._read_metrics() if line["step"] <= self.learner.step_number]
         self.last = kept[-1] if kept else {}
@@ -118,8 +119,8 @@ class Member:
             if self.ranks.is_main:
                 with self._metrics_file.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                if self.board is not None:
-                    self.board.write(line)
+                for board in self.boards:
+                    board.write(line)
 
     def _line(self) -> dict[str, Any]:
         mean = {key: sum(float(w[key]) for w in self.window) / len(self.window) for key in self.window[0]}
@@ -160,8 +161,9 @@ class Member:
 
     def release(self) -> None:
         """Let go of the learner's memory."""
-        if self.board is not None:
-            self.board.close()
+        for board in self.boards:
+            board.close()
+        self.boards = []
         self.__dict__.pop("learner", None)
 
     # ---- files ------------------------------------------------------------------------------------

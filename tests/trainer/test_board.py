@@ -1,11 +1,13 @@
 import json
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
-from skipcoder.trainer.bank import train
+from skipcoder.trainer.bank import train, train_bank
 
 from tests.trainer.test_bank import config
 from tests.trainer.test_run import train_killed_after
@@ -34,3 +36,50 @@ def test_without_the_package_the_remedy_is_named(
     cfg.train.tensorboard = True
     with pytest.raises(UserError, match=r"train.tensorboard=true needs: pip install 'skipcoder\[tensorboard\]'"):
         train(cfg, tmp_path)
+
+
+def leveldb_log(content: bytes) -> Iterator[bytes]:
+    """Records of a W&B file: a header of 7 bytes, then LevelDB's log format (blocks of 32 KiB)."""
+    at, parts = 7, b""
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        parts += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield parts
+            parts = b""
+
+
+def test_wandb_has_a_run_for_each_member_of_a_bank(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B itself, offline: its files hold the lines of metrics.jsonl; an interruption goes on in the same run."""
+    wandb = pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    cfgs = [config(store, k=4), config(store, k=8)]
+    for cfg in cfgs:
+        cfg.train.wandb = "skipcoder-tests"
+    train_killed_after(cfgs[0], tmp_path / "0", 17, monkeypatch)
+    wandb.teardown()  # as the end of the process would
+    outcomes = train_bank([(cfg, tmp_path / str(i)) for i, cfg in enumerate(cfgs)])
+    assert [outcome.error for outcome in outcomes] == [None, None]
+    ids = set()
+    for outcome in outcomes:
+        seen = {}
+        for file in sorted(outcome.directory.glob("wandb/offline-run-*/*.wandb")):
+            for data in leveldb_log(file.read_bytes()):
+                record = wandb_internal_pb2.Record()
+                record.ParseFromString(data)
+                if record.WhichOneof("record_type") == "run":
+                    ids.add((outcome.directory, record.run.run_id))
+                for item in [record.history.item] if record.WhichOneof("record_type") == "history" else []:
+                    facts = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in item}
+                    seen.setdefault(facts["step"], facts["fvu"])
+        lines = [json.loads(line) for line in (outcome.directory / "metrics.jsonl").read_text().splitlines()]
+        assert seen == {line["step"]: line["fvu"] for line in lines}
+    assert len(ids) == 2

@@ -1,0 +1,84 @@
+"""Does the size of the window in which tokens are shuffled matter?
+
+    python benchmarks/study_shuffle.py --store PATH        # -> docs/studies/shuffle.{json,svg} and a table
+
+The training tokens of a store are put back into the order of the text and shuffled in windows of W consecutive tokens:
+W = 1 (none), 2^12 (one batch), 2^15, 2^18, all. One epoch of a transcoder for each window and seed.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import pyplot
+from skipcoder.evals.run import Evaluator
+from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer.stream import TokenFilter
+from study import BATCH, CE_TOKENS, OUT, SEEDS, config, evaluated, interval, keep, table, trained
+from torch import Tensor
+
+WINDOWS = {"none": 1, "2^12": 2**12, "2^15": 2**15, "2^18": 2**18, "all": 2**62}
+METRICS = {"fvu": "held-out FVU", "dead_fraction": "dead fraction", "ce_spliced": "cross-entropy, spliced (nats)"}
+
+
+def in_text_order(store: ActivationStore) -> tuple[Tensor, Tensor]:
+    """(x, y) bfloat16 of all training tokens, as the text has them."""
+    hookpoint, kept, sides = store.hookpoint(None), TokenFilter(), ([], [])
+    for unit in store.split("train"):
+        start, stop = store.unit_range(unit)
+        position = store.read("index", start, stop).astype(np.int64)
+        keep_B = kept.keep(
+            np.arange(start, stop), store.tokens(unit).ravel(), store.context, store.attrs["special_tokens"]
+        )
+        rows = torch.from_numpy(np.argsort(position)[keep_B])
+        for side, found in zip(("input", "output"), sides, strict=True):
+            found.append(store.activations(hookpoint, side, start, stop)[rows])
+    return torch.cat(sides[0]), torch.cat(sides[1])
+
+
+def windowed(n: int, window: int, seed: int) -> Tensor:
+    """0..n-1, permuted inside windows of consecutive numbers."""
+    rng = np.random.default_rng(seed)
+    order = np.arange(n)
+    for start in range(0, n if window > 1 else 0, window):
+        rng.shuffle(order[start : start + window])
+    return torch.from_numpy(order)
+
+
+def plot(results: dict[str, list[dict]]) -> None:
+    """One panel for each metric."""
+    _, panels = pyplot.subplots(1, len(METRICS), figsize=(10, 3), layout="constrained")
+    for panel, (key, label) in zip(panels, METRICS.items(), strict=True):
+        means, halves = zip(*(interval([run[key] for run in runs]) for runs in results.values()), strict=True)
+        panel.errorbar(list(results), means, halves, fmt="o", capsize=4)
+        for name, runs in results.items():
+            panel.plot([name] * len(runs), [run[key] for run in runs], ".", color="grey", markersize=4)
+        panel.set(xlabel="window (tokens)", title=label)
+    pyplot.savefig(OUT / "shuffle.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    """Train, evaluate, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, required=True)
+    args = parser.parse_args()
+    store = ActivationStore.open(args.store)
+    evaluator = Evaluator(store, CE_TOKENS, 4, "cpu")
+    x, y = in_text_order(store)
+    results: dict[str, list[dict]] = {name: [] for name in WINDOWS}
+    for seed in SEEDS:
+        for name, window in WINDOWS.items():
+            order = windowed(len(x), window, seed)
+            batches = ((x[rows], y[rows]) for rows in order.split(BATCH))
+            learner = trained(config(store, len(x), seed), store, batches)
+            results[name].append({"seed": seed, **evaluated(learner, store, evaluator)})
+            print(json.dumps({"window": name, **results[name][-1]}), flush=True)
+    keep("shuffle", store, results)
+    plot(results)
+    print(table(results, "all", tuple(METRICS)))
+
+
+if __name__ == "__main__":
+    main()
