@@ -1,13 +1,17 @@
 """How fast, and how well mixed, do shuffled pairs come?
 
-    python benchmarks/stream.py --store PATH [--json OUT]      # speed, and mixing on that store
-    python benchmarks/stream.py --mixing                       # mixing of large layouts, by the pure order functions
+    python benchmarks/stream.py --store PATH [--saelens DIR] [--json OUT]   # speed, and mixing on that store
+    python benchmarks/stream.py --mixing                # mixing of large layouts, by the pure order functions
 
 Speed: tokens per second of shuffled float32 pairs from a warm store (compressed, read and decoded anew in every epoch),
 beside (a) a raw memmap of the same pairs in uncompressed bf16, read in the same order of chunks and permuted likewise,
-and (b) safetensors files of one chunk each through a torch DataLoader with two workers. Epochs are interleaved.
+(b) SAELens' ActivationsStore on its cache format (Arrow; both sides in one column, since it has no pairs), and (c)
+safetensors files of one chunk each through a torch DataLoader with two workers. Epochs are interleaved.
 
 Mixing: distinct text rows in a batch, over what a uniform sample of the whole store would hold.
+
+DIR: pip install --no-deps --target DIR sae-lens==6.54.12 transformer-lens==3.9.0 einops jaxtyping better_abc \
+         simple_parsing docstring_parser
 """
 
 import argparse
@@ -19,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import peer_saelens
 import torch
 from safetensors.torch import load_file, save_file
 from skipcoder.pipeline.store import ActivationStore
@@ -27,7 +32,7 @@ from skipcoder.trainer.stream import ActivationStream, TokenFilter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-BATCH, POOL = 4096, 64
+BATCH = 4096
 KEEP_ALL = TokenFilter(0, False)
 
 
@@ -35,7 +40,7 @@ def ours(store: ActivationStore, hookpoint: str) -> Callable[[], int]:
     """An epoch of the stream, with nothing kept from the epoch before."""
 
     def epoch() -> int:
-        stream = ActivationStream(store, hookpoint, BATCH, filter=KEEP_ALL, pool_chunks=POOL, epochs=1)
+        stream = ActivationStream(store, hookpoint, BATCH, filter=KEEP_ALL, epochs=1)
         return sum(len(batch.x) for batch in stream)
 
     return epoch
@@ -49,6 +54,7 @@ def chunks_of(store: ActivationStore, hookpoint: str) -> list[tuple[int, int, in
 def memmap(store: ActivationStore, hookpoint: str, folder: Path) -> Callable[[], int]:
     """The same order from uncompressed bf16 on disk."""
     chunks = chunks_of(store, hookpoint)
+    pool = ActivationStream(store, hookpoint, BATCH, epochs=1).pool_chunks
     sides = []
     for side in ("input", "output"):
         whole = store.activations(hookpoint, side, 0, chunks[-1][2])
@@ -57,8 +63,8 @@ def memmap(store: ActivationStore, hookpoint: str, folder: Path) -> Callable[[],
 
     def epoch() -> int:
         order, seen = epoch_order(0, 0, [unit for unit, _, _ in chunks]), 0
-        for block in range(-(-len(order) // POOL)):
-            chosen = [chunks[i] for i in order[block * POOL : (block + 1) * POOL]]
+        for block in range(-(-len(order) // pool)):
+            chosen = [chunks[i] for i in order[block * pool : (block + 1) * pool]]
             x, y = (np.concatenate([side[a:b] for _, a, b in chosen]) for side in sides)
             shuffle = block_permutation(0, 0, block, len(x))
             x, y = (torch.from_numpy(z[shuffle]).view(torch.bfloat16) for z in (x, y))
@@ -103,7 +109,7 @@ def distinct(rows: np.ndarray, all_rows: int) -> float:
 
 def mixing(store: ActivationStore, hookpoint: str) -> float:
     """Mean over an epoch's whole batches of a store."""
-    stream = ActivationStream(store, hookpoint, BATCH, filter=KEEP_ALL, pool_chunks=POOL, epochs=1)
+    stream = ActivationStream(store, hookpoint, BATCH, filter=KEEP_ALL, epochs=1)
     rows = [b.position.numpy() // store.context for b in stream if len(b.position) == BATCH]
     all_rows = len(np.unique(np.concatenate(rows)))
     return float(np.mean([distinct(batch, all_rows) for batch in rows]))
@@ -127,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path)
     parser.add_argument("--mixing", action="store_true", help="simulate large layouts")
+    parser.add_argument("--saelens", type=Path, help="where SAELens is installed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -147,6 +154,16 @@ def main() -> None:
             "memmap": memmap(store, hookpoint, folder),
             "safetensors": safetensors(store, hookpoint, folder),
         }
+        if args.saelens:
+            peer_saelens.use(args.saelens)
+            train = [unit for unit in store.split("train")]
+            rows = np.concatenate([store.tokens(unit) for unit in train])
+            contenders["SAELens"] = peer_saelens.epoch(store, hookpoint, folder / "arrow", BATCH)
+            row_numbers = np.arange(len(rows)).repeat(store.context)
+            for batches in peer_saelens.CONTEXTS_IN_BUFFER:
+                seen = peer_saelens.row_batches(row_numbers, store.context, folder / f"rows{batches}", BATCH, batches)
+                mixed = np.mean([distinct(batch, len(rows)) for batch in seen])
+                print(f"mixing of SAELens' buffer of {batches} contexts: {mixed:.3f}", flush=True)
         speeds: dict[str, list[float]] = {contender: [] for contender in contenders}
         for i in range(args.rounds + 1):  # the first warms up
             for contender, epoch in contenders.items():

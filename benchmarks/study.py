@@ -1,7 +1,7 @@
 """What the studies share: runs that are evaluated as users' runs are, and intervals over seeds.
 
-A study trains on one store, evaluates every coder on all of its held-out units (and the language model on the first
-`CE_TOKENS` of them), and leaves NAME.json, with every single result, and NAME.svg in docs/studies/.
+A study trains, judges every coder on held-out units, and leaves NAME.json, with every single result, and NAME.svg in
+docs/studies/.
 """
 
 import json
@@ -65,13 +65,26 @@ def trained(cfg: TrainConfig, store: ActivationStore, batches: Iterable[tuple[Te
     return learner
 
 
-def evaluated(learner: Learner, store: ActivationStore, evaluator: Evaluator) -> dict[str, Any]:
-    """All metrics on the evaluator's store, which may hold other codes of the same activations than `store`."""
-    hookpoint, coder = store.hookpoint(None), learner.folded()
-    coder.meta = provenance(store, hookpoint, learner)
-    coder.meta["data"]["store_identity"] = evaluator.store.attrs["identity_hash"]
-    result = evaluator.evaluate(Run(Path("-"), {"hookpoint": hookpoint}, coder, str(store.path)))
-    return {key: value for key, value in result.items() if key != "density_histogram"}
+class Judge:
+    """Evaluates on the held-out units of one store: reconstruction on all, cross-entropy on the first CE_TOKENS."""
+
+    def __init__(self, store: ActivationStore) -> None:
+        self.evaluator, self.store, self.hookpoint = Evaluator(store, CE_TOKENS, 4, "cpu"), store, store.hookpoint(None)
+
+    def __call__(self, learner: Learner) -> dict[str, Any]:
+        """FVU, dead fraction and the rest; cross-entropy (nats) with the MLP replaced at the positions trained on, by
+        the coder and, where it has one, by its skip alone."""
+        coder = learner.folded()
+        coder.meta = provenance(self.store, self.hookpoint, learner)
+        run = Run(Path("-"), {"hookpoint": self.hookpoint}, coder, str(self.store.path))
+        left_out = self.evaluator._excluded(run.filter)
+        result = self.evaluator._reconstruction(run, coder)
+        del result["density_histogram"]
+        result["ce_clean"] = self.evaluator._once(("clean",))
+        result["ce_spliced"] = self.evaluator._ce(lambda x: coder(x).y_hat, run, left_out)
+        if coder.W_skip is not None:
+            result["ce_skip_only"] = self.evaluator._ce(coder.skip_only, run, left_out)
+        return result
 
 
 def interval(values: list[float]) -> tuple[float, float]:

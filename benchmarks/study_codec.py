@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import pyplot
-from skipcoder.evals.run import Evaluator
 from skipcoder.pipeline import layout, writer
 from skipcoder.pipeline.store import ActivationStore, read_attrs
 from skipcoder.trainer.config import Kind
-from study import CE_TOKENS, OUT, SEEDS, config, evaluated, from_stream, interval, keep, table, trained
+from study import OUT, SEEDS, Judge, config, from_stream, interval, keep, table, trained
 
 METRICS = {"fvu": "held-out FVU", "dead_fraction": "dead fraction", "ce_spliced": "cross-entropy, spliced (nats)"}
 
@@ -71,7 +70,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=600_000)
     args = parser.parse_args()
     bf16 = ActivationStore.open(args.store)
-    evaluator = Evaluator(bf16, CE_TOKENS, 4, "cpu")
+    judge = Judge(bf16)
     results: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
         stores = {"bf16": bf16} | {codec: recoded(bf16, codec, Path(folder) / codec) for codec in ("int8", "fp8")}
@@ -88,7 +87,7 @@ def main() -> None:
                 for codec, store in stores.items():
                     cfg = config(store, args.tokens, seed, kind)
                     learner = trained(cfg, store, from_stream(cfg, store))
-                    result = {"seed": seed, **evaluated(learner, store, evaluator)}
+                    result = {"seed": seed, **judge(learner)}
                     results.setdefault(f"{kind} {codec}", []).append(result)
                     print(json.dumps({"kind": str(kind), "codec": codec, **result}), flush=True)
     keep("codec", bf16, {"stores": facts, "runs": results})

@@ -11,10 +11,9 @@ import json
 from pathlib import Path
 
 from matplotlib import pyplot
-from skipcoder.evals.run import Evaluator
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.config import Kind, SkipInit
-from study import BATCH, CE_TOKENS, OUT, SEEDS, config, evaluated, from_stream, interval, keep, show, trained
+from study import BATCH, OUT, SEEDS, Judge, config, from_stream, interval, keep, show, trained
 
 STEPS = (15, 30, 60, 120, 235)
 METRICS = {
@@ -46,9 +45,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     args = parser.parse_args()
     store = ActivationStore.open(args.store)
-    evaluator = Evaluator(store, CE_TOKENS, 4, "cpu")
+    judge = Judge(store)
     start = config(store, BATCH - 1, 0, Kind.skip_transcoder, SkipInit.ridge)  # no step is made
-    affine = evaluated(trained(start, store, []), store, evaluator)
+    affine = judge(trained(start, store, []))
     print(json.dumps({"affine": affine}), flush=True)
     results: dict[str, dict[int, list[dict]]] = {"zero": {}, "ridge": {}}
     for steps in STEPS:
@@ -56,7 +55,7 @@ def main() -> None:
             for init in SkipInit:
                 cfg = config(store, steps * BATCH, seed, Kind.skip_transcoder, init, args.lr)
                 learner = trained(cfg, store, from_stream(cfg, store))
-                result = {"seed": seed, **evaluated(learner, store, evaluator)}
+                result = {"seed": seed, **judge(learner)}
                 results[init.value].setdefault(steps * BATCH, []).append(result)
                 print(json.dumps({"init": init.value, "tokens": steps * BATCH, **result}), flush=True)
     keep("ridge", store, {"lr": args.lr, "affine": affine, "runs": results})

@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import pyplot
-from skipcoder.evals.run import Evaluator
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.stream import TokenFilter
-from study import BATCH, CE_TOKENS, OUT, SEEDS, config, evaluated, interval, keep, table, trained
+from study import BATCH, OUT, SEEDS, Judge, config, interval, keep, table, trained
 from torch import Tensor
 
 WINDOWS = {"none": 1, "2^12": 2**12, "2^15": 2**15, "2^18": 2**18, "all": 2**62}
@@ -65,7 +64,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, required=True)
     args = parser.parse_args()
     store = ActivationStore.open(args.store)
-    evaluator = Evaluator(store, CE_TOKENS, 4, "cpu")
+    judge = Judge(store)
     x, y = in_text_order(store)
     results: dict[str, list[dict]] = {name: [] for name in WINDOWS}
     for seed in SEEDS:
@@ -73,7 +72,7 @@ def main() -> None:
             order = windowed(len(x), window, seed)
             batches = ((x[rows], y[rows]) for rows in order.split(BATCH))
             learner = trained(config(store, len(x), seed), store, batches)
-            results[name].append({"seed": seed, **evaluated(learner, store, evaluator)})
+            results[name].append({"seed": seed, **judge(learner)})
             print(json.dumps({"window": name, **results[name][-1]}), flush=True)
     keep("shuffle", store, results)
     plot(results)

@@ -59,6 +59,13 @@ class Bf16:
 
         return torch.from_numpy(coded[""]).view(torch.bfloat16)
 
+    @staticmethod
+    def codes_of(values_ND: "Tensor") -> np.ndarray | None:
+        """Where the codes of bfloat16 values lie in memory: reading them there decodes them."""
+        import torch
+
+        return values_ND.view(torch.uint16).numpy()
+
 
 class Int8:
     """A byte per activation and two scales; the error is the same for all channels of a token, in units of their
@@ -90,6 +97,11 @@ class Int8:
         for scale in (coded["_scale"][:, None], coded["_channel_scale"]):
             z_ND *= torch.from_numpy(scale)
         return z_ND.to(torch.bfloat16)
+
+    @staticmethod
+    def codes_of(values_ND: "Tensor") -> np.ndarray | None:
+        """None: codes are other numbers than the values."""
+        return None
 
     @staticmethod
     def _round(scaled_ND: "Tensor") -> np.ndarray:

@@ -34,8 +34,9 @@ class ShardReader:
             return None
         return cls(path, array.shards[0], array.chunks, np.dtype(array.dtype))
 
-    def read(self, start: int, stop: int) -> np.ndarray | None:
-        """Rows [start, stop) if they are the beginning of one chunk, else None. ValueError if it is damaged."""
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray | None:
+        """Rows [start, stop) if they are the beginning of one chunk, else None. ValueError if it is damaged. A whole
+        chunk is decoded right into `out`, if given and contiguous, and `out` returned."""
         rows = self.chunk_shape[0]
         if start % rows or not 0 < stop - start <= rows:
             return None
@@ -54,6 +55,7 @@ class ShardReader:
             coded = f.read(size)
         if len(coded) < size or crc32c(coded[:-4]) != struct.unpack("<I", coded[-4:])[0]:
             raise ValueError("its checksum does not match")
-        out = np.empty(self.chunk_shape, self.dtype)
-        blosc.decompress(memoryview(coded)[:-4], out)
-        return out[: stop - start]
+        whole = out is not None and out.shape == self.chunk_shape and out.flags.c_contiguous
+        chunk_out = out if whole else np.empty(self.chunk_shape, self.dtype)
+        blosc.decompress(memoryview(coded)[:-4], chunk_out)
+        return chunk_out if whole else chunk_out[: stop - start]

@@ -8,7 +8,7 @@ not exist. int8 and fp8 codes have scales beside them (`codec.py`). Statistics n
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from skipcoder.pipeline import commit, layout
@@ -16,6 +16,9 @@ from skipcoder.pipeline.codec import CODECS
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.shards import ShardReader
 from skipcoder.pipeline.stats import Moments, merge_all
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT, VERSION = "skipcoder.activations", 2
 
@@ -156,14 +159,20 @@ class ActivationStore:
         rows = layout.unit_token_rows(unit, self.rows, self.unit_rows)
         return self.read("tokens", rows.start, rows.stop)
 
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of an array as stored; a damaged chunk raises UserError naming it."""
+    def read(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows [start, stop) of an array as stored, in `out` if that is given; a damaged chunk raises UserError naming
+        it."""
         if name not in self._readers:
             self._readers[name] = ShardReader.of(self.path / name, self.array(name))
         reader = self._readers[name]
         try:
-            rows = reader.read(start, stop) if reader is not None else None
-            return np.ascontiguousarray(self.array(name)[start:stop]) if rows is None else rows
+            rows = reader.read(start, stop, out) if reader is not None else None
+            if rows is None:
+                rows = np.ascontiguousarray(self.array(name)[start:stop])
+            if out is None or rows is out:
+                return rows
+            out[:] = rows
+            return out
         except (ValueError, RuntimeError, OSError) as error:
             unit = self._unit_of(name, start)
             raise UserError(
@@ -182,25 +191,31 @@ class ActivationStore:
             return "delete the store and capture anew"
         return f"delete {commit.path_of(self.path, unit)} and re-run the capture to mend it"
 
-    def activations(self, hookpoint: str, side: str, start: int, stop: int) -> Any:
-        """Stored tokens [start, stop) of one side as a bfloat16 tensor [stop - start, d]."""
+    def activations(self, hookpoint: str, side: str, start: int, stop: int, out: "Tensor | None" = None) -> "Tensor":
+        """Stored tokens [start, stop) of one side: a bfloat16 tensor [stop - start, d], `out` if that is given."""
         import torch
 
+        if out is None:
+            d = self.hookpoints[hookpoint]["d_in" if side == "input" else "d_out"]
+            out = torch.empty(stop - start, d, dtype=torch.bfloat16)
         unit_tokens = self.unit_rows * self.context
-        pieces = [
-            self._unit_activations(f"{hookpoint}/{side}", unit, max(start, begin), min(stop, begin + unit_tokens))
-            for unit in range(start // unit_tokens, max(start, stop - 1) // unit_tokens + 1)
-            for begin in [unit * unit_tokens]
-        ]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        at = start
+        while at < stop:
+            unit = at // unit_tokens
+            end = min(stop, (unit + 1) * unit_tokens)
+            self._decode(f"{hookpoint}/{side}", unit, at, end, out[at - start : end - start])
+            at = end
+        return out
 
-    def _unit_activations(self, name: str, unit: int, start: int, stop: int) -> Any:
+    def _decode(self, name: str, unit: int, start: int, stop: int, out: "Tensor") -> None:
         codec = CODECS[self.attrs["identity"]["codec"]]
+        in_place = codec.codes_of(out)
         coded = {
-            suffix: self.read(name + suffix, *((unit, unit + 1) if spec.per_unit else (start, stop)))
+            suffix: self.read(name + suffix, *((unit, unit + 1) if spec.per_unit else (start, stop)), out=in_place)
             for suffix, spec in codec.arrays.items()
         }
-        return codec.decode(coded)
+        if in_place is None:
+            out.copy_(codec.decode(coded))
 
 
 def read_attrs(path: Path) -> dict[str, Any] | None:

@@ -53,12 +53,12 @@ def make_learner(
     fresh: bool = True,
     ranks: Ranks = ALONE,
 ) -> Learner:
-    """A learner that starts from the statistics of the store's training units."""
+    """A learner; a `fresh` one starts from the statistics of the store's training units."""
     kept = token_filter(cfg)
     x, y = (store.moments(hookpoint, side, positions=kept.classes) for side in sides(cfg.coder))
     learner = Learner(cfg, x, y, steps, device, ranks)
     if fresh and cfg.coder.kind is Kind.skip_transcoder and cfg.coder.skip_init is SkipInit.ridge:
-        learner.start_skip(*ridge(ActivationStream(store, hookpoint, 8192, filter=kept, epochs=1), len(x.mean)))
+        learner.start_skip(*ridge(store, hookpoint, kept))
     return learner
 
 

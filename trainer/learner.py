@@ -21,6 +21,9 @@ from skipcoder.trainer.ranks import ALONE, Ranks
 from skipcoder.trainer.thresholds import follow_threshold, set_threshold
 from torch import Tensor
 
+DENSITY_TOKENS = 2**20
+DENSE = 0.1
+
 
 @dataclass(frozen=True)
 class Scales:
@@ -51,6 +54,8 @@ class Learner:
         self.coder.init_biases(torch.from_numpy(x.mean / s.s_in), torch.from_numpy(y.mean / s.s_out))
         self.optimiser = build_optimiser(cfg.optim, self.coder)
         self.since_fired_M = torch.zeros(cfg.coder.width, dtype=torch.int64, device=device)
+        self.density_M = torch.zeros(cfg.coder.width, device=device)
+        """How often each latent fires per token: the mean so far, later with a memory of DENSITY_TOKENS."""
         self.dead_tokens = cfg.train.dead_tokens or min(10_000_000, max(1, cfg.train.tokens // 4))
 
     @torch.no_grad()
@@ -79,6 +84,8 @@ class Learner:
                 normalise_rows(W_dec)
         self.since_fired_M += batch_tokens
         self.since_fired_M[fired_M > 0] = 0
+        weight = max(batch_tokens / (self.tokens + batch_tokens), min(batch_tokens / DENSITY_TOKENS, 1.0))
+        self.density_M.lerp_(fired_M / batch_tokens, weight)
         self.step_number += 1
         self.tokens += batch_tokens
         self.clock.lap("optimiser")
@@ -166,12 +173,19 @@ class Learner:
         """Latents that have not fired for `dead_tokens` tokens."""
         return int((self.since_fired_M >= self.dead_tokens).sum())
 
+    @property
+    def density(self) -> dict[str, float]:
+        """Of latents' firing densities: the median, and the share of latents that fire on more than a tenth of all
+        tokens."""
+        return {"median": float(self.density_M.median()), "dense": float((self.density_M > DENSE).float().mean())}
+
     def state_dict(self) -> dict[str, Any]:
         """All that `step` depends on."""
         return {
             "coder": self.coder.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "since_fired": self.since_fired_M,
+            "density": self.density_M,
             "encode_mode": self.coder.encoding.mode,
             "recall": self.recall,
             "step": self.step_number,
@@ -183,6 +197,7 @@ class Learner:
         self.coder.load_state_dict(state["coder"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.since_fired_M.copy_(state["since_fired"])
+        self.density_M.copy_(state["density"])
         self.step_number, self.tokens, self.recall = state["step"], state["tokens"], state["recall"]
         self.coder.encoding = replace(self.coder.encoding, mode=state["encode_mode"])
 

@@ -71,7 +71,7 @@ class Member:
         self, store: ActivationStore, stream: ActivationStream, device: str, ranks: Ranks = ALONE
     ) -> dict[str, Any] | None:
         """Build the learner, or go on from the last save; returns the stream's position, None at the beginning."""
-        self.store, self.hookpoint = store, stream.hookpoint
+        self.store, (self.hookpoint,) = store, stream.hookpoints
         state = checkpoint.load_state(self.directory / "checkpoint")
         self.learner = make_learner(self.cfg, store, self.hookpoint, self.steps, device, state is None, ranks)
         self.ranks = ranks
@@ -137,6 +137,7 @@ class Member:
             "tokens": self.learner.tokens,
             **mean,
             "dead": self.learner.dead,
+            "density": self.learner.density,
             "encode_mode": self.learner.coder.encoding.mode,
             "recall": self.learner.recall,
             "lr": self.learner.optimiser.lr,

@@ -5,16 +5,45 @@
 Legend: D input width, E output width.
 """
 
+import hashlib
+from contextlib import suppress
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from skipcoder.pipeline.commit import write_atomically
 from skipcoder.pipeline.errors import UserError
-from skipcoder.trainer.stream import ActivationStream
+from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer.stream import ActivationStream, TokenFilter
 from torch import Tensor
 
 LAMBDA = 1e-6
 TOKENS_PER_DIMENSION = 64
 
 
-def ridge(stream: ActivationStream, d_in: int, lam: float = LAMBDA) -> tuple[Tensor, Tensor]:
+def ridge(store: ActivationStore, hookpoint: str, kept: TokenFilter) -> tuple[Tensor, Tensor]:
+    """(W [E, D], b [E]) in float64 from training tokens of a store; kept beside it (`NAME.ridge/`) for the next run."""
+    stream = ActivationStream(store, hookpoint, 8192, filter=kept, epochs=1)
+    file = cache_file(store, hookpoint, stream)
+    try:
+        found = load_file(file)
+        return found["W"], found["b"]
+    except (OSError, SafetensorError, KeyError):
+        pass  # not there, or not whole: made anew
+    W, b = solve(stream, store.hookpoints[hookpoint]["d_in"])
+    with suppress(OSError):  # a place that cannot be written, as of a shared store: every run solves for itself
+        write_atomically(file, save({"W": W.contiguous(), "b": b.contiguous()}))
+    return W, b
+
+
+def cache_file(store: ActivationStore, hookpoint: str, stream: ActivationStream) -> Path:
+    """Named by all that the solution depends on."""
+    key = hashlib.sha256(f"{stream.layout_hash()} {LAMBDA} {TOKENS_PER_DIMENSION}".encode()).hexdigest()[:16]
+    return store.path.with_name(f"{store.path.stem}.ridge") / f"{hookpoint}-{key}.safetensors"
+
+
+def solve(stream: ActivationStream, d_in: int, lam: float = LAMBDA) -> tuple[Tensor, Tensor]:
     """(W [E, D], b [E]) in float64 from at least 64 d_in filtered training tokens of `stream`.
 
     Moments are centred on the mean of the first batch, which keeps the sums well conditioned, and corrected to the

@@ -4,6 +4,9 @@ The mental model: an epoch is a list of chunks (`order.epoch_order`); every `poo
 block is read, filtered, permuted as a whole and drained into batches. A batch may span two blocks, never two
 epochs. Three integers, (epoch, block, offset), say where the next token is; resuming reads one block.
 
+Two threads run ahead: one decodes the next block, straight into its place in memory, and one gathers the next batch and
+sends it to the device. A token is so moved twice: when it is decoded and when it is gathered.
+
 Legend: B tokens of a batch, D input width, E output width.
 """
 
@@ -11,11 +14,13 @@ import hashlib
 import json
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import count, repeat
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,9 +29,11 @@ from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.order import block_permutation, epoch_order
 from torch import Tensor
 
+T = TypeVar("T")
+
 POOL_BYTES = 2**29
-"""Pairs that are shuffled together by default. A reader holds up to four times as much for a moment. With more text the
-batches would be better mixed, benchmarks/README.md says how much."""
+"""Pairs that are shuffled together by default. A reader holds three times as much. With more text the batches would be
+better mixed, benchmarks/README.md says how much."""
 
 KEEP_BYTES = 2**30
 """A split of at most this size is kept decoded in memory after its first epoch."""
@@ -35,14 +42,24 @@ KEEP_BYTES = 2**30
 class Batch(NamedTuple):
     """Tokens of one batch, in the model's own scale."""
 
-    x: Tensor
-    """[B, D] what enters the MLP."""
-    y: Tensor
-    """[B, E] what leaves it."""
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    """Hookpoint -> ([B, D] what enters the MLP, [B, E] what leaves it); row i is the same token everywhere."""
     position: Tensor
     """int64 [B] flat position (row * context + position in row) in the store's tokens."""
     tokens: int
     """Tokens of the global batch, over all ranks."""
+
+    @property
+    def x(self) -> Tensor:
+        """[B, D] what enters the MLP of the only hookpoint."""
+        ((x, _),) = self.pairs.values()
+        return x
+
+    @property
+    def y(self) -> Tensor:
+        """[B, E] what leaves the MLP of the only hookpoint."""
+        ((_, y),) = self.pairs.values()
+        return y
 
 
 @dataclass(frozen=True)
@@ -70,24 +87,23 @@ class _Block(NamedTuple):
     epoch: int
     number: int
     is_last: bool
-    x: Tensor
-    y: Tensor
-    position: Tensor
+    columns: tuple[Tensor, ...]
+    """Both sides of each hookpoint in turn, then the positions; a slot of `chunk_rows` rows for each chunk."""
     shuffle: Tensor
-    """Order in which its rows are served."""
+    """The rows that are served, in their order."""
 
 
 class ActivationStream:
     """Endless (or `epochs` long) stream of batches. The order depends on (seed, epoch, layout) alone.
 
-    batch_tokens counts over all ranks; rank r gets rows r::world_size of each global batch, and the last batch of
-    an epoch is short.
+    Several hookpoints come aligned: each batch holds the same tokens of all of them. batch_tokens counts over all
+    ranks; rank r gets rows r::world_size of each global batch, and the last batch of an epoch is short.
     """
 
     def __init__(
         self,
         store: ActivationStore,
-        hookpoint: str,
+        hookpoint: str | Sequence[str],
         batch_tokens: int,
         *,
         seed: int = 0,
@@ -100,7 +116,11 @@ class ActivationStream:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.store, self.hookpoint, self.filter = store, store.hookpoint(hookpoint), filter
+        asked = [hookpoint] if isinstance(hookpoint, str) else list(hookpoint)
+        if not asked:
+            raise UserError("a stream needs at least one hookpoint")
+        self.store, self.filter = store, filter
+        self.hookpoints = [store.hookpoint(name) for name in asked]
         self.batch_tokens, self.seed, self.epochs = batch_tokens, seed, epochs
         self.rank, self.world_size = rank, world_size
         self.device, self.dtype = torch.device(device), dtype
@@ -116,11 +136,17 @@ class ActivationStream:
                 f"train.batch_tokens={batch_tokens} is more than the {total:,} training tokens of {store.path}"
             )
         self.epoch = self.block = self.offset = 0
-        facts = store.hookpoints[self.hookpoint]
-        pair_bytes = 2 * (facts["d_in"] + facts["d_out"])
+        pair_bytes = sum(
+            2 * (facts["d_in"] + facts["d_out"]) for facts in map(store.hookpoints.__getitem__, self.hookpoints)
+        )
         self.pool_chunks = pool_chunks or max(1, POOL_BYTES // (pair_bytes * store.chunk_rows))
         small = total * pair_bytes <= KEEP_BYTES
-        self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] | None = {} if small and epochs != 1 else None
+        self._widths = [
+            facts[d] for facts in map(store.hookpoints.__getitem__, self.hookpoints) for d in ("d_in", "d_out")
+        ]
+        self._free: list[tuple[Tensor, ...]] = []
+        self._whole = self._allocate(len(self.chunks)) if small and epochs != 1 else None
+        self._read: dict[int, np.ndarray] = {}
 
     # ---- position ---------------------------------------------------------------------------------
 
@@ -129,7 +155,7 @@ class ActivationStream:
         facts = {
             "identity": self.store.attrs["identity_hash"],
             "chunks": self.chunks,
-            "hookpoint": self.hookpoint,
+            "hookpoints": self.hookpoints,
             "filter": asdict(self.filter),
             "order": [self.seed, self.pool_chunks, self.batch_tokens],
         }
@@ -155,70 +181,95 @@ class ActivationStream:
     # ---- batches ----------------------------------------------------------------------------------
 
     def __iter__(self) -> Generator[Batch]:
+        batches = _ahead(self._batches())
+        try:
+            for batch, (self.epoch, self.block, self.offset) in batches:
+                yield batch
+        finally:
+            batches.close()
+
+    def _batches(self) -> Generator[tuple[Batch, tuple[int, int, int]]]:
+        """Batches, each with the position after it."""
+        epoch, number, offset = self.epoch, self.block, self.offset
         parts: list[tuple[Tensor, ...]] = []
         missing, seen = self.batch_tokens, False
         blocks = _ahead(self._blocks())
         try:
             for block in blocks:
-                size = len(block.position)
+                size = len(block.shuffle)
                 seen = seen or size > 0
-                while self.offset < size:
-                    stop = min(self.offset + missing, size)
-                    # Rows are moved once, here: a permuted copy of the block would move them twice.
-                    rows = block.shuffle[self.offset : stop]
-                    parts.append(tuple(z.index_select(0, rows) for z in (block.x, block.y, block.position)))
-                    missing -= stop - self.offset
-                    self.offset = stop
+                after = (block.epoch + 1, 0) if block.is_last else (block.epoch, block.number + 1)
+                while offset < size:
+                    stop = min(offset + missing, size)
+                    rows = block.shuffle[offset:stop]
+                    parts.append(tuple(z.index_select(0, rows) for z in block.columns))
+                    missing -= stop - offset
+                    offset = stop
                     if not missing:
-                        yield self._batch(parts)
+                        yield self._batch(parts), ((*after, 0) if stop == size else (epoch, number, stop))
                         parts, missing = [], self.batch_tokens
-                self.epoch, self.block = (block.epoch + 1, 0) if block.is_last else (block.epoch, block.number + 1)
-                self.offset = 0
                 if block.is_last and parts:
-                    yield self._batch(parts)
+                    yield self._batch(parts), (*after, 0)
                     parts, missing = [], self.batch_tokens
+                (epoch, number), offset = after, 0
+                if block.columns is not self._whole:
+                    self._free.append(block.columns)
                 if block.is_last and not seen:
                     raise UserError(f"{self.store.path}: the stream's filter leaves no token ({self.filter})")
         finally:
             blocks.close()
 
     def _batch(self, parts: list[tuple[Tensor, ...]]) -> Batch:
-        x, y, position = (torch.cat(z) if len(z) > 1 else z[0] for z in zip(*parts, strict=True))
+        *sides, position = (torch.cat(z) if len(z) > 1 else z[0] for z in zip(*parts, strict=True))
         mine = slice(self.rank, None, self.world_size)
-        x, y = (z[mine].to(self.device, self.dtype, non_blocking=True) for z in (x, y))
-        return Batch(x, y, position[mine], len(position))
+        sides = [self._send(z[mine]) for z in sides]
+        pairs = dict(zip(self.hookpoints, zip(sides[::2], sides[1::2], strict=True), strict=True))
+        return Batch(pairs, position[mine], len(position))
 
-    def _blocks(self) -> Iterator[_Block]:
+    def _send(self, z: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            z = z.pin_memory().to(self.device, non_blocking=True)
+        return z.to(self.device, self.dtype)
+
+    def _blocks(self) -> Generator[_Block]:
         epoch, number = self.epoch, self.block
         with ThreadPoolExecutor(2) as pool:
             while self.epochs is None or epoch < self.epochs:
                 order = epoch_order(self.seed, epoch, [unit for unit, _, _ in self.chunks])
                 last = -(-len(order) // self.pool_chunks) - 1
                 for block in range(number, last + 1):
-                    chosen = order[block * self.pool_chunks : (block + 1) * self.pool_chunks]
-                    parts = list(pool.map(self._chunk, chosen.tolist()))
-                    x, y, position = (torch.cat(z) for z in zip(*parts, strict=True))
-                    shuffle = torch.from_numpy(block_permutation(self.seed, epoch, block, len(position)))
-                    yield _Block(epoch, block, block == last, x, y, position, shuffle)
+                    chosen = order[block * self.pool_chunks : (block + 1) * self.pool_chunks].tolist()
+                    columns, rows = self._fill(chosen, pool)
+                    shuffle = torch.from_numpy(rows[block_permutation(self.seed, epoch, block, len(rows))])
+                    yield _Block(epoch, block, block == last, columns, shuffle)
                 epoch, number = epoch + 1, 0
 
-    def _chunk(self, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-        if self._kept is None:
-            return self._read_chunk(chunk)
-        if chunk not in self._kept:
-            self._kept[chunk] = self._read_chunk(chunk)
-        return self._kept[chunk]
+    def _fill(self, chosen: list[int], pool: ThreadPoolExecutor) -> tuple[tuple[Tensor, ...], np.ndarray]:
+        """Columns that hold these chunks, and the rows that the filter leaves, chunk by chunk."""
+        if self._whole is not None:
+            missing = [chunk for chunk in chosen if chunk not in self._read]
+            read = pool.map(lambda chunk: self._read_chunk(chunk, self._whole, chunk), missing)
+            self._read.update(zip(missing, read, strict=True))
+            return self._whole, np.concatenate([self._read[chunk] for chunk in chosen])
+        columns = self._free.pop() if self._free else self._allocate(min(self.pool_chunks, len(self.chunks)))
+        return columns, np.concatenate(list(pool.map(self._read_chunk, chosen, repeat(columns), count())))
 
-    def _read_chunk(self, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _allocate(self, chunks: int) -> tuple[Tensor, ...]:
+        rows = chunks * self.store.chunk_rows
+        return *(torch.empty(rows, d, dtype=torch.bfloat16) for d in self._widths), torch.empty(rows, dtype=torch.int64)
+
+    def _read_chunk(self, chunk: int, columns: tuple[Tensor, ...], slot: int) -> np.ndarray:
+        """Decode a chunk into its slot; the rows of the columns that the filter leaves."""
         unit, start, stop = self.chunks[chunk]
         position = self.store.read("index", start, stop).astype(np.int64)
         tokens = _tokens(self.store, unit)[position - self.store.unit_range(unit)[0]]
         keep = self.filter.keep(position, tokens, self.store.context, self.store.attrs["special_tokens"])
-        x, y = (self.store.activations(self.hookpoint, side, start, stop) for side in ("input", "output"))
-        if not keep.all():
-            kept = torch.from_numpy(keep.nonzero()[0])  # a mask takes five times as long
-            x, y, position = x.index_select(0, kept), y.index_select(0, kept), position[keep]
-        return x, y, torch.from_numpy(position)
+        place = slice(slot * self.store.chunk_rows, slot * self.store.chunk_rows + stop - start)
+        columns[-1][place] = torch.from_numpy(position)
+        for i, z in enumerate(columns[:-1]):
+            name, side = self.hookpoints[i // 2], ("input", "output")[i % 2]
+            self.store.activations(name, side, start, stop, out=z[place])
+        return keep.nonzero()[0] + place.start
 
 
 @lru_cache(maxsize=256)
@@ -226,8 +277,8 @@ def _tokens(store: ActivationStore, unit: int) -> np.ndarray:
     return store.tokens(unit).ravel()
 
 
-def _ahead(blocks: Iterator[_Block]) -> Generator[_Block]:
-    """Run `blocks` in a thread, one block ahead; its exceptions are raised here."""
+def _ahead(items: Generator[T]) -> Generator[T]:
+    """Run a generator in a thread, one item ahead; its exceptions are raised here."""
     ready: queue.Queue = queue.Queue(maxsize=1)
     stop = threading.Event()
     end = object()
@@ -243,9 +294,10 @@ def _ahead(blocks: Iterator[_Block]) -> Generator[_Block]:
 
     def work() -> None:
         try:
-            for block in blocks:
-                if not put(block):
-                    return
+            with closing(items):
+                for item in items:
+                    if not put(item):
+                        return
             put(end)
         except BaseException as error:
             put(error)

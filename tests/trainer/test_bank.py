@@ -82,7 +82,8 @@ def test_each_batch_is_read_once(store: ActivationStore, tmp_path: Path, monkeyp
     real = ActivationStream._batch
     monkeypatch.setattr(ActivationStream, "_batch", lambda self, parts: read.append(1) or real(self, parts))
     train_bank([(config(store, seed=seed), tmp_path / str(seed)) for seed in range(3)])
-    assert len(read) == STEPS + 1  # and the held-out tokens
+    # The held-out tokens are a batch, too; and the reader is up to two batches ahead when training ends.
+    assert STEPS + 1 <= len(read) <= STEPS + 3
 
 
 def test_a_failing_member_is_dropped_and_the_others_go_on(

@@ -29,13 +29,13 @@ def learner(store: ActivationStore, mode: EncodeMode, **encode: float) -> Learne
 @pytest.mark.parametrize("mode", EncodeMode)
 def test_recall(store: ActivationStore, mode: EncodeMode) -> None:
     one = learner(store, mode)
-    batch = next(iter(ActivationStream(store, HOOKPOINT, 256, pool_chunks=8)))
+    batch = next(iter(ActivationStream(store, HOOKPOINT, 1800)))
     x = batch.x / one.scales.s_in
-    assert recall(one.coder, x) > 0.999
+    assert recall(one.coder, x, len(x)) > 0.999
     one.coder.encoding = replace(one.coder.encoding, nominated=1.0)
     assert one.coder.encoding.mode == mode.value  # measuring leaves the encoding as it was
     if mode is not EncodeMode.float32:
-        assert recall(one.coder, x) < 1  # nobody to choose from: the estimate alone decides
+        assert recall(one.coder, x, len(x)) < 1  # nobody to choose from: the estimate alone decides
 
 
 def test_recall_of_nothing_is_no_reason_to_fall_back(store: ActivationStore) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer import learner as learner_module
+from skipcoder.trainer import skip_init
 from skipcoder.trainer.assemble import make_learner
 from skipcoder.trainer.config import (
     CoderConfig,
@@ -19,7 +21,7 @@ from skipcoder.trainer.config import (
 )
 from skipcoder.trainer.learner import Learner
 from skipcoder.trainer.optimisers import learning_rate, schedule
-from skipcoder.trainer.skip_init import ridge
+from skipcoder.trainer.skip_init import cache_file, ridge, solve
 from skipcoder.trainer.stream import ActivationStream, TokenFilter
 
 HOOKPOINT = "layers.1.mlp"
@@ -150,7 +152,7 @@ def test_sae_of_the_input_side(store: ActivationStore) -> None:
 
 def test_ridge_is_the_least_squares_solution(store: ActivationStore) -> None:
     stream = ActivationStream(store, HOOKPOINT, 300, epochs=1)
-    W, b = ridge(stream, 24)
+    W, b = solve(stream, 24)
     data = list(ActivationStream(store, HOOKPOINT, 300, epochs=1))
     x, y = (torch.cat([getattr(batch, side) for batch in data]).double() for side in "xy")
     n = -(-64 * 24 // 300) * 300
@@ -163,6 +165,41 @@ def test_ridge_is_the_least_squares_solution(store: ActivationStore) -> None:
     (batch,) = batches(store, 1)
     losses = [float(one.step(batch.x, batch.y, batch.tokens)["fvu"]) for one in (learner, zero)]
     assert losses[0] < 0.9 * losses[1]
+
+
+def test_ridge_solution_is_kept_beside_the_store(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = TokenFilter()
+    file = cache_file(store, HOOKPOINT, ActivationStream(store, HOOKPOINT, 8192, filter=kept, epochs=1))
+    file.unlink(missing_ok=True)
+    solved = ridge(store, HOOKPOINT, kept)
+    assert file.parent.parent == store.path.parent
+    with monkeypatch.context() as patch:
+        patch.setattr(skip_init, "solve", None)
+        assert all(torch.equal(a, b) for a, b in zip(solved, ridge(store, HOOKPOINT, kept), strict=True))
+    other = ActivationStream(store, HOOKPOINT, 8192, filter=TokenFilter(2), epochs=1)
+    assert cache_file(store, HOOKPOINT, other) != file  # other tokens, other solution
+    file.write_bytes(file.read_bytes()[:100])
+    assert all(torch.equal(a, b) for a, b in zip(solved, ridge(store, HOOKPOINT, kept), strict=True))
+    assert file.stat().st_size > 100  # mended
+
+
+def test_density_is_the_mean_and_later_a_memory(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = make_learner(config(Kind.transcoder), store, HOOKPOINT, 50, "cpu")
+    data = batches(store, 4)
+    rates = []
+    for batch in data:
+        before = learner.coder(batch.x / learner.scales.s_in)
+        rates.append(torch.bincount(before.indices[before.values > 0], minlength=64) / len(batch.x))
+        learner.step(batch.x, batch.y, batch.tokens)
+    torch.testing.assert_close(learner.density_M, torch.stack(rates).mean(0))
+    monkeypatch.setattr(learner_module, "DENSITY_TOKENS", 512)
+    remembered = learner.density_M.clone()
+    now = learner.coder(data[0].x / learner.scales.s_in)
+    learner.step(data[0].x, data[0].y, data[0].tokens)
+    rate = torch.bincount(now.indices[now.values > 0], minlength=64) / len(data[0].x)
+    torch.testing.assert_close(learner.density_M, (remembered + rate) / 2)  # a batch is half of 512 tokens
+    assert learner.density["median"] == float(learner.density_M.median())
+    assert learner.density["dense"] == float((learner.density_M > 0.1).float().mean())
 
 
 def test_papers_rate_and_schedule() -> None:

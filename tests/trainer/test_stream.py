@@ -14,11 +14,14 @@ from skipcoder.trainer.stream import ActivationStream, Batch, TokenFilter
 
 from tests.conftest import CONTEXT
 
+GOLDEN = [734, 500, 1400, 733, 505, 1958, 640, 463, 1974, 756]
 EVERYTHING = TokenFilter(first_positions=0, special_tokens=False)
 
 
 def open_stream(store: ActivationStore, batch_tokens: int = 100, **options: Any) -> ActivationStream:
-    return ActivationStream(store, "layers.1.mlp", batch_tokens, **{"pool_chunks": 5, **options})
+    return ActivationStream(
+        store, **{"hookpoint": "layers.1.mlp", "batch_tokens": batch_tokens, "pool_chunks": 5, **options}
+    )
 
 
 def positions(batches: list[Batch]) -> list[int]:
@@ -107,6 +110,26 @@ def test_order_depends_on_seed_and_epoch_alone(store: ActivationStore) -> None:
     assert order() == order(batch_tokens=37)  # batches only cut it
 
 
+def test_hookpoints_come_aligned(store: ActivationStore) -> None:
+    """The same tokens of both, each as it comes alone."""
+    names = ["layers.2.mlp", "layers.0.mlp"]
+    both = list(open_stream(store, hookpoint=names, epochs=1))
+    for name in names:
+        alone = list(open_stream(store, hookpoint=name, epochs=1))
+        for batch, single in zip(both, alone, strict=True):
+            assert torch.equal(batch.position, single.position)
+            assert torch.equal(batch.pairs[name][0], single.x) and torch.equal(batch.pairs[name][1], single.y)
+    with pytest.raises(UserError, match=r"no hookpoint 'layers.9.mlp'"):
+        open_stream(store, hookpoint=["layers.0.mlp", "layers.9.mlp"])
+
+
+def test_golden_order(store: ActivationStore) -> None:
+    """Pinned: another order would break the resumption of runs and the comparison of old with new ones. It may change
+    only with the store's format version or with a reason in the changelog."""
+    first = next(iter(open_stream(store, 10, filter=EVERYTHING)))
+    assert first.position.tolist() == GOLDEN
+
+
 def test_ranks_are_disjoint_and_complete(store: ActivationStore) -> None:
     whole = list(open_stream(store, epochs=1))
     ranks = [list(open_stream(store, epochs=1, rank=r, world_size=3)) for r in range(3)]
@@ -119,10 +142,10 @@ def test_ranks_are_disjoint_and_complete(store: ActivationStore) -> None:
 def test_reader_errors_surface_and_threads_end(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
     real = store.read
 
-    def read(name: str, start: int, stop: int) -> np.ndarray:
+    def read(name: str, start: int, stop: int, out: Any = None) -> np.ndarray:
         if name.startswith("layers") and start > 900:
             raise UserError(f"{name}: rows {start} damaged")
-        return real(name, start, stop)
+        return real(name, start, stop, out)
 
     monkeypatch.setattr(store, "read", read)
     with pytest.raises(UserError, match=r"layers.1.mlp/input: rows \d+ damaged"):
