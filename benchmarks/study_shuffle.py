@@ -1,13 +1,15 @@
 """Does the size of the window in which tokens are shuffled matter?
 
-    python benchmarks/study_shuffle.py --store PATH        # -> docs/studies/shuffle.{json,svg} and a table
+    python benchmarks/study_shuffle.py --store PATH [--orders NAME ...]   # -> docs/studies/shuffle.{json,svg}, a table
 
 The training tokens of a store are put back into the order of the text and shuffled in windows of W consecutive tokens:
-W = 1 (none), 2^12 (one batch), 2^15, 2^18, all. One epoch of a transcoder for each window and seed.
+W = 1 (none), 2^12 (one batch), 2^15, 2^18, all. Beside them `stream`: the order of skipcoder's stream as it is. One
+epoch of a transcoder for each order and seed. Orders that are not named keep their results.
 """
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,11 @@ import torch
 from matplotlib import pyplot
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.stream import TokenFilter
-from study import BATCH, OUT, SEEDS, Judge, config, interval, keep, table, trained
+from study import BATCH, OUT, SEEDS, Judge, config, from_stream, interval, keep, table, trained
 from torch import Tensor
 
 WINDOWS = {"none": 1, "2^12": 2**12, "2^15": 2**15, "2^18": 2**18, "all": 2**62}
+ORDERS = (*WINDOWS, "stream")
 METRICS = {"fvu": "held-out FVU", "dead_fraction": "dead fraction", "ce_spliced": "cross-entropy, spliced (nats)"}
 
 
@@ -46,6 +49,13 @@ def windowed(n: int, window: int, seed: int) -> Tensor:
     return torch.from_numpy(order)
 
 
+def batches(order: str, seed: int, x: Tensor, y: Tensor, store: ActivationStore) -> Iterable[tuple[Tensor, Tensor]]:
+    """One epoch."""
+    if order == "stream":
+        return from_stream(config(store, len(x), seed), store)
+    return ((x[rows], y[rows]) for rows in windowed(len(x), WINDOWS[order], seed).split(BATCH))
+
+
 def plot(results: dict[str, list[dict]]) -> None:
     """One panel for each metric."""
     _, panels = pyplot.subplots(1, len(METRICS), figsize=(10, 3), layout="constrained")
@@ -62,18 +72,18 @@ def main() -> None:
     """Train, evaluate, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=ORDERS)
     args = parser.parse_args()
     store = ActivationStore.open(args.store)
     judge = Judge(store)
     x, y = in_text_order(store)
-    results: dict[str, list[dict]] = {name: [] for name in WINDOWS}
+    before = json.loads((OUT / "shuffle.json").read_text())["results"] if set(args.orders) < set(ORDERS) else {}
+    results: dict[str, list[dict]] = {name: [] if name in args.orders else before[name] for name in ORDERS}
     for seed in SEEDS:
-        for name, window in WINDOWS.items():
-            order = windowed(len(x), window, seed)
-            batches = ((x[rows], y[rows]) for rows in order.split(BATCH))
-            learner = trained(config(store, len(x), seed), store, batches)
+        for name in args.orders:
+            learner = trained(config(store, len(x), seed), store, batches(name, seed, x, y, store))
             results[name].append({"seed": seed, **judge(learner)})
-            print(json.dumps({"window": name, **results[name][-1]}), flush=True)
+            print(json.dumps({"order": name, **results[name][-1]}), flush=True)
     keep("shuffle", store, results)
     plot(results)
     print(table(results, "all", tuple(METRICS)))

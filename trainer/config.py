@@ -64,8 +64,8 @@ class CoderConfig:
     """Which side of the MLP an SAE reconstructs; transcoders read the input and write the output."""
     normalize_decoder: bool = True
     """SAE: decoder rows kept at unit norm, gradient along them removed."""
-    skip_init: SkipInit = SkipInit.zero
-    """Skip transcoder: start from zero (the paper) or from the ridge solution of y on x."""
+    skip_init: SkipInit = SkipInit.ridge
+    """Skip transcoder: start from the ridge solution of y on x (docs/studies/ridge.md) or from zero (the paper)."""
 
     def __post_init__(self) -> None:
         if self.width < 1:

@@ -63,7 +63,7 @@ def variants(store: ActivationStore) -> dict[str, TrainConfig]:
         "sae": config(store, Kind.sae),
         "transcoder": config(store, k=2, width=48),
         "skip": config(store, Kind.skip_transcoder, lr=3e-3, seed=1),
-        "ridge": config(store, Kind.skip_transcoder, skip_init=SkipInit.ridge),
+        "zero": config(store, Kind.skip_transcoder, skip_init=SkipInit.zero),
         "signum": config(store, Kind.sae, name=OptimName.signum, steps=17),
         "muon": config(store, name=OptimName.muon),
     }

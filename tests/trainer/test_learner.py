@@ -108,7 +108,7 @@ def test_loss_is_the_fvu_of_the_mean_predictor_at_the_start(store: ActivationSto
 
 @pytest.mark.parametrize("kind", Kind)
 def test_training_lowers_the_loss_and_keeps_unit_norm(store: ActivationStore, kind: Kind) -> None:
-    learner = make_learner(config(kind), store, HOOKPOINT, 80, "cpu")
+    learner = make_learner(config(kind, skip_init=SkipInit.zero), store, HOOKPOINT, 80, "cpu")
     losses = [float(learner.step(b.x, b.y, b.tokens)["fvu"]) for b in batches(store, 80)]
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
     norms = learner.coder.W_dec.norm(dim=1)
@@ -160,8 +160,8 @@ def test_ridge_is_the_least_squares_solution(store: ActivationStore) -> None:
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), y).solution
     # lambda = 1e-6 of the mean eigenvalue moves the solution by about that much over the smallest one.
     torch.testing.assert_close(x @ W.T + b, x @ solution[:-1] + solution[-1], rtol=1e-3, atol=1e-3)
-    learner = make_learner(config(Kind.skip_transcoder, skip_init=SkipInit.ridge), store, HOOKPOINT, 50, "cpu")
-    zero = make_learner(config(Kind.skip_transcoder), store, HOOKPOINT, 50, "cpu")
+    learner = make_learner(config(Kind.skip_transcoder), store, HOOKPOINT, 50, "cpu")
+    zero = make_learner(config(Kind.skip_transcoder, skip_init=SkipInit.zero), store, HOOKPOINT, 50, "cpu")
     (batch,) = batches(store, 1)
     losses = [float(one.step(batch.x, batch.y, batch.tokens)["fvu"]) for one in (learner, zero)]
     assert losses[0] < 0.9 * losses[1]
