@@ -152,9 +152,7 @@ def write_unit(
     span = layout.unit_token_rows(unit, attrs["rows"], identity["unit_rows"])
     start, stop = span.start * identity["context"], span.stop * identity["context"]
     order = layout.permutation(identity["seed"], unit, stop - start)
-    is_first = order % identity["context"] == 0
-    is_special = np.isin(tokens.ravel()[order], attrs["special_tokens"]) & ~is_first
-    classes = {"first": is_first, "special": is_special, "other": ~(is_first | is_special)}
+    classes = classes_of(attrs, start + order, tokens.ravel()[order])
     shards = _shards(attrs, unit)
     for name in shards:
         (path / name).unlink(missing_ok=True)  # what a killed worker left: zarr would try to read it
@@ -185,6 +183,13 @@ def write_unit(
     )
     commit.write(path, record)
     return record
+
+
+def classes_of(attrs: dict[str, Any], position_N: np.ndarray, token_N: np.ndarray) -> dict[str, np.ndarray]:
+    """bool [N] for each class of positions (commit.POSITIONS); flat positions, and the tokens there."""
+    is_first = position_N % attrs["identity"]["context"] == 0
+    is_special = np.isin(token_N, attrs["special_tokens"]) & ~is_first
+    return {"first": is_first, "special": is_special, "other": ~(is_first | is_special)}
 
 
 def _shards(attrs: dict[str, Any], unit: int) -> list[str]:

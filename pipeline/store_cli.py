@@ -1,0 +1,65 @@
+"""Look into a store: `python pipeline/store_cli.py info PATH`, or `verify PATH`, which re-reads everything."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from skipcoder.pipeline import cli, commit, layout
+from skipcoder.pipeline.store import ActivationStore
+from skipcoder.pipeline.verify import problems
+
+
+def info(path: Path) -> None:
+    """What is in it, from where, how much of it, what the codec lost."""
+    store = ActivationStore.open(path)
+    identity, attrs = store.attrs["identity"], store.attrs
+    units, done = layout.num_units(store.rows, store.unit_rows), len(store.units)
+    shards = {name: facts["bytes"] for record in store.commits.values() for name, facts in record.shards.items()}
+    stored = sum(r.rows[1] - r.rows[0] for r in store.commits.values()) * store.context
+    lines = {
+        "model": f"{attrs['model']['name']} ({attrs['model']['id']}, revision {attrs['model']['revision'] or 'none'})",
+        "data": f"{attrs['data']['kind']} {attrs['data']['path'] or ''}".strip(),
+        "tokens": f"{store.rows * store.context:,} in {store.rows:,} rows of {store.context}",
+        "units": f"{done} of {units}, {store.unit_rows} rows each" + ("" if done == units else ": unfinished"),
+        "codec": f"{identity['codec']}, {identity['compression']}",
+        "bytes": f"{sum(shards.values()):,}, {sum(shards.values()) / stored:,.0f} per token",
+        "software": ", ".join(f"{name} {version}" for name, version in attrs["software"].items()),
+        "identity": attrs["identity_hash"],
+    }
+    for name, value in lines.items():
+        print(f"{name:10}{value}")
+    print(f"{'hookpoint':24}{'side':8}{'module':32}{'d':>7}{'bytes/token':>13}{'lost':>10}")
+    for name, facts in store.hookpoints.items():
+        for side, module, d in zip(commit.SIDES, ("read", "write"), ("d_in", "d_out"), strict=True):
+            size = sum(n for shard, n in shards.items() if shard.startswith((f"{name}/{side}/", f"{name}/{side}_")))
+            lost = store.quantisation_fvu(name, side)
+            print(f"{name:24}{side:8}{facts[module]:32}{facts[d]:>7}{size / stored:>13.0f}{lost:>10.1e}")
+
+
+def verify(path: Path) -> int:
+    """Print every problem; 1 if there is one."""
+    found = 0
+    for problem in problems(path):
+        print(problem)
+        found += 1
+    print(f"{path}: {f'{found} problems' if found else 'all as captured'}")
+    return cli.FAILED if found else cli.DONE
+
+
+def cli_main() -> None:
+    """Console script `skipcoder-store`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", choices=("info", "verify"))
+    parser.add_argument("path", type=Path)
+    args = parser.parse_args()
+    outcome = cli.DONE
+
+    def run() -> None:
+        nonlocal outcome
+        outcome = info(args.path) or cli.DONE if args.command == "info" else verify(args.path)
+
+    sys.exit(cli.run(run) or outcome)
+
+
+if __name__ == "__main__":
+    cli_main()
