@@ -45,7 +45,12 @@ def recoded(store: ActivationStore, codec: str, path: Path) -> ActivationStore:
 
 def bytes_per_token(store: ActivationStore) -> float:
     """Of activations and scales, on the disk."""
-    shards = [s for r in store.commits.values() for s in r.shards.items() if not s[0].startswith(("tokens", "index"))]
+    shards = [
+        s
+        for r in store.commits.values()
+        for s in r.shards.items()
+        if not s[0].startswith(("tokens", "index", "statistics"))
+    ]
     return sum(facts["bytes"] for _, facts in shards) / (store.rows * store.context)
 
 
@@ -77,7 +82,7 @@ def main() -> None:
         facts = {
             codec: {
                 "bytes_per_token": bytes_per_token(store),
-                **{side: store.quantisation_fvu(store.hookpoint(None), side) for side in ("input", "output")},
+                **{side: store.moments(store.hookpoint(None), side, split=None).lost for side in ("input", "output")},
             }
             for codec, store in stores.items()
         }

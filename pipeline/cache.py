@@ -22,7 +22,11 @@ ConfigStore.instance().store(name="cache_schema", node=CacheConfig)
 
 
 def capture(cfg: CacheConfig) -> None:
-    """Create, extend or finish the store; on a finished one, say so and return."""
+    """Create, extend or finish the store; on a finished one, say so and return. With plan=true: only what it costs."""
+    if cfg.plan:
+        from skipcoder.pipeline import plan
+
+        return plan.show(cfg)
     with commit.only_writer(Path(cfg.store.path)):
         _capture(cfg, Path(cfg.store.path))
 
@@ -62,7 +66,7 @@ def _capture(cfg: CacheConfig, path: Path) -> None:
 def _say_loss(path: Path) -> None:
     store = ActivationStore.open(path)
     for name in store.hookpoints:
-        lost = {side: store.quantisation_fvu(name, side) for side in commit.SIDES}
+        lost = {side: store.moments(name, side, split=None).lost for side in commit.SIDES}
         if any(lost.values()):
             facts = ", ".join(f"{side} {fvu:.1e}" for side, fvu in lost.items())
             print(f"{name}: lost to {store.attrs['identity']['codec']}, as a fraction of variance: {facts}")
@@ -90,7 +94,7 @@ def _lay_out(cfg: CacheConfig, path: Path, identity: dict[str, Any] | None, rows
     from skipcoder.pipeline import model, tokens
 
     if identity is not None:
-        hookpoints, widths = model.describe(cfg.model, cfg.hookpoints, cfg.data.context)
+        hookpoints, widths, _ = model.describe(cfg.model, cfg.hookpoints, cfg.data.context)
     print(f"tokenising {rows * cfg.data.context:,} tokens")
     tokenizer = model.load_tokenizer(cfg.model)
     if identity is not None:

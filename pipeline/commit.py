@@ -11,23 +11,15 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from google_crc32c import value as crc32c
+from safetensors import SafetensorError
 from skipcoder.pipeline.errors import UserError
-from skipcoder.pipeline.stats import Moments
+from skipcoder.pipeline.stats import Moments, unpack
 
 SIDES = ("input", "output")
 POSITIONS = ("first", "special", "other")
-
-
-class Part(NamedTuple):
-    """Statistics of one side at one class of positions."""
-
-    moments: Moments
-    """Of the values as they are read back."""
-    error: float
-    """Summed squared distance of those values from the model's own: what the codec lost."""
 
 
 @dataclass(frozen=True)
@@ -39,37 +31,33 @@ class Commit:
     rows: tuple[int, int]
     tokens_crc32c: int
     shards: dict[str, dict[str, int]]
-    """Shard file, relative to the store -> {bytes, crc32c}."""
-    parts: dict[str, dict[str, dict[str, Part]]]
-    """hookpoint -> side -> `first` (position 0 of its row), `special` (a special token elsewhere) or `other`."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON data."""
-        parts = {
-            hookpoint: {
-                side: {where: {**part.moments.to_json(), "error": part.error} for where, part in classes.items()}
-                for side, classes in sides.items()
-            }
-            for hookpoint, sides in self.parts.items()
-        }
-        return {**vars(self), "rows": list(self.rows), "parts": parts}
+    """File, relative to the store -> {bytes, crc32c}: a shard of every array, and the unit's statistics."""
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Commit":
-        """Inverse of `to_json`."""
-        parts = {
-            hookpoint: {
-                side: {where: Part(Moments.from_json(part), part["error"]) for where, part in classes.items()}
-                for side, classes in sides.items()
-            }
-            for hookpoint, sides in data["parts"].items()
-        }
-        return cls(**{**data, "rows": tuple(data["rows"]), "parts": parts})
+        """Inverse of `vars`."""
+        return cls(**{**data, "rows": tuple(data["rows"])})
 
 
 def path_of(store: Path, unit: int) -> Path:
     """File of a unit's record."""
     return store / "commits" / f"{unit:08d}.json"
+
+
+def statistics_file(unit: int) -> str:
+    """File of a unit's statistics, relative to the store."""
+    return f"statistics/{unit:08d}.safetensors"
+
+
+def read_statistics(store: Path, unit: int) -> dict[str, Moments]:
+    """`<hookpoint>/<side>/<class of positions>` -> moments. UserError names a file that cannot be read."""
+    path = store / statistics_file(unit)
+    try:
+        return unpack(path.read_bytes())
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); delete {path_of(store, unit)} and re-run the capture to mend it"
+        ) from None
 
 
 def committed_units(store: Path) -> set[int]:
@@ -91,7 +79,7 @@ def write(store: Path, record: Commit) -> None:
     for shard in record.shards:
         sync(store / shard)
         sync((store / shard).parent)
-    write_atomically(path_of(store, record.unit), json.dumps(record.to_json(), sort_keys=True).encode())
+    write_atomically(path_of(store, record.unit), json.dumps(vars(record), sort_keys=True).encode())
 
 
 def withdraw(store: Path, unit: int) -> None:

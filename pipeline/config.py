@@ -133,6 +133,8 @@ class CacheConfig:
     hookpoints: list[str] = field(default_factory=list)
     micro_batch_tokens: int = 4096
     """Tokens per forward pass. Part of the store's identity: another value may change low bits."""
+    plan: bool = False
+    """Print tokens, bytes, time and the number of coders from which caching pays, and do nothing."""
     seed: int = 0
     """Seeds the permutation of tokens inside each unit."""
 

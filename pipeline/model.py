@@ -70,32 +70,39 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
 
 
 def describe(
-    cfg: ModelConfig, patterns: Iterable[str], context: int
-) -> tuple[list[Hookpoint], dict[str, tuple[int, int]]]:
+    cfg: ModelConfig, patterns: Iterable[str], context: int, count_flops: bool = False
+) -> tuple[list[Hookpoint], dict[str, tuple[int, int]], float]:
     """Resolve hookpoints and find their widths without loading weights; refuse a context the model cannot take.
 
-    Returns the hookpoints and {name: (d_in, d_out)}. The widths come from a forward pass of a model of
-    fake tensors, which hold shapes and no data.
+    Returns the hookpoints, {name: (d_in, d_out)} and, if asked, the FLOP of the captured forward per token of a whole
+    row. They come from a forward pass of a model of fake tensors, which hold shapes and no data.
     """
     import torch
     from skipcoder.pipeline.capture import capture
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModel
 
+    length, flops = (context if count_flops else 2), 0.0
     with _explained(cfg):
         config = _config(cfg)
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None and context > longest:
             raise UserError(f"data.context={context}: {cfg.name} takes at most {longest} tokens")
         with FakeTensorMode(), torch.no_grad():
-            model = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation=cfg.attention)
+            # torch counts no FLOP for the fused attention of CPUs.
+            attention = "eager" if count_flops else cfg.attention
+            model = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
             names = [name for name, _ in model.named_modules()]
             hookpoints = resolve(patterns, cfg.write_modules, names)
-            pairs = capture(model, hookpoints, torch.zeros(1, 2, dtype=torch.long))
+            with FlopCounterMode(display=False) if count_flops else contextlib.nullcontext() as counter:
+                pairs = capture(model, hookpoints, torch.zeros(1, length, dtype=torch.long))
+            if counter is not None:
+                flops = counter.get_total_flops() / length
     for name, (x, y) in pairs.items():
-        if len(x) != 2 or len(y) != 2 or not x.is_floating_point():
+        if len(x) != length or len(y) != length or not x.is_floating_point():
             raise UserError(f"hookpoint {name!r} does not map one vector per token; hook the whole MLP instead")
-    return hookpoints, {name: (x.shape[-1], y.shape[-1]) for name, (x, y) in pairs.items()}
+    return hookpoints, {name: (x.shape[-1], y.shape[-1]) for name, (x, y) in pairs.items()}, flops
 
 
 def load_trunk(cfg: ModelConfig, hookpoints: Iterable[Hookpoint], device: str) -> "torch.nn.Module":

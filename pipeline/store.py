@@ -1,21 +1,24 @@
 """The activation store, for readers: open it, see what is in it, read units and chunks.
 
-On disk (Zarr v3 group): `tokens` [rows, context], `index` [n], `<hookpoint>/input` and `/output` [n, d], and
-`commits/`. A unit is a range of token rows and one shard of every array; what has no commit record does
-not exist. int8 and fp8 codes have scales beside them (`codec.py`). Statistics need no torch.
+On disk (Zarr v3 group): `tokens` [rows, context], `index` [n], `<hookpoint>/input` and `/output` [n, d], `commits/` and
+`statistics/`. A unit is a range of token rows and one shard of every array; what has no commit record does not exist.
+int8 and fp8 codes have scales beside them (`codec.py`). Only activations as tensors need torch.
 """
 
+import hashlib
 import json
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors import SafetensorError
 from skipcoder.pipeline import commit, layout
 from skipcoder.pipeline.codec import CODECS
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.shards import ShardReader
-from skipcoder.pipeline.stats import Moments, merge_all
+from skipcoder.pipeline.stats import Moments, merge_all, pack, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,20 +118,26 @@ class ActivationStore:
         raise UserError(f"{fault}: {self.path} holds {', '.join(self.hookpoints)}; choose one with hookpoint=NAME")
 
     def moments(
-        self, hookpoint: str, side: str, split: str = "train", positions: tuple[str, ...] = ("other",)
+        self, hookpoint: str, side: str, split: str | None = "train", positions: tuple[str, ...] = ("other",)
     ) -> Moments:
-        """Merged statistics of one side over a split, for these classes of positions (commit.POSITIONS)."""
+        """Merged statistics of one side over a split (None: over all units), for these classes of positions
+        (commit.POSITIONS). Merged once; the result is kept beside the store."""
+        units = self.units if split is None else self.split(split)
+        names = [f"{hookpoint}/{side}/{where}" for where in positions]
+        key = json.dumps([self.attrs["identity_hash"], self.rows, units, names])
+        file = self.derived(f"moments-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors")
+        with suppress(OSError, SafetensorError, KeyError):  # not there, or not whole: merged anew
+            return unpack(file.read_bytes())["merged"]
         d = self.hookpoints[hookpoint]["d_in" if side == "input" else "d_out"]
-        records = (self.commits[unit] for unit in self.split(split))
-        return merge_all((r.parts[hookpoint][side][where].moments for r in records for where in positions), d)
+        statistics = (commit.read_statistics(self.path, unit) for unit in units)
+        merged = merge_all((found[name] for found in statistics for name in names), d)
+        with suppress(OSError):  # a place that cannot be written, as of a shared store
+            commit.write_atomically(file, pack({"merged": merged}))
+        return merged
 
-    def quantisation_fvu(self, hookpoint: str, side: str, positions: tuple[str, ...] = ("other",)) -> float:
-        """What the codec lost: squared error over squared distance from the mean, all units, these classes of
-        positions."""
-        d = self.hookpoints[hookpoint]["d_in" if side == "input" else "d_out"]
-        parts = [r.parts[hookpoint][side][where] for r in self.commits.values() for where in positions]
-        variation = float(merge_all((part.moments for part in parts), d).m2.sum())
-        return sum(part.error for part in parts) / variation if variation else 0.0
+    def derived(self, name: str) -> Path:
+        """A file beside the store for what can be computed from it again (`NAME.derived/`)."""
+        return self.path.with_name(f"{self.path.stem}.derived") / name
 
     # ---- what is in it ----------------------------------------------------------------------------
 

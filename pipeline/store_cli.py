@@ -28,12 +28,13 @@ def info(path: Path) -> None:
     }
     for name, value in lines.items():
         print(f"{name:10}{value}")
-    print(f"{'hookpoint':24}{'side':8}{'module':32}{'d':>7}{'bytes/token':>13}{'lost':>10}")
+    print(f"{'hookpoint':24}{'side':8}{'module':32}{'d':>7}{'bytes/token':>13}{'mean norm':>12}{'lost':>10}")
     for name, facts in store.hookpoints.items():
         for side, module, d in zip(commit.SIDES, ("read", "write"), ("d_in", "d_out"), strict=True):
             size = sum(n for shard, n in shards.items() if shard.startswith((f"{name}/{side}/", f"{name}/{side}_")))
-            lost = store.quantisation_fvu(name, side)
-            print(f"{name:24}{side:8}{facts[module]:32}{facts[d]:>7}{size / stored:>13.0f}{lost:>10.1e}")
+            all_units = store.moments(name, side, split=None)
+            facts_of_side = f"{facts[d]:>7}{size / stored:>13.0f}{all_units.mean_norm:>12.3g}{all_units.lost:>10.1e}"
+            print(f"{name:24}{side:8}{facts[module]:32}{facts_of_side}")
 
 
 def verify(path: Path) -> int:

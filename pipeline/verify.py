@@ -79,6 +79,7 @@ def _content(store: ActivationStore, unit: int, record: commit.Commit) -> Iterat
     if not np.array_equal(np.sort(index), np.arange(start, stop)):
         yield "index: not a permutation of the unit's positions"
         return
+    recorded = commit.read_statistics(store.path, unit)
     for hookpoint in store.hookpoints:
         for side in commit.SIDES:
             if f"{hookpoint}/{side}" in bad:
@@ -87,15 +88,14 @@ def _content(store: ActivationStore, unit: int, record: commit.Commit) -> Iterat
             if not np.isfinite(values).all():
                 yield f"{hookpoint}/{side}: NaN or infinity"
             chosen = classes_of(store.attrs, index, tokens.ravel()[index - start])
-            for where, part in record.parts[hookpoint][side].items():
-                if not _equal(Moments.of(values[chosen[where]]), part.moments):
+            for where in commit.POSITIONS:
+                if not _equal(Moments.of(values[chosen[where]]), recorded[f"{hookpoint}/{side}/{where}"]):
                     yield f"{hookpoint}/{side}: statistics of `{where}` positions differ from the record"
 
 
 def _equal(found: Moments, recorded: Moments) -> bool:
-    return found.count == recorded.count and all(
-        np.allclose(getattr(found, v), getattr(recorded, v), rtol=_RTOL, atol=1e-30) for v in ("mean", "m2", "absmax")
-    )
+    pairs = ((getattr(found, name), getattr(recorded, name)) for name in ("mean", "m2", "absmax", "norms"))
+    return found.count == recorded.count and all(np.allclose(a, b, rtol=_RTOL, atol=1e-30) for a, b in pairs)
 
 
 def _some(numbers: list[int]) -> str:

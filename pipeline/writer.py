@@ -16,7 +16,7 @@ from google_crc32c import value as crc32c
 from skipcoder.pipeline import cli, commit, layout
 from skipcoder.pipeline.codec import CODECS, Spec, compressors
 from skipcoder.pipeline.errors import UserError
-from skipcoder.pipeline.stats import Moments
+from skipcoder.pipeline.stats import Moments, pack
 from skipcoder.pipeline.store import FORMAT, VERSION, read_attrs
 
 # Holes must be visible: every array's fill value is impossible as data, and chunks that happen to equal
@@ -52,6 +52,7 @@ def create(path: Path, attrs: dict[str, Any]) -> None:
     }
     group = zarr.open_group(path, mode="w", attributes=attrs)
     group.create_group("commits")
+    group.create_group("statistics")
     context, unit_rows = identity["context"], identity["unit_rows"]
     group.create_array(
         "tokens",
@@ -158,9 +159,8 @@ def write_unit(
         (path / name).unlink(missing_ok=True)  # what a killed worker left: zarr would try to read it
     group = zarr.open_group(path, mode="r+")
     _writable(group["index"])[start:stop] = (start + order).astype(np.uint64)
-    parts: dict[str, dict[str, dict[str, commit.Part]]] = {}
+    moments: dict[str, Moments] = {}
     for name, sides in pairs.items():
-        parts[name] = {}
         for side, z in zip(commit.SIDES, sides, strict=True):
             z = z[torch.from_numpy(order)]
             coded = codec.encode(z)
@@ -169,17 +169,17 @@ def write_unit(
                 _writable(group[f"{name}/{side}{suffix}"])[place] = rows
             values = codec.decode(coded).float()
             error_N = (values - z.float()).double().square_().sum(dim=1).numpy()
-            parts[name][side] = {
-                where: commit.Part(Moments.of(values.numpy()[chosen]), float(error_N[chosen].sum()))
-                for where, chosen in classes.items()
-            }
+            for where, chosen in classes.items():
+                lost = float(error_N[chosen].sum())
+                moments[f"{name}/{side}/{where}"] = Moments.of(values.numpy()[chosen], lost)
+    statistics = commit.statistics_file(unit)
+    commit.write_atomically(path / statistics, pack(moments))
     record = commit.Commit(
         identity=attrs["identity_hash"],
         unit=unit,
         rows=(span.start, span.stop),
         tokens_crc32c=crc32c(np.ascontiguousarray(tokens, dtype="<i4").tobytes()),
-        shards={name: commit.shard_checksum(path / name) for name in [_tokens_shard(unit), *shards]},
-        parts=parts,
+        shards={name: commit.shard_checksum(path / name) for name in [_tokens_shard(unit), *shards, statistics]},
     )
     commit.write(path, record)
     return record

@@ -23,9 +23,9 @@ TOKENS_PER_DIMENSION = 64
 
 
 def ridge(store: ActivationStore, hookpoint: str, kept: TokenFilter) -> tuple[Tensor, Tensor]:
-    """(W [E, D], b [E]) in float64 from training tokens of a store; kept beside it (`NAME.ridge/`) for the next run."""
+    """(W [E, D], b [E]) in float64 from training tokens of a store; kept beside it for the next run."""
     stream = ActivationStream(store, hookpoint, 8192, filter=kept, epochs=1)
-    file = cache_file(store, hookpoint, stream)
+    file = cache_file(store, stream)
     try:
         found = load_file(file)
         return found["W"], found["b"]
@@ -37,10 +37,10 @@ def ridge(store: ActivationStore, hookpoint: str, kept: TokenFilter) -> tuple[Te
     return W, b
 
 
-def cache_file(store: ActivationStore, hookpoint: str, stream: ActivationStream) -> Path:
+def cache_file(store: ActivationStore, stream: ActivationStream) -> Path:
     """Named by all that the solution depends on."""
     key = hashlib.sha256(f"{stream.layout_hash()} {LAMBDA} {TOKENS_PER_DIMENSION}".encode()).hexdigest()[:16]
-    return store.path.with_name(f"{store.path.stem}.ridge") / f"{hookpoint}-{key}.safetensors"
+    return store.derived(f"ridge-{key}.safetensors")
 
 
 def solve(stream: ActivationStream, d_in: int, lam: float = LAMBDA) -> tuple[Tensor, Tensor]:

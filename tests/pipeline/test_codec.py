@@ -97,9 +97,9 @@ def test_store_reads_back_in_any_range_and_tells_what_was_lost(
         assert torch.equal(lossy.activations("layers.1.mlp", side, first, last).double(), coded[first:last])
         everywhere = ("first", "special", "other")
         lost = (coded - exact).square().sum() / (coded - coded.mean(0)).square().sum()
-        assert lossy.quantisation_fvu("layers.1.mlp", side, everywhere) == pytest.approx(float(lost), rel=1e-9)
+        assert lossy.moments("layers.1.mlp", side, None, everywhere).lost == pytest.approx(float(lost), rel=1e-9)
         assert 0 < lost < 2e-3
-        assert store.quantisation_fvu("layers.1.mlp", side, everywhere) == 0
+        assert store.moments("layers.1.mlp", side, None, everywhere).lost == 0
         moments = lossy.moments("layers.1.mlp", side, "train", everywhere)
         spans = [lossy.unit_range(u) for u in lossy.split("train")]
         train = torch.cat([coded[a:b] for a, b in spans])

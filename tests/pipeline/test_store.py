@@ -245,3 +245,20 @@ def test_a_second_capture_on_the_same_store_is_refused(store: ActivationStore, c
         pytest.raises(UserError, match="another capture is at work"),
     ):
         cache.capture(cache_config(store.path, ("layers.*.mlp",)))
+
+
+def test_statistics_are_merged_once_and_kept_beside_the_store(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merged = ActivationStore.open(copy).moments("layers.1.mlp", "output")
+    (file,) = (copy.parent / "copy.derived").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "read_statistics", None)  # opening a store and asking again reads none
+        again = ActivationStore.open(copy).moments("layers.1.mlp", "output")
+    file.write_bytes(file.read_bytes()[:50])
+    mended = ActivationStore.open(copy).moments("layers.1.mlp", "output")
+    for one in (again, mended):
+        assert one.count == merged.count and one.norms == merged.norms
+        np.testing.assert_array_equal(one.mean, merged.mean)
+    file.unlink()
+    (copy / commit.statistics_file(2)).write_bytes(b"x" * (copy / commit.statistics_file(2)).stat().st_size)
+    with pytest.raises(UserError, match=r"statistics/00000002.safetensors cannot be read .* re-run the capture"):
+        ActivationStore.open(copy).moments("layers.1.mlp", "output")
