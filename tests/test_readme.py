@@ -2,8 +2,10 @@
 
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import skipcoder.evals.evaluate
 import skipcoder.pipeline.cache
@@ -11,7 +13,7 @@ import skipcoder.trainer.train  # noqa: F401 (importing an entry point registers
 from hydra import compose, initialize_config_dir
 from skipcoder.evals.config import EvaluateConfig
 from skipcoder.pipeline.cli import typed
-from skipcoder.pipeline.config import CacheConfig
+from skipcoder.pipeline.config import CacheConfig, Codec
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer import bank
 from skipcoder.trainer.config import TrainConfig
@@ -46,3 +48,23 @@ def test_python_example_runs(store: ActivationStore, tmp_path: Path) -> None:
     names: dict = {}
     exec(code.replace("layers.10.mlp", "layers.1.mlp"), names)
     assert names["y_hat"].shape == (1024, 24) and names["values"].shape == names["indices"].shape == (1024, 4)
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_plain_zarr_example_runs(
+    codec: str, store: ActivationStore, cache_config: Callable, capture_here: Callable, tmp_path: Path
+) -> None:
+    (code,) = re.findall(r"```python\n(.+?)```", (REPO / "docs" / "store.md").read_text(), re.S)
+    if codec == "int8":
+        store = capture_here(cache_config(tmp_path / "s.zarr", codec=Codec.int8))
+    code = code.replace("stores/smollm2.zarr", str(store.path)).replace("layers.10.mlp", "layers.1.mlp")
+    names: dict = {}
+    exec(code.replace("unit = 0", "unit = 2"), names)
+    begin, end = store.unit_range(2)
+    expected = store.activations("layers.1.mlp", "input", begin, end).float().numpy()
+    x = names["x"]
+    if codec == "int8":
+        group, name, rows = names["store"], "layers.1.mlp/input", names["rows"]
+        x = group[name][rows] * group[f"{name}_scale"][rows][:, None] * group[f"{name}_channel_scale"][2]
+    np.testing.assert_allclose(x, expected, rtol=0 if codec == "bf16" else 2**-8)
+    np.testing.assert_array_equal(np.sort(names["token"]), np.sort(store.tokens(2).ravel()))
