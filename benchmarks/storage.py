@@ -1,0 +1,139 @@
+"""Bytes and speed of the store: codecs, compressors, and who reads the chunks.
+
+    python benchmarks/storage.py --store PATH [--units 8] [--readers DIR] [--json OUT]
+
+PATH: a bf16 store of real activations. Its first units are written anew with every codec and compressor, by the writer
+that a capture uses (statistics, checksums and fsync included), and read back chunk by chunk, one thread, page cache
+warm.
+DIR: pip install --no-deps --target DIR zarrs tensorstore ml_dtypes
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from skipcoder.pipeline import writer
+from skipcoder.pipeline.store import ActivationStore, read_attrs
+
+CODECS, COMPRESSIONS = ("bf16", "int8", "fp8"), ("zstd", "lz4")
+
+
+def written(store: ActivationStore, codec: str, compression: str, units: int, path: Path) -> float:
+    """Write the first units of `store` with another codec; seconds."""
+    own = ("format", "version", "identity_hash", "rows")
+    attrs: dict[str, Any] = {key: value for key, value in store.attrs.items() if key not in own}
+    identity = {**attrs["identity"], "codec": codec, "compression": compression}
+    writer.create(path, {**attrs, "identity": identity})
+    writer.write_tokens(path, units * store.unit_rows, (row for unit in range(units) for row in store.tokens(unit)))
+    now, seconds = read_attrs(path), 0.0
+    assert now is not None
+    for unit in range(units):
+        span = store.unit_range(unit)
+        back = torch.from_numpy(np.argsort(store.read("index", *span)))
+        pairs = {
+            h: (store.activations(h, "input", *span)[back], store.activations(h, "output", *span)[back])
+            for h in store.hookpoints
+        }
+        begun = time.perf_counter()
+        writer.write_unit(path, now, unit, pairs, store.tokens(unit))
+        seconds += time.perf_counter() - begun
+    return seconds
+
+
+def chunks(store: ActivationStore, units: int) -> list[tuple[int, int]]:
+    """[start, stop) of each chunk of the first units."""
+    end = store.unit_range(units - 1)[1]
+    return [(start, min(start + store.chunk_rows, end)) for start in range(0, end, store.chunk_rows)]
+
+
+def median_seconds(task: Callable[[], object], rounds: int = 5) -> float:
+    """After one unmeasured round."""
+    task()
+    seconds = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        task()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
+
+
+def readers(store: ActivationStore, folder: Path | None) -> dict[str, Callable[[int, int], np.ndarray]]:
+    """Ways to read rows of one array."""
+    name = f"{store.hookpoint(None)}/input"
+    array = store.array(name)
+    ways: dict[str, Callable[[int, int], np.ndarray]] = {
+        "skipcoder": lambda a, b: store.read(name, a, b),
+        "zarr-python": lambda a, b: array[a:b],
+    }
+    if folder:
+        sys.path.insert(0, str(folder))
+        import tensorstore
+        import zarrs  # noqa: F401 (registers its codec pipeline)
+
+        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+            rust = zarr.open_array(store.path / name, mode="r")
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(store.path / name)}}
+        opened = tensorstore.open(spec, open=True).result()
+        ways["zarrs"] = lambda a, b: rust[a:b]
+        ways["tensorstore"] = lambda a, b: opened[a:b].read().result()
+    return ways
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--units", type=int, default=8)
+    parser.add_argument("--readers", type=Path, help="where zarrs and tensorstore are installed")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    store = ActivationStore.open(args.store)
+    hookpoint = store.hookpoint(None)
+    raw = sum(2 * store.hookpoints[hookpoint][d] for d in ("d_in", "d_out"))
+    tokens = args.units * store.unit_rows * store.context
+    results: dict[str, Any] = {}
+    print("| codec | compressor | bytes/token | of raw bf16 | write MB/s | read MB/s | lost (in, out) |")
+    print("|---" * 7 + "|")
+    for codec in CODECS:
+        for compression in COMPRESSIONS:
+            with tempfile.TemporaryDirectory() as folder:
+                seconds = written(store, codec, compression, args.units, Path(folder) / "s.zarr")
+                new = ActivationStore.open(Path(folder) / "s.zarr")
+                shards = (s for r in new.commits.values() for s in r.shards.items() if s[0].startswith(hookpoint))
+                size = sum(facts["bytes"] for _, facts in shards) / tokens
+                spans = chunks(new, args.units)
+                read = median_seconds(
+                    lambda new=new, spans=spans: [
+                        new.activations(hookpoint, side, a, b) for a, b in spans for side in ("input", "output")
+                    ]
+                )
+                lost = [new.moments(hookpoint, side, split=None).lost for side in ("input", "output")]
+            speeds = [raw * tokens / s / 1e6 for s in (seconds, read)]
+            results[f"{codec} {compression}"] = {"bytes": size, "write": speeds[0], "read": speeds[1], "lost": lost}
+            print(
+                f"| {codec} | {compression} | {size:,.0f} | {size / raw:.3f} | {speeds[0]:,.0f} | {speeds[1]:,.0f} "
+                f"| {lost[0]:.1e}, {lost[1]:.1e} |",
+                flush=True,
+            )
+    spans = chunks(store, args.units)
+    width = 2 * store.hookpoints[hookpoint]["d_in"]
+    for way, read_rows in readers(store, args.readers).items():
+        seconds = median_seconds(lambda read_rows=read_rows: [read_rows(a, b) for a, b in spans])
+        results[way] = width * tokens / seconds / 1e6
+        print(f"{way:12} {results[way]:8,.0f} MB/s of decoded bf16")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
