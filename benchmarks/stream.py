@@ -37,10 +37,11 @@ KEEP_ALL = TokenFilter(0, False)
 
 
 def ours(store: ActivationStore, hookpoint: str) -> Callable[[], int]:
-    """An epoch of the stream, with nothing kept from the epoch before."""
+    """An epoch of the stream, with nothing kept from the epoch before but its empty buffers."""
+    stream = ActivationStream(store, hookpoint, BATCH, filter=KEEP_ALL, epochs=1)
 
     def epoch() -> int:
-        stream = ActivationStream(store, hookpoint, BATCH, filter=KEEP_ALL, epochs=1)
+        stream.load_state_dict(stream.beginning())
         return sum(len(batch.x) for batch in stream)
 
     return epoch
@@ -98,7 +99,9 @@ def safetensors(store: ActivationStore, hookpoint: str, folder: Path) -> Callabl
         x, y = (store.activations(hookpoint, side, start, stop) for side in ("input", "output"))
         paths.append(folder / f"{i}.safetensors")
         save_file({"x": x.contiguous(), "y": y.contiguous()}, paths[-1])
-    loader = DataLoader(Files(paths), batch_size=None, shuffle=True, num_workers=2, prefetch_factor=4)
+    loader = DataLoader(
+        Files(paths), batch_size=None, shuffle=True, num_workers=2, prefetch_factor=4, persistent_workers=True
+    )
     return lambda: sum(len(pair["x"]) for pair in loader)
 
 

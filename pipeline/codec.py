@@ -149,12 +149,11 @@ def channel_scale(sample_ND: "Tensor") -> "Tensor":
 def compressors(compression: str, itemsize: int = 2) -> list[Any]:
     """Zarr codecs after the array bytes: Blosc, then a CRC32C of each chunk.
 
-    Without the CRC a flipped byte in a chunk comes back silently: zarr's own guards only the shard index.
+    Bits are shuffled: with zstd, bf16 takes 0.72 of its size so and 0.71 with bytes shuffled, but decodes 1.7 times as
+    fast (benchmarks/storage.py). Codes of one byte are best left alone. Without the CRC a flipped byte in a chunk comes
+    back silently: zarr's own guards only the shard index.
     """
     from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
 
-    blosc = {
-        "zstd": BloscCodec(typesize=itemsize, cname="zstd", clevel=5, shuffle=BloscShuffle.shuffle),
-        "lz4": BloscCodec(typesize=itemsize, cname="lz4", clevel=5, shuffle=BloscShuffle.bitshuffle),
-    }
-    return [blosc[compression], Crc32cCodec()]
+    shuffle = BloscShuffle.bitshuffle if itemsize > 1 else BloscShuffle.noshuffle
+    return [BloscCodec(typesize=itemsize, cname=compression, clevel=5, shuffle=shuffle), Crc32cCodec()]

@@ -12,7 +12,7 @@ import torch
 from numcodecs import blosc
 from skipcoder.pipeline import layout
 from skipcoder.pipeline.codec import CODECS
-from skipcoder.pipeline.config import CacheConfig, Compression
+from skipcoder.pipeline.config import CacheConfig
 from skipcoder.pipeline.model import describe
 
 _SECONDS = 0.3
@@ -83,12 +83,12 @@ def show(cfg: CacheConfig) -> None:
 def _codec(cfg: CacheConfig, chunk: int, d: int) -> tuple[float, float, float]:
     """(stored bytes, seconds to write, seconds to read) of one token of width d."""
     codec, z_ND = CODECS[cfg.store.codec.value], torch.randn(chunk, d).bfloat16()
-    zstd = cfg.store.compression is Compression.zstd
+    compression = cfg.store.compression.value.encode()
     begun = time.perf_counter()
     coded = codec.encode(z_ND)
     packed = {
         suffix: blosc.compress(
-            np.ascontiguousarray(array), b"zstd" if zstd else b"lz4", 5, blosc.SHUFFLE if zstd else blosc.BITSHUFFLE
+            np.ascontiguousarray(array), compression, 5, blosc.BITSHUFFLE if array.itemsize > 1 else blosc.NOSHUFFLE
         )
         for suffix, array in coded.items()
     }

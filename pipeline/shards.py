@@ -7,6 +7,7 @@ coded as our own stores are, is left to zarr.
 
 import os
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from google_crc32c import value as crc32c
 from numcodecs import blosc
 
 _MISSING = 2**64 - 1
+_local = threading.local()
+
+
+def _buffer(size: int) -> np.ndarray:
+    """Scratch memory of this thread, used again: the first touch of fresh memory costs as much as reading."""
+    if len(getattr(_local, "memory", ())) < size:
+        _local.memory = np.empty(size, np.uint8)
+    return _local.memory[:size]
 
 
 class ShardReader:
@@ -43,7 +52,7 @@ class ShardReader:
         shard, chunk = start // self.shard_rows, start % self.shard_rows // rows
         file = self.path.joinpath("c", str(shard), *["0"] * (len(self.chunk_shape) - 1))
         entries = self.shard_rows // rows
-        with file.open("rb") as f:
+        with file.open("rb", buffering=0) as f:
             f.seek(-16 * entries - 4, os.SEEK_END)
             index = f.read()
             if crc32c(index[:-4]) != struct.unpack("<I", index[-4:])[0]:
@@ -52,10 +61,13 @@ class ShardReader:
             if offset == _MISSING:
                 raise ValueError("the chunk is missing from its shard")
             f.seek(offset)
-            coded = f.read(size)
-        if len(coded) < size or crc32c(coded[:-4]) != struct.unpack("<I", coded[-4:])[0]:
+            coded = _buffer(size)
+            read = f.readinto(coded)  # type: ignore[attr-defined]
+        coded.flags.writeable = False  # crc32c takes nothing else
+        content, checksum = coded[:-4], coded[-4:]
+        if read < size or crc32c(content) != struct.unpack("<I", checksum)[0]:
             raise ValueError("its checksum does not match")
         whole = out is not None and out.shape == self.chunk_shape and out.flags.c_contiguous
         chunk_out = out if whole else np.empty(self.chunk_shape, self.dtype)
-        blosc.decompress(memoryview(coded)[:-4], chunk_out)
+        blosc.decompress(content, chunk_out)
         return chunk_out if whole else chunk_out[: stop - start]

@@ -93,6 +93,38 @@ class _Block(NamedTuple):
     """The rows that are served, in their order."""
 
 
+class _Assembly:
+    """A batch in the making: this rank's rows of what `add` is given, in the stream's dtype, on their way to its
+    device."""
+
+    def __init__(self, stream: "ActivationStream") -> None:
+        self.stream, self.tokens, self.mine = stream, 0, 0
+        most = -(-stream.batch_tokens // stream.world_size)
+        self.on_gpu = stream.device.type == "cuda"  # there it is converted, half the bytes travel
+        dtype = torch.bfloat16 if self.on_gpu else stream.dtype
+        sides = [torch.empty(most, d, dtype=dtype, pin_memory=self.on_gpu) for d in stream.widths]
+        self.columns = (*sides, torch.empty(most, dtype=torch.int64))
+
+    def add(self, columns: tuple[Tensor, ...], rows: Tensor) -> None:
+        """The next tokens of the global batch."""
+        first = (self.stream.rank - self.tokens) % self.stream.world_size
+        rows_of_mine = rows[first :: self.stream.world_size]
+        for out, z in zip(self.columns, columns, strict=True):
+            out[self.mine : self.mine + len(rows_of_mine)] = z.index_select(0, rows_of_mine)
+        self.mine += len(rows_of_mine)
+        self.tokens += len(rows)
+
+    def done(self) -> Batch:
+        """The batch."""
+        stream = self.stream
+        *sides, position = (z[: self.mine] for z in self.columns)
+        if self.on_gpu:
+            sides = [z.to(stream.device, non_blocking=True) for z in sides]
+        sides = [z.to(stream.device, stream.dtype) for z in sides]
+        pairs = zip(sides[::2], sides[1::2], strict=True)
+        return Batch(dict(zip(stream.hookpoints, pairs, strict=True)), position, self.tokens)
+
+
 class ActivationStream:
     """Endless (or `epochs` long) stream of batches. The order depends on (seed, epoch, layout) alone.
 
@@ -141,7 +173,7 @@ class ActivationStream:
         )
         self.pool_chunks = pool_chunks or max(1, POOL_BYTES // (pair_bytes * store.chunk_rows))
         small = total * pair_bytes <= KEEP_BYTES
-        self._widths = [
+        self.widths = [
             facts[d] for facts in map(store.hookpoints.__getitem__, self.hookpoints) for d in ("d_in", "d_out")
         ]
         self._free: list[tuple[Tensor, ...]] = []
@@ -191,8 +223,7 @@ class ActivationStream:
     def _batches(self) -> Generator[tuple[Batch, tuple[int, int, int]]]:
         """Batches, each with the position after it."""
         epoch, number, offset = self.epoch, self.block, self.offset
-        parts: list[tuple[Tensor, ...]] = []
-        missing, seen = self.batch_tokens, False
+        batch, seen = _Assembly(self), False
         blocks = _ahead(self._blocks())
         try:
             for block in blocks:
@@ -200,17 +231,15 @@ class ActivationStream:
                 seen = seen or size > 0
                 after = (block.epoch + 1, 0) if block.is_last else (block.epoch, block.number + 1)
                 while offset < size:
-                    stop = min(offset + missing, size)
-                    rows = block.shuffle[offset:stop]
-                    parts.append(tuple(z.index_select(0, rows) for z in block.columns))
-                    missing -= stop - offset
+                    stop = min(offset + self.batch_tokens - batch.tokens, size)
+                    batch.add(block.columns, block.shuffle[offset:stop])
                     offset = stop
-                    if not missing:
-                        yield self._batch(parts), ((*after, 0) if stop == size else (epoch, number, stop))
-                        parts, missing = [], self.batch_tokens
-                if block.is_last and parts:
-                    yield self._batch(parts), (*after, 0)
-                    parts, missing = [], self.batch_tokens
+                    if batch.tokens == self.batch_tokens:
+                        yield batch.done(), ((*after, 0) if stop == size else (epoch, number, stop))
+                        batch = _Assembly(self)
+                if block.is_last and batch.tokens:
+                    yield batch.done(), (*after, 0)
+                    batch = _Assembly(self)
                 (epoch, number), offset = after, 0
                 if block.columns is not self._whole:
                     self._free.append(block.columns)
@@ -218,18 +247,6 @@ class ActivationStream:
                     raise UserError(f"{self.store.path}: the stream's filter leaves no token ({self.filter})")
         finally:
             blocks.close()
-
-    def _batch(self, parts: list[tuple[Tensor, ...]]) -> Batch:
-        *sides, position = (torch.cat(z) if len(z) > 1 else z[0] for z in zip(*parts, strict=True))
-        mine = slice(self.rank, None, self.world_size)
-        sides = [self._send(z[mine]) for z in sides]
-        pairs = dict(zip(self.hookpoints, zip(sides[::2], sides[1::2], strict=True), strict=True))
-        return Batch(pairs, position[mine], len(position))
-
-    def _send(self, z: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            z = z.pin_memory().to(self.device, non_blocking=True)
-        return z.to(self.device, self.dtype)
 
     def _blocks(self) -> Generator[_Block]:
         epoch, number = self.epoch, self.block
@@ -256,7 +273,7 @@ class ActivationStream:
 
     def _allocate(self, chunks: int) -> tuple[Tensor, ...]:
         rows = chunks * self.store.chunk_rows
-        return *(torch.empty(rows, d, dtype=torch.bfloat16) for d in self._widths), torch.empty(rows, dtype=torch.int64)
+        return *(torch.empty(rows, d, dtype=torch.bfloat16) for d in self.widths), torch.empty(rows, dtype=torch.int64)
 
     def _read_chunk(self, chunk: int, columns: tuple[Tensor, ...], slot: int) -> np.ndarray:
         """Decode a chunk into its slot; the rows of the columns that the filter leaves."""

@@ -36,7 +36,7 @@ from skipcoder.trainer.config import (
 from skipcoder.trainer.learner import Learner
 from skipcoder.trainer.live_table import _render
 from skipcoder.trainer.member import Member
-from skipcoder.trainer.stream import ActivationStream
+from skipcoder.trainer.stream import ActivationStream, _Assembly
 
 from tests.conftest import REPO
 from tests.trainer.test_run import assert_same
@@ -79,8 +79,8 @@ def test_every_member_equals_the_same_run_alone(store: ActivationStore, tmp_path
 
 def test_each_batch_is_read_once(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    real = ActivationStream._batch
-    monkeypatch.setattr(ActivationStream, "_batch", lambda self, parts: read.append(1) or real(self, parts))
+    real = _Assembly.done
+    monkeypatch.setattr(_Assembly, "done", lambda self: read.append(1) or real(self))
     train_bank([(config(store, seed=seed), tmp_path / str(seed)) for seed in range(3)])
     # The held-out tokens are a batch, too; and the reader is up to two batches ahead when training ends.
     assert STEPS + 1 <= len(read) <= STEPS + 3
