@@ -99,7 +99,7 @@ class _Assembly:
 
     def __init__(self, stream: "ActivationStream") -> None:
         self.stream, self.tokens, self.mine = stream, 0, 0
-        most = -(-stream.batch_tokens // stream.world_size)
+        most = -(-min(stream.batch_tokens, stream.tokens) // stream.world_size)
         self.on_gpu = stream.device.type == "cuda"  # there it is converted, half the bytes travel
         dtype = torch.bfloat16 if self.on_gpu else stream.dtype
         sides = [torch.empty(most, d, dtype=dtype, pin_memory=self.on_gpu) for d in stream.widths]
@@ -162,20 +162,16 @@ class ActivationStream:
             for begin, stop in [store.unit_range(unit)]
             for start in range(begin, stop, store.chunk_rows)
         ]
-        total = sum(stop - start for _, start, stop in self.chunks)
-        if epochs is None and batch_tokens > total:
+        self.tokens = sum(stop - start for _, start, stop in self.chunks)
+        if epochs is None and batch_tokens > self.tokens:
             raise UserError(
-                f"train.batch_tokens={batch_tokens} is more than the {total:,} training tokens of {store.path}"
+                f"train.batch_tokens={batch_tokens} is more than the {self.tokens:,} training tokens of {store.path}"
             )
         self.epoch = self.block = self.offset = 0
-        pair_bytes = sum(
-            2 * (facts["d_in"] + facts["d_out"]) for facts in map(store.hookpoints.__getitem__, self.hookpoints)
-        )
+        self.widths = [store.hookpoints[name][d] for name in self.hookpoints for d in ("d_in", "d_out")]
+        pair_bytes = 2 * sum(self.widths)
         self.pool_chunks = pool_chunks or max(1, POOL_BYTES // (pair_bytes * store.chunk_rows))
-        small = total * pair_bytes <= KEEP_BYTES
-        self.widths = [
-            facts[d] for facts in map(store.hookpoints.__getitem__, self.hookpoints) for d in ("d_in", "d_out")
-        ]
+        small = self.tokens * pair_bytes <= KEEP_BYTES
         self._free: list[tuple[Tensor, ...]] = []
         self._whole = self._allocate(len(self.chunks)) if small and epochs != 1 else None
         self._read: dict[int, np.ndarray] = {}
