@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import zarr
+from numcodecs import blosc
 from skipcoder.pipeline import writer
 from skipcoder.pipeline.store import ActivationStore, read_attrs
 
@@ -66,6 +67,21 @@ def median_seconds(task: Callable[[], object], rounds: int = 5) -> float:
     return statistics.median(seconds)
 
 
+def shuffles(store: ActivationStore, units: int) -> dict[str, tuple[float, float, float]]:
+    """Blosc alone on bf16 codes: (size over raw, MB/s to compress, MB/s to decompress), bytes or bits shuffled."""
+    name = f"{store.hookpoint(None)}/input"
+    codes = [store.read(name, a, b) for a, b in chunks(store, units)]
+    raw, out, found = sum(c.nbytes for c in codes), np.empty_like(codes[0]), {}
+    for compressor in (b"zstd", b"lz4"):
+        for label, shuffle in (("bytes", blosc.SHUFFLE), ("bits", blosc.BITSHUFFLE)):
+            packed = [blosc.compress(c, compressor, 5, shuffle) for c in codes]
+            write = median_seconds(lambda c=compressor, s=shuffle: [blosc.compress(x, c, 5, s) for x in codes[:8]], 3)
+            read = median_seconds(lambda packed=packed: [blosc.decompress(p, out) for p in packed])
+            speed = sum(c.nbytes for c in codes[:8]) / write / 1e6
+            found[f"{compressor.decode()}, {label} shuffled"] = (sum(map(len, packed)) / raw, speed, raw / read / 1e6)
+    return found
+
+
 def readers(store: ActivationStore, folder: Path | None) -> dict[str, Callable[[int, int], np.ndarray]]:
     """Ways to read rows of one array."""
     name = f"{store.hookpoint(None)}/input"
@@ -77,8 +93,10 @@ def readers(store: ActivationStore, folder: Path | None) -> dict[str, Callable[[
     if folder:
         sys.path.insert(0, str(folder))
         import tensorstore
-        import zarrs  # noqa: F401 (registers its codec pipeline)
+        from zarr.registry import register_pipeline
+        from zarrs import ZarrsCodecPipeline
 
+        register_pipeline(ZarrsCodecPipeline, "zarrs.ZarrsCodecPipeline")
         with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
             rust = zarr.open_array(store.path / name, mode="r")
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(store.path / name)}}
@@ -125,6 +143,9 @@ def main() -> None:
                 f"| {lost[0]:.1e}, {lost[1]:.1e} |",
                 flush=True,
             )
+    for way, (size, write, decode) in shuffles(store, args.units).items():
+        results[way] = {"bytes": size, "write": write, "read": decode}
+        print(f"{way:22} {size:.3f} of bf16, {write:6,.0f} MB/s to compress, {decode:6,.0f} MB/s to decompress")
     spans = chunks(store, args.units)
     width = 2 * store.hookpoints[hookpoint]["d_in"]
     for way, read_rows in readers(store, args.readers).items():

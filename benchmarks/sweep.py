@@ -11,8 +11,8 @@ is reading and decoding; on a CPU the steps are nearly all of the time.
 On the fly: the commands that a user types, capture included (`pipeline/cache.py`, then `trainer/train.py -m`), against
 eight fits of eai-sparsify's Trainer, each of which loads the model and runs it over the same training rows (shuffled,
 since it does not shuffle tokens). On a CPU its Trainer takes no bfloat16 activations, so it gets the model in float32;
-what the forward passes would have saved in bfloat16 is timed beside it and taken off its time. Both are judged on the held-out units of PATH, which must be a store of the default
-text with more than 16 times TOKENS.
+what the forward passes would have saved in bfloat16 is timed beside it and taken off its time. Both are judged on the
+held-out units of PATH, which must be a store of the default text with more than 16 times TOKENS.
 """
 
 import argparse

@@ -44,20 +44,22 @@ def path_of(store: Path, unit: int) -> Path:
     return store / "commits" / f"{unit:08d}.json"
 
 
-def statistics_file(unit: int) -> str:
+def statistics_file(hookpoint: str, unit: int) -> str:
     """File of a unit's statistics, relative to the store."""
-    return f"statistics/{unit:08d}.safetensors"
+    return f"statistics/{hookpoint}/{unit:08d}.safetensors"
 
 
-def read_statistics(store: Path, unit: int) -> dict[str, Moments]:
-    """`<hookpoint>/<side>/<class of positions>` -> moments. UserError names a file that cannot be read."""
-    path = store / statistics_file(unit)
+def read_statistics(store: Path, hookpoint: str, record: Commit) -> dict[str, Moments]:
+    """`<side>/<class of positions>` -> moments. UserError names a file that is not what was written."""
+    name = statistics_file(hookpoint, record.unit)
     try:
-        return unpack(path.read_bytes())
+        content = (store / name).read_bytes()
+        if crc32c(content) != record.shards[name]["crc32c"]:
+            raise ValueError("its checksum does not match")
+        return unpack(content)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); delete {path_of(store, unit)} and re-run the capture to mend it"
-        ) from None
+        mend = f"delete {path_of(store, record.unit)} and re-run the capture to mend it"
+        raise UserError(f"{store / name} cannot be read ({error}); {mend}") from None
 
 
 def committed_units(store: Path) -> set[int]:

@@ -91,7 +91,7 @@ class StoreConfig:
     codec: Codec = Codec.bf16
     """bf16: 2 bytes per activation before compression, lossless for a model in bfloat16; int8, fp8: 1 byte."""
     compression: Compression = Compression.zstd
-    """zstd: smaller; lz4: about 1.6 times faster to decode."""
+    """zstd: smaller; lz4: about 1.5 times as fast to read."""
     unit_rows: int | None = None
     """Token rows in one unit of work (= one shard of every array). null: min(16384/context, rows/64)."""
 

@@ -52,7 +52,7 @@ class ShardReader:
         shard, chunk = start // self.shard_rows, start % self.shard_rows // rows
         file = self.path.joinpath("c", str(shard), *["0"] * (len(self.chunk_shape) - 1))
         entries = self.shard_rows // rows
-        with file.open("rb", buffering=0) as f:
+        with file.open("rb") as f:
             f.seek(-16 * entries - 4, os.SEEK_END)
             index = f.read()
             if crc32c(index[:-4]) != struct.unpack("<I", index[-4:])[0]:
@@ -62,7 +62,7 @@ class ShardReader:
                 raise ValueError("the chunk is missing from its shard")
             f.seek(offset)
             coded = _buffer(size)
-            read = f.readinto(coded)  # type: ignore[attr-defined]
+            read = f.readinto(coded)
         coded.flags.writeable = False  # crc32c takes nothing else
         content, checksum = coded[:-4], coded[-4:]
         if read < size or crc32c(content) != struct.unpack("<I", checksum)[0]:

@@ -123,17 +123,23 @@ class ActivationStore:
         """Merged statistics of one side over a split (None: over all units), for these classes of positions
         (commit.POSITIONS). Merged once; the result is kept beside the store."""
         units = self.units if split is None else self.split(split)
-        names = [f"{hookpoint}/{side}/{where}" for where in positions]
-        key = json.dumps([self.attrs["identity_hash"], self.rows, units, names])
+        names = [f"{side}/{where}" for where in positions]
+        key = json.dumps([self.content, units, hookpoint, names])
         file = self.derived(f"moments-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors")
         with suppress(OSError, SafetensorError, KeyError):  # not there, or not whole: merged anew
             return unpack(file.read_bytes())["merged"]
         d = self.hookpoints[hookpoint]["d_in" if side == "input" else "d_out"]
-        statistics = (commit.read_statistics(self.path, unit) for unit in units)
+        statistics = (commit.read_statistics(self.path, hookpoint, self.commits[unit]) for unit in units)
         merged = merge_all((found[name] for found in statistics for name in names), d)
         with suppress(OSError):  # a place that cannot be written, as of a shared store
             commit.write_atomically(file, pack({"merged": merged}))
         return merged
+
+    @cached_property
+    def content(self) -> str:
+        """Hash of the checksums of all files: other bytes, other hash."""
+        facts = json.dumps({unit: record.shards for unit, record in self.commits.items()}, sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
     def derived(self, name: str) -> Path:
         """A file beside the store for what can be computed from it again (`NAME.derived/`)."""

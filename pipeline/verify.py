@@ -23,6 +23,9 @@ def problems(path: Path) -> Iterator[str]:
         raise UserError(f"no activation store at {path}")
     if identity_hash(attrs["identity"]) != attrs["identity_hash"]:
         yield f"{path}/zarr.json: the identity does not match its hash; the attributes were edited"
+    if not attrs["rows"]:
+        yield "its tokens were not written to the end; run the same capture command again"
+        return
     store = ActivationStore(path, attrs)
     units = layout.num_units(store.rows, store.unit_rows)
     records = sorted(commit.committed_units(path))
@@ -79,8 +82,8 @@ def _content(store: ActivationStore, unit: int, record: commit.Commit) -> Iterat
     if not np.array_equal(np.sort(index), np.arange(start, stop)):
         yield "index: not a permutation of the unit's positions"
         return
-    recorded = commit.read_statistics(store.path, unit)
     for hookpoint in store.hookpoints:
+        recorded = commit.read_statistics(store.path, hookpoint, record)
         for side in commit.SIDES:
             if f"{hookpoint}/{side}" in bad:
                 continue
@@ -89,7 +92,7 @@ def _content(store: ActivationStore, unit: int, record: commit.Commit) -> Iterat
                 yield f"{hookpoint}/{side}: NaN or infinity"
             chosen = classes_of(store.attrs, index, tokens.ravel()[index - start])
             for where in commit.POSITIONS:
-                if not _equal(Moments.of(values[chosen[where]]), recorded[f"{hookpoint}/{side}/{where}"]):
+                if not _equal(Moments.of(values[chosen[where]]), recorded[f"{side}/{where}"]):
                     yield f"{hookpoint}/{side}: statistics of `{where}` positions differ from the record"
 
 

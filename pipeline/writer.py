@@ -159,8 +159,9 @@ def write_unit(
         (path / name).unlink(missing_ok=True)  # what a killed worker left: zarr would try to read it
     group = zarr.open_group(path, mode="r+")
     _writable(group["index"])[start:stop] = (start + order).astype(np.uint64)
-    moments: dict[str, Moments] = {}
+    statistics = {name: commit.statistics_file(name, unit) for name in pairs}
     for name, sides in pairs.items():
+        moments: dict[str, Moments] = {}
         for side, z in zip(commit.SIDES, sides, strict=True):
             z = z[torch.from_numpy(order)]
             coded = codec.encode(z)
@@ -171,15 +172,16 @@ def write_unit(
             error_N = (values - z.float()).double().square_().sum(dim=1).numpy()
             for where, chosen in classes.items():
                 lost = float(error_N[chosen].sum())
-                moments[f"{name}/{side}/{where}"] = Moments.of(values.numpy()[chosen], lost)
-    statistics = commit.statistics_file(unit)
-    commit.write_atomically(path / statistics, pack(moments))
+                moments[f"{side}/{where}"] = Moments.of(values.numpy()[chosen], lost)
+        commit.write_atomically(path / statistics[name], pack(moments))
     record = commit.Commit(
         identity=attrs["identity_hash"],
         unit=unit,
         rows=(span.start, span.stop),
         tokens_crc32c=crc32c(np.ascontiguousarray(tokens, dtype="<i4").tobytes()),
-        shards={name: commit.shard_checksum(path / name) for name in [_tokens_shard(unit), *shards, statistics]},
+        shards={
+            name: commit.shard_checksum(path / name) for name in [_tokens_shard(unit), *shards, *statistics.values()]
+        },
     )
     commit.write(path, record)
     return record

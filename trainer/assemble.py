@@ -58,7 +58,10 @@ def make_learner(
     x, y = (store.moments(hookpoint, side, positions=kept.classes) for side in sides(cfg.coder))
     learner = Learner(cfg, x, y, steps, device, ranks)
     if fresh and cfg.coder.kind is Kind.skip_transcoder and cfg.coder.skip_init is SkipInit.ridge:
-        learner.start_skip(*ridge(store, hookpoint, kept))
+        if ranks.is_main:
+            learner.start_skip(*ridge(store, hookpoint, kept))
+        assert learner.coder.W_skip is not None
+        ranks.share(learner.coder.W_skip.data, learner.coder.b_dec.data)
     return learner
 
 

@@ -80,8 +80,12 @@ def train_bank(jobs: Sequence[tuple[TrainConfig, Path]]) -> list[Outcome]:
                 waiting.append(member)
     if waiting and store is not None:
         open_ends = [member.directory for member in waiting]
-        with _failing(outcomes, *open_ends):
-            _train(waiting, store, outcomes)
+        try:
+            with _failing(outcomes, *open_ends):
+                _train(waiting, store, outcomes)
+        finally:  # also after an interruption
+            for member in waiting:
+                member.release()
     return [outcomes[directory] for _, directory in jobs]
 
 
@@ -154,7 +158,7 @@ def _unfinished(members: list[Member], outcomes: dict[Path, Outcome]) -> list[Me
             with _failing(outcomes, member.directory):
                 outcomes[member.directory] = Outcome(member.directory, member.finish())
         if member.directory in outcomes:
-            member.release()
+            member.release(finished=outcomes[member.directory].error is None)
     return [member for member in members if member.directory not in outcomes]
 
 

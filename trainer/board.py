@@ -19,8 +19,8 @@ class Board(Protocol):
     def write(self, line: dict[str, Any]) -> None:
         """The numbers of a line of metrics.jsonl, nested ones as `ms/read`."""
 
-    def close(self) -> None:
-        """Write what is still in memory."""
+    def close(self, finished: bool) -> None:
+        """Write what is still in memory; `finished`: the run has come to its end."""
 
 
 def boards(cfg: TrainConfig, directory: Path) -> list[Board]:
@@ -54,7 +54,7 @@ class TensorBoard:
         for name, number in _numbers(line):
             self._writer.add_scalar(name, number, line["step"])
 
-    def close(self) -> None:
+    def close(self, finished: bool) -> None:
         if self._writer is not None:
             self._writer.close()
 
@@ -94,8 +94,8 @@ class Wandb:
     def write(self, line: dict[str, Any]) -> None:
         self._run.log(dict(_numbers(line)), step=line["step"])
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, finished: bool) -> None:
+        self._run.finish(exit_code=0 if finished else 1)
 
 
 def _numbers(line: dict[str, Any]) -> Iterator[tuple[str, float]]:

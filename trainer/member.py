@@ -160,10 +160,10 @@ class Member:
             batch = next(iter(start))
             self.learner.calibrate(batch.x, batch.y)
 
-    def release(self) -> None:
-        """Let go of the learner's memory."""
+    def release(self, finished: bool = False) -> None:
+        """Let go of the learner's memory and of what is watching."""
         for board in self.boards:
-            board.close()
+            board.close(finished)
         self.boards = []
         self.__dict__.pop("learner", None)
 

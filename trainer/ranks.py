@@ -46,6 +46,12 @@ class Ranks:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
+    def share(self, *tensors: Tensor) -> None:
+        """Give all ranks the tensors of the main one, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
         if self.size == 1:

@@ -39,7 +39,9 @@ def ridge(store: ActivationStore, hookpoint: str, kept: TokenFilter) -> tuple[Te
 
 def cache_file(store: ActivationStore, stream: ActivationStream) -> Path:
     """Named by all that the solution depends on."""
-    key = hashlib.sha256(f"{stream.layout_hash()} {LAMBDA} {TOKENS_PER_DIMENSION}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        f"{store.content} {stream.layout_hash()} {LAMBDA} {TOKENS_PER_DIMENSION}".encode()
+    ).hexdigest()[:16]
     return store.derived(f"ridge-{key}.safetensors")
 
 

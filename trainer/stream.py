@@ -5,7 +5,7 @@ block is read, filtered, permuted as a whole and drained into batches. A batch m
 epochs. Three integers, (epoch, block, offset), say where the next token is; resuming reads one block.
 
 Two threads run ahead: one decodes the next block, straight into its place in memory, and one gathers the next batch and
-sends it to the device. A token is so moved twice: when it is decoded and when it is gathered.
+sends it to the device.
 
 Legend: B tokens of a batch, D input width, E output width.
 """
@@ -156,6 +156,8 @@ class ActivationStream:
         self.batch_tokens, self.seed, self.epochs = batch_tokens, seed, epochs
         self.rank, self.world_size = rank, world_size
         self.device, self.dtype = torch.device(device), dtype
+        if self.device.type == "cuda" and self.device.index is None:  # the current device is each thread's own
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.chunks = [
             (unit, start, min(start + store.chunk_rows, stop))
             for unit in store.split(split)
@@ -218,6 +220,8 @@ class ActivationStream:
 
     def _batches(self) -> Generator[tuple[Batch, tuple[int, int, int]]]:
         """Batches, each with the position after it."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         epoch, number, offset = self.epoch, self.block, self.offset
         batch, seen = _Assembly(self), False
         blocks = _ahead(self._blocks())

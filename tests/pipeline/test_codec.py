@@ -77,6 +77,8 @@ def test_holes_decode_to_nan() -> None:
             for suffix, spec in codec.arrays.items()
         }
         assert codec.decode(hole).isnan().all()
+        whole = codec.encode(torch.randn(2, 3))
+        assert codec.decode({**whole, "": hole[""]}).isnan().all()  # in the codes alone
 
 
 @pytest.mark.parametrize("codec", ["int8", "fp8"])

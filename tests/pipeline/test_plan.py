@@ -30,7 +30,7 @@ def test_weights_are_not_loaded_and_nothing_is_written(
     cache.capture(cfg)
     said = capsys.readouterr().out
     assert "2,112 tokens, 3 hookpoints" in said and f"layers.2.mlp: {4 * D_MODEL} bytes a token" in said
-    assert "cheaper than running the model" in said or "cache nothing" in said
+    assert "GFLOP a token" in said
     assert list(tmp_path.iterdir()) == []
 
 

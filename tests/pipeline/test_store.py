@@ -12,6 +12,7 @@ import zarr
 from skipcoder.pipeline import cache, commit, layout, model
 from skipcoder.pipeline.config import ModelConfig
 from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.stats import Moments, pack, unpack
 from skipcoder.pipeline.store import ActivationStore
 
 from tests.conftest import CONTEXT, D_MODEL, UNIT_ROWS, UNITS
@@ -259,6 +260,22 @@ def test_statistics_are_merged_once_and_kept_beside_the_store(copy: Path, monkey
         assert one.count == merged.count and one.norms == merged.norms
         np.testing.assert_array_equal(one.mean, merged.mean)
     file.unlink()
-    (copy / commit.statistics_file(2)).write_bytes(b"x" * (copy / commit.statistics_file(2)).stat().st_size)
-    with pytest.raises(UserError, match=r"statistics/00000002.safetensors cannot be read .* re-run the capture"):
+    damaged = copy / commit.statistics_file("layers.1.mlp", 2)
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(UserError, match=r"layers.1.mlp/00000002.safetensors cannot be read .*checksum.* re-run"):
         ActivationStore.open(copy).moments("layers.1.mlp", "output")
+
+
+def test_what_was_derived_from_other_bytes_is_not_used(copy: Path) -> None:
+    """The same identity, captured anew by other software."""
+    before = ActivationStore.open(copy).moments("layers.1.mlp", "output")
+    record = json.loads(commit.path_of(copy, 0).read_text())
+    name = commit.statistics_file("layers.1.mlp", 0)
+    moments = unpack((copy / name).read_bytes())
+    moments["output/other"] = Moments.of(np.full((9, D_MODEL), 7.0, np.float32))
+    (copy / name).write_bytes(pack(moments))
+    record["shards"][name] = commit.shard_checksum(copy / name)
+    commit.path_of(copy, 0).write_text(json.dumps(record))
+    assert (ActivationStore.open(copy).moments("layers.1.mlp", "output").mean != before.mean).any()
