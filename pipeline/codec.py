@@ -149,9 +149,9 @@ def channel_scale(sample_ND: "Tensor") -> "Tensor":
 def compressors(compression: str, itemsize: int = 2) -> list[Any]:
     """Zarr codecs after the array bytes: Blosc, then a CRC32C of each chunk.
 
-    Bits are shuffled: with zstd, bf16 takes 0.75 of its size so and 0.71 with bytes shuffled, but encodes five times and
-    decodes 1.6 times as fast (benchmarks/README.md). Codes of one byte are best left alone. Without the CRC a flipped
-    byte in a chunk comes back silently: zarr's own guards only the shard index.
+    Bits are shuffled: with zstd, bf16 takes 0.75 of its size so and 0.71 with bytes shuffled, but encodes five times
+    and decodes 1.6 times as fast (benchmarks/README.md). Codes of one byte are best left alone. Without the CRC a
+    flipped byte in a chunk comes back silently: zarr's own guards only the shard index.
     """
     from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
 
