@@ -97,7 +97,7 @@ def readers(store: ActivationStore, folder: Path | None) -> dict[str, Callable[[
         from zarrs import ZarrsCodecPipeline
 
         register_pipeline(ZarrsCodecPipeline)
-        with zarr.config.set({"codec_pipeline.path": "zarrs.pipeline.ZarrsCodecPipeline"}):
+        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
             rust = zarr.open_array(store.path / name, mode="r")
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(store.path / name)}}
         opened = tensorstore.open(spec, open=True).result()

@@ -55,20 +55,20 @@ def leveldb_log(content: bytes) -> Iterator[bytes]:
 def test_wandb_has_a_run_for_each_member_of_a_bank(
     store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """W&B itself, offline: its files hold the lines of metrics.jsonl; an interruption goes on in the same run."""
-    wandb = pytest.importorskip("wandb")
+    """W&B itself, offline: its files hold the lines of metrics.jsonl; an interruption goes on in the same run; a member
+    that fails is shown as failed."""
+    pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    cfgs = [config(store, k=4), config(store, k=8)]
+    cfgs = [config(store, k=4), config(store, k=8), config(store, lr=1e18)]
     for cfg in cfgs:
         cfg.train.wandb = "skipcoder-tests"
     train_killed_after(cfgs[0], tmp_path / "0", 17, monkeypatch)
-    wandb.teardown()  # as the end of the process would
     outcomes = train_bank([(cfg, tmp_path / str(i)) for i, cfg in enumerate(cfgs)])
-    assert [outcome.error for outcome in outcomes] == [None, None]
-    ids = set()
+    assert [outcome.error is None for outcome in outcomes] == [True, True, False]
+    ids, exits = set(), []
     for outcome in outcomes:
         seen = {}
         for file in sorted(outcome.directory.glob("wandb/offline-run-*/*.wandb")):
@@ -77,9 +77,13 @@ def test_wandb_has_a_run_for_each_member_of_a_bank(
                 record.ParseFromString(data)
                 if record.WhichOneof("record_type") == "run":
                     ids.add((outcome.directory, record.run.run_id))
+                if record.WhichOneof("record_type") == "exit":
+                    exits.append(record.exit.exit_code)
                 for item in [record.history.item] if record.WhichOneof("record_type") == "history" else []:
                     facts = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in item}
                     seen.setdefault(facts["step"], facts["fvu"])
-        lines = [json.loads(line) for line in (outcome.directory / "metrics.jsonl").read_text().splitlines()]
+        metrics = outcome.directory / "metrics.jsonl"  # the failing member has none
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
         assert seen == {line["step"]: line["fvu"] for line in lines}
-    assert len(ids) == 2
+    assert len(ids) == 3
+    assert exits == [1, 0, 0, 1]  # interrupted, then finished; finished; failed
