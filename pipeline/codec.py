@@ -84,7 +84,7 @@ class Int8:
         z_ND = z_ND.float().cpu()
         channel_D = channel_scale(z_ND[:SAMPLE])
         scaled_ND = z_ND / channel_D
-        scale_N = (scaled_ND.abs().amax(dim=1) / cls.largest).clamp_min(np.finfo(np.float32).tiny)
+        scale_N = (scaled_ND.abs().amax(dim=1) / cls.largest).clamp_min(float(np.finfo(np.float32).tiny))
         scaled_ND = (scaled_ND / scale_N[:, None]).clamp_(-cls.largest, cls.largest)
         return {"": cls._round(scaled_ND), "_scale": scale_N.numpy(), "_channel_scale": channel_D.numpy()[None]}
 
@@ -153,7 +153,7 @@ def compressors(compression: str, itemsize: int = 2) -> list[Any]:
     and decodes 1.6 times as fast (benchmarks/README.md). Codes of one byte are best left alone. Without the CRC a
     flipped byte in a chunk comes back silently: zarr's own guards only the shard index.
     """
-    from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
+    from zarr.codecs import BloscCname, BloscCodec, BloscShuffle, Crc32cCodec
 
     shuffle = BloscShuffle.bitshuffle if itemsize > 1 else BloscShuffle.noshuffle
-    return [BloscCodec(typesize=itemsize, cname=compression, clevel=5, shuffle=shuffle), Crc32cCodec()]
+    return [BloscCodec(typesize=itemsize, cname=BloscCname(compression), clevel=5, shuffle=shuffle), Crc32cCodec()]

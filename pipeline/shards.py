@@ -62,12 +62,14 @@ class ShardReader:
                 raise ValueError("the chunk is missing from its shard")
             f.seek(offset)
             coded = _buffer(size)
-            read = f.readinto(coded)
+            read = f.readinto(coded.data)
         coded.flags.writeable = False  # crc32c takes nothing else
-        content, checksum = coded[:-4], coded[-4:]
+        content, checksum = coded[:-4], coded[-4:].tobytes()
         if read < size or crc32c(content) != struct.unpack("<I", checksum)[0]:
             raise ValueError("its checksum does not match")
-        whole = out is not None and out.shape == self.chunk_shape and out.flags.c_contiguous
-        chunk_out = out if whole else np.empty(self.chunk_shape, self.dtype)
-        blosc.decompress(content, chunk_out)
-        return chunk_out if whole else chunk_out[: stop - start]
+        if out is None or out.shape != self.chunk_shape or not out.flags.c_contiguous:
+            fresh = np.empty(self.chunk_shape, self.dtype)
+            blosc.decompress(content, fresh)
+            return fresh[: stop - start]
+        blosc.decompress(content, out)
+        return out

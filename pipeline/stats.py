@@ -91,7 +91,8 @@ def unpack(content: bytes) -> dict[str, Moments]:
     found = {}
     for name in names:
         count, norms, error = arrays[f"{name}/scalars"].tolist()
-        found[name] = Moments(int(count), *arrays[f"{name}/vectors"], norms, error)
+        mean, m2, absmax = arrays[f"{name}/vectors"]
+        found[name] = Moments(int(count), mean, m2, absmax, norms, error)
     return found
 
 

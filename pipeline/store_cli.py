@@ -9,7 +9,7 @@ from skipcoder.pipeline.store import ActivationStore
 from skipcoder.pipeline.verify import problems
 
 
-def info(path: Path) -> None:
+def info(path: Path) -> int:
     """What is in it, from where, how much of it, what the codec lost."""
     store = ActivationStore.open(path)
     identity, attrs = store.attrs["identity"], store.attrs
@@ -35,6 +35,7 @@ def info(path: Path) -> None:
             all_units = store.moments(name, side, split=None)
             facts_of_side = f"{facts[d]:>7}{size / stored:>13.0f}{all_units.mean_norm:>12.3g}{all_units.lost:>10.1e}"
             print(f"{name:24}{side:8}{facts[module]:32}{facts_of_side}")
+    return cli.DONE
 
 
 def verify(path: Path) -> int:
@@ -57,7 +58,7 @@ def cli_main() -> None:
 
     def run() -> None:
         nonlocal outcome
-        outcome = info(args.path) or cli.DONE if args.command == "info" else verify(args.path)
+        outcome = {"info": info, "verify": verify}[args.command](args.path)
 
     sys.exit(cli.run(run) or outcome)
 

@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from omegaconf import OmegaConf
 from skipcoder.pipeline.errors import UserError
@@ -80,7 +80,7 @@ class Wandb:
                 id=identity.read_text(),
                 name=directory.name,
                 dir=directory,
-                config=OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True),
+                config=cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)),
                 resume="allow",
                 reinit="create_new",
             )

@@ -263,11 +263,11 @@ class ActivationStream:
 
     def _fill(self, chosen: list[int], pool: ThreadPoolExecutor) -> tuple[tuple[Tensor, ...], np.ndarray]:
         """Columns that hold these chunks, and the rows that the filter leaves, chunk by chunk."""
-        if self._whole is not None:
+        if (whole := self._whole) is not None:
             missing = [chunk for chunk in chosen if chunk not in self._read]
-            read = pool.map(lambda chunk: self._read_chunk(chunk, self._whole, chunk), missing)
+            read = pool.map(lambda chunk: self._read_chunk(chunk, whole, chunk), missing)
             self._read.update(zip(missing, read, strict=True))
-            return self._whole, np.concatenate([self._read[chunk] for chunk in chosen])
+            return whole, np.concatenate([self._read[chunk] for chunk in chosen])
         columns = self._free.pop() if self._free else self._allocate(min(self.pool_chunks, len(self.chunks)))
         return columns, np.concatenate(list(pool.map(self._read_chunk, chosen, repeat(columns), count())))
 
