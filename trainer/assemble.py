@@ -9,7 +9,7 @@ from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.config import Kind, SkipInit, TrainConfig
 from skipcoder.trainer.learner import Learner, sides
 from skipcoder.trainer.ranks import ALONE, Ranks
-from skipcoder.trainer.skip_init import ridge
+from skipcoder.trainer.skip_init import TOKENS_PER_DIMENSION, ridge
 from skipcoder.trainer.stream import ActivationStream, TokenFilter
 
 
@@ -57,12 +57,23 @@ def make_learner(
     kept = token_filter(cfg)
     x, y = (store.moments(hookpoint, side, positions=kept.classes) for side in sides(cfg.coder))
     learner = Learner(cfg, x, y, steps, device, ranks)
-    if fresh and cfg.coder.kind is Kind.skip_transcoder and cfg.coder.skip_init is SkipInit.ridge:
+    if fresh and cfg.coder.kind is Kind.skip_transcoder and _starts_from_ridge(cfg, x.count, len(x.mean)):
         if ranks.is_main:
             learner.start_skip(*ridge(store, hookpoint, kept))
         assert learner.coder.W_skip is not None
         ranks.share(learner.coder.W_skip.data, learner.coder.b_dec.data)
     return learner
+
+
+def _starts_from_ridge(cfg: TrainConfig, tokens: int, d_in: int) -> bool:
+    if cfg.coder.skip_init is not None:
+        return cfg.coder.skip_init is SkipInit.ridge
+    if tokens < TOKENS_PER_DIMENSION * d_in:
+        print(
+            f"the skip starts from zero: ridge would need {TOKENS_PER_DIMENSION * d_in:,} training tokens, not {tokens:,}"
+        )
+        return False
+    return True
 
 
 def pick_device(asked: str | None, key: str = "train.device") -> str:

@@ -64,8 +64,9 @@ class CoderConfig:
     """Which side of the MLP an SAE reconstructs; transcoders read the input and write the output."""
     normalize_decoder: bool = True
     """SAE: decoder rows kept at unit norm, gradient along them removed."""
-    skip_init: SkipInit = SkipInit.ridge
-    """Skip transcoder: start from the ridge solution of y on x (docs/studies/ridge.md) or from zero (the paper)."""
+    skip_init: SkipInit | None = None
+    """Skip transcoder: start from the ridge solution of y on x (docs/studies/ridge.md) or from zero (the paper).
+    null: ridge where the store has enough training tokens for it (64 for each dimension), else zero."""
 
     def __post_init__(self) -> None:
         if self.width < 1:

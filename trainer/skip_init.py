@@ -69,7 +69,7 @@ def solve(stream: ActivationStream, d_in: int, lam: float = LAMBDA) -> tuple[Ten
             break
     if n < wanted or shift_x is None or shift_y is None:
         raise UserError(
-            f"coder.skip_init=ridge needs {wanted:,} training tokens, the store gives {n:,}; capture more or use zero"
+            f"coder.skip_init=ridge needs {wanted:,} training tokens, the store gives {n:,}; capture more, or leave it null"
         )
     c_xx = xx / n - torch.outer(sum_x, sum_x) / n**2
     c_yx = yx / n - torch.outer(sum_y, sum_x) / n**2

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer import assemble, skip_init
 from skipcoder.trainer import learner as learner_module
-from skipcoder.trainer import skip_init
 from skipcoder.trainer.assemble import make_learner
 from skipcoder.trainer.config import (
     CoderConfig,
@@ -181,6 +182,23 @@ def test_ridge_solution_is_kept_beside_the_store(store: ActivationStore, monkeyp
     file.write_bytes(file.read_bytes()[:100])
     assert all(torch.equal(a, b) for a, b in zip(solved, ridge(store, HOOKPOINT, kept), strict=True))
     assert file.stat().st_size > 100  # mended
+
+
+def test_skip_starts_from_ridge_where_the_text_suffices(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def skip(init: SkipInit | None) -> torch.Tensor:
+        learner = make_learner(config(Kind.skip_transcoder, skip_init=init), store, HOOKPOINT, 50, "cpu")
+        assert learner.coder.W_skip is not None
+        return learner.coder.W_skip.detach()
+
+    assert torch.equal(skip(None), skip(SkipInit.ridge)) and skip(None).any() and not skip(SkipInit.zero).any()
+    monkeypatch.setattr(assemble, "TOKENS_PER_DIMENSION", 1000)
+    monkeypatch.setattr(skip_init, "TOKENS_PER_DIMENSION", 1000)
+    assert not skip(None).any()
+    assert "the skip starts from zero: ridge would need 24,000 training tokens, not 1," in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"coder.skip_init=ridge needs 24,000 training tokens"):
+        skip(SkipInit.ridge)
 
 
 def test_density_is_the_mean_and_later_a_memory(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
