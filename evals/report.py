@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 import matplotlib
-from skipcoder.pipeline.job import log_path
+from skipcoder.pipeline.job import runs as capture_runs
 from skipcoder.pipeline.store import ActivationStore
 
 matplotlib.use("svg")  # no display, and text stays text
@@ -89,11 +89,7 @@ def _cell(value: Any) -> str:
 
 def _describe(store: ActivationStore) -> dict[str, Any]:
     identity = store.attrs["identity"]
-    captured = (
-        [json.loads(line) for line in log_path(store.path).read_text().splitlines()]
-        if log_path(store.path).exists()
-        else []
-    )
+    captured = capture_runs(store.place)
     size = sum(shard["bytes"] for record in store.commits.values() for shard in record.shards.values())
     tokens = store.rows * store.context
     return {

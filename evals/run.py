@@ -16,8 +16,8 @@ from skipcoder.evals.metrics import ReconstructionMetrics
 from skipcoder.evals.splice import Site
 from skipcoder.pipeline import model as models
 from skipcoder.pipeline.cache import model_config
-from skipcoder.pipeline.commit import write_atomically
 from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.place import write_atomically
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.coder import SparseCoder
 from skipcoder.trainer.stream import ActivationStream, TokenFilter
@@ -65,7 +65,7 @@ class Evaluator:
         self.store, self.batch_rows, self.device = store, batch_rows, device
         units = store.split("held_out")
         if not units:
-            raise UserError(f"{store.path} has no finished held-out unit; finish the capture first")
+            raise UserError(f"{store.place} has no finished held-out unit; finish the capture first")
         rows = np.concatenate([store.tokens(unit) for unit in units])[: max(1, ce_tokens // store.context)]
         self.tokens_BT = torch.from_numpy(rows).long().to(device)
         self._shared: dict[tuple, float] = {}
@@ -77,7 +77,7 @@ class Evaluator:
         now, then = models.identity(cfg), self.store.attrs["identity"]["model"]
         if now != then:
             raise UserError(
-                f"model {cfg.id} has changed since {self.store.path} was captured; restore it or capture anew"
+                f"model {cfg.id} has changed since {self.store.place} was captured; restore it or capture anew"
             )
         return models.load_causal_lm(cfg, self.device)
 
@@ -85,7 +85,7 @@ class Evaluator:
         """All metrics of one run, as written to evaluation.json."""
         begun = time.perf_counter()
         if run.coder.meta["data"]["store_identity"] != self.store.attrs["identity_hash"]:
-            raise UserError(f"{run.path} was trained on another capture than {self.store.path} now holds")
+            raise UserError(f"{run.path} was trained on another capture than {self.store.place} now holds")
         coder = run.coder.to(self.device)
         result = self._reconstruction(run, coder)
         result |= self._cross_entropies(run, coder)

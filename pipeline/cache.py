@@ -7,7 +7,6 @@ import sys
 from dataclasses import asdict
 from enum import Enum
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -16,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from skipcoder.pipeline import cli, commit, layout, text, writer
 from skipcoder.pipeline.config import CacheConfig, ModelConfig
 from skipcoder.pipeline.model import identity as model_identity
+from skipcoder.pipeline.place import Place
 from skipcoder.pipeline.store import ActivationStore, read_attrs
 
 ConfigStore.instance().store(name="cache_schema", node=CacheConfig)
@@ -27,44 +27,43 @@ def capture(cfg: CacheConfig) -> None:
         from skipcoder.pipeline import plan
 
         return plan.show(cfg)
-    with commit.only_writer(Path(cfg.store.path)):
-        _capture(cfg, Path(cfg.store.path))
+    place = Place.at(cfg.store.path)
+    with place.only_writer():
+        _capture(cfg, place)
 
 
-def _capture(cfg: CacheConfig, path: Path) -> None:
-    attrs = read_attrs(path)
+def _capture(cfg: CacheConfig, place: Place) -> None:
+    attrs = read_attrs(place)
     rows = -(-cfg.data.tokens // cfg.data.context)
-    if attrs is not None and not attrs["rows"]:
-        attrs = None  # killed before its tokens were written: nothing to keep
     unit_rows = cfg.store.unit_rows or layout.auto_unit_rows(rows, cfg.data.context)
-    if attrs is not None and cfg.store.unit_rows is None:
+    if attrs is not None and attrs["rows"] and cfg.store.unit_rows is None:
         unit_rows = attrs["identity"]["unit_rows"]  # chosen when the store was made, kept as it grows
     identity = _identity(cfg, unit_rows)
+    if attrs is not None and not attrs["rows"] and attrs["identity"] != identity:
+        place.clear()  # killed before its tokens were written: nothing to keep
+        attrs = None
     if attrs is not None:
-        writer.refuse_other_identity(path, attrs, identity)
+        writer.refuse_other_identity(place, attrs, identity)
         rows = max(rows, attrs["rows"])
     if attrs is None or attrs["rows"] < rows:
-        _lay_out(cfg, path, identity if attrs is None else None, rows)
-        attrs = read_attrs(path)
+        attrs = _lay_out(cfg, place, attrs, identity, rows)
 
-    assert attrs is not None
     every = range(layout.num_units(rows, unit_rows))
-    missing = sorted(set(every) - commit.committed_units(path))
-    where = f"{path}: {rows * cfg.data.context:,} tokens, {len(every)} units, {', '.join(attrs['hookpoints'])}"
+    missing = sorted(set(every) - commit.committed_units(place))
+    where = f"{place}: {rows * cfg.data.context:,} tokens, {len(every)} units, {', '.join(attrs['hookpoints'])}"
     if not missing:
         print(f"{where}: complete, nothing to do")
-        return _say_loss(path)
+        return _say_loss(place)
     print(f"{where}: {len(missing)} units to capture")
-    commit.remove_partials(path)
     from skipcoder.pipeline import job
 
-    job.run(path, attrs, missing, cfg.model, cfg.ray)
+    job.run(place, attrs, missing, cfg.model, cfg.ray)
     print(f"{where}: complete")
-    _say_loss(path)
+    _say_loss(place)
 
 
-def _say_loss(path: Path) -> None:
-    store = ActivationStore.open(path)
+def _say_loss(place: Place) -> None:
+    store = ActivationStore.open(place)
     identity = store.attrs["identity"]
     if identity["codec"] == "bf16" and identity["model"]["dtype"] == "bfloat16":
         return  # nothing; and a store of many hookpoints has gigabytes of statistics
@@ -92,21 +91,21 @@ def _identity(cfg: CacheConfig, unit_rows: int) -> dict[str, Any]:
     }
 
 
-def _lay_out(cfg: CacheConfig, path: Path, identity: dict[str, Any] | None, rows: int) -> None:
-    """Make a store (`identity` given) or grow the one that is there, and write its token rows."""
+def _lay_out(
+    cfg: CacheConfig, place: Place, attrs: dict[str, Any] | None, identity: dict[str, Any], rows: int
+) -> dict[str, Any]:
+    """Make a store (`attrs`: None) or grow the one that is there, and write its token rows. Its attributes then."""
     from skipcoder.pipeline import model, tokens
 
-    if identity is not None:
-        hookpoints, widths, _ = model.describe(cfg.model, cfg.hookpoints, cfg.data.context)
-    print(f"tokenising {rows * cfg.data.context:,} tokens")
     tokenizer = model.load_tokenizer(cfg.model)
-    if identity is not None:
+    if attrs is None or not attrs["rows"]:
+        hookpoints, widths, _ = model.describe(cfg.model, cfg.hookpoints, cfg.data.context)
         described = {
             h.name: {"read": h.read, "write": h.write, "d_in": widths[h.name][0], "d_out": widths[h.name][1]}
             for h in hookpoints
         }
         software = ("skipcoder", "torch", "transformers", "zarr", "numcodecs", "numpy")
-        attrs = {
+        asked = {
             "identity": identity,
             "hookpoints": described,
             "model": _plain(asdict(cfg.model)),
@@ -115,8 +114,18 @@ def _lay_out(cfg: CacheConfig, path: Path, identity: dict[str, Any] | None, rows
             "bos": tokens.bos_of(tokenizer),
             "software": {name: version(name) for name in software},
         }
-        writer.create(path, attrs)
-    writer.write_tokens(path, rows, tokens.rows_of(cfg.data, tokenizer, rows))
+        attrs = writer.create(place, asked)
+    source = tokens.neighbour_with(place, identity, rows)
+    if source is not None:
+        print(f"taking the token rows of {source.place}")
+        token_rows = tokens.stored_rows(source, rows)
+    else:
+        print(f"tokenising {rows * cfg.data.context:,} tokens")
+        token_rows = tokens.rows_of(cfg.data, tokenizer, rows)
+    writer.write_tokens(place, attrs, rows, token_rows)
+    now = read_attrs(place)
+    assert now is not None
+    return now
 
 
 def _plain(value: Any) -> Any:

@@ -88,6 +88,7 @@ class StoreConfig:
     """Where the activations go."""
 
     path: str = "???"
+    """A directory, or `s3://bucket/name.zarr`, `gs://...`."""
     codec: Codec = Codec.bf16
     """bf16: 2 bytes per activation before compression, lossless for a model in bfloat16; int8, fp8: 1 byte."""
     compression: Compression = Compression.zstd
@@ -96,8 +97,6 @@ class StoreConfig:
     """Token rows in one unit of work (= one shard of every array). null: min(16384/context, rows/64)."""
 
     def __post_init__(self) -> None:
-        if "://" in self.path:
-            raise UserError(f"store.path={self.path}: only paths of a file system work so far, no object stores")
         if self.unit_rows is not None and self.unit_rows < 1:
             raise UserError(f"store.unit_rows={self.unit_rows}: must be at least 1, or null to choose it")
 

@@ -9,16 +9,16 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from skipcoder.pipeline import cli, layout
 from skipcoder.pipeline.cluster import cluster
 from skipcoder.pipeline.config import ModelConfig, RayConfig
 from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.place import Place
 
 
-def run(store: Path, attrs: dict[str, Any], units: list[int], model: ModelConfig, cfg: RayConfig) -> None:
+def run(store: Place, attrs: dict[str, Any], units: list[int], model: ModelConfig, cfg: RayConfig) -> None:
     """Capture `units` of the laid-out store. Every unit is committed before it is counted."""
     begun, captured = time.perf_counter(), 0
     tokens_of = {
@@ -41,22 +41,30 @@ def run(store: Path, attrs: dict[str, Any], units: list[int], model: ModelConfig
             _log(store, captured, time.perf_counter() - begun)
 
 
-def log_path(store: Path) -> Path:
-    """The history of capture runs. It stands beside the store, whose bytes tell no time."""
-    return store.with_name(f"{store.stem}.capture.jsonl")
+def runs(store: Place) -> list[dict[str, Any]]:
+    """The history of capture runs."""
+    try:
+        return [json.loads(line) for line in store.parent.read(_log_file(store)).splitlines()]
+    except FileNotFoundError:
+        return []
 
 
-def _log(store: Path, tokens: int, seconds: float) -> None:
+def _log_file(store: Place) -> str:
+    """Beside the store, whose bytes tell no time."""
+    return f"{store.stem}.capture.jsonl"
+
+
+def _log(store: Place, tokens: int, seconds: float) -> None:
     entry = {
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "tokens": tokens,
         "seconds": round(seconds, 1),
     }
-    with log_path(store).open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    lines = "".join(json.dumps(line) + "\n" for line in [*runs(store), entry])
+    store.parent.write(_log_file(store), lines.encode())
 
 
-def _results(store: Path, units: list[int], model: ModelConfig, cfg: RayConfig) -> Iterator[int]:
+def _results(store: Place, units: list[int], model: ModelConfig, cfg: RayConfig) -> Iterator[int]:
     """Unit numbers as they are committed, in any order."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -71,7 +79,7 @@ def _results(store: Path, units: list[int], model: ModelConfig, cfg: RayConfig) 
     # takes the whole machine.
     results = ray.data.from_items(units).map_batches(
         Worker,
-        fn_constructor_args=(str(store.resolve()), model, cpus, "cuda" if gpus else "cpu"),
+        fn_constructor_args=(store.address, model, cpus, "cuda" if gpus else "cpu"),
         batch_size=1,
         compute=ActorPoolStrategy(min_size=1, max_size=cfg.workers),
         num_cpus=cpus,

@@ -1,6 +1,9 @@
-"""Pure functions of a store's layout: units, splits, permutations, chunk sizes. No I/O."""
+"""Pure functions of a store's layout: units, splits, permutations, arrays and their chunks. No I/O."""
+
+from typing import Any
 
 import numpy as np
+from skipcoder.pipeline.codec import CODECS, compressors
 
 HELD_OUT_EVERY = 16
 MAX_CHUNK_ROWS = 2048
@@ -49,3 +52,37 @@ def chunk_rows(unit_tokens: int) -> int:
     if small >= min(256, unit_tokens):
         return small
     return min(d for d in divisors if d > MAX_CHUNK_ROWS)
+
+
+def arrays(attrs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What zarr's `create_array` is given for each of a store's arrays, but its length."""
+    identity = attrs["identity"]
+    context, unit_rows = identity["context"], identity["unit_rows"]
+    unit_tokens = unit_rows * context
+    chunk = chunk_rows(unit_tokens)
+
+    def array(shard: tuple[int, ...], rows: int, dtype: str, fill_value: Any, compression: str = "zstd") -> dict:
+        # Holes must be visible: every array's fill value is impossible as data, and chunks that happen to equal it are
+        # written all the same.
+        return {
+            "shards": shard,
+            "chunks": (rows, *shard[1:]),
+            "dtype": dtype,
+            "fill_value": fill_value,
+            "compressors": compressors(compression, np.dtype(dtype).itemsize),
+            "config": {"write_empty_chunks": True},
+        }
+
+    found = {
+        "tokens": array((unit_rows, context), unit_rows, "int32", -1),
+        "index": array((unit_tokens,), chunk, "uint64", 2**64 - 1),
+    }
+    for name, facts in attrs["hookpoints"].items():
+        for side, d in (("input", facts["d_in"]), ("output", facts["d_out"])):
+            for suffix, spec in CODECS[identity["codec"]].arrays.items():
+                shard, rows = (1, 1) if spec.per_unit else (unit_tokens, chunk)
+                wide = (d,) if spec.wide else ()
+                found[f"{name}/{side}{suffix}"] = array(
+                    (shard, *wide), rows, spec.dtype, spec.fill_value, identity["compression"]
+                )
+    return found

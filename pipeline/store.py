@@ -7,6 +7,7 @@ int8 and fp8 codes have scales beside them (`codec.py`). Only activations as ten
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from skipcoder.pipeline import commit, layout
 from skipcoder.pipeline.codec import CODECS
 from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.place import Directory, Place
 from skipcoder.pipeline.shards import ShardReader
 from skipcoder.pipeline.stats import Moments, merge_all, pack, unpack
 
@@ -29,30 +31,38 @@ FORMAT, VERSION = "skipcoder.activations", 2
 class ActivationStore:
     """A store of one model's MLP inputs and outputs over one token set; use `ActivationStore.open`."""
 
-    def __init__(self, path: Path, attrs: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, place: Place, attrs: dict[str, Any]) -> None:
+        self.place = place
         self.attrs = attrs
         self._arrays: dict[str, Any] = {}
         self._readers: dict[str, ShardReader | None] = {}
 
     @classmethod
-    def open(cls, path: str | Path) -> "ActivationStore":
-        """Open a store for reading. Raises UserError where there is none or it is damaged."""
-        path = Path(path)
-        attrs = read_attrs(path)
+    def open(cls, path: str | Path | Place) -> "ActivationStore":
+        """Open a store (a directory or `s3://...`) for reading. UserError where there is none or it is damaged."""
+        place = Place.at(path)
+        attrs = read_attrs(place)
         if attrs is None:
-            raise UserError(f"no activation store at {path}; make one with: python pipeline/cache.py store.path={path}")
-        store = cls(path, attrs)
+            raise UserError(
+                f"no activation store at {place}; make one with: python pipeline/cache.py store.path={place}"
+            )
+        store = cls(place, attrs)
         if not store.units:
-            raise UserError(f"{path} holds no finished unit yet; run pipeline/cache.py on it again")
+            raise UserError(f"{place} holds no finished unit yet; run pipeline/cache.py on it again")
+        sizes = place.sizes()
         for record in store.commits.values():
             for name, facts in record.shards.items():
-                shard = path / name
-                found = shard.stat().st_size if shard.exists() else "no such file"
+                found = sizes.get(name, "no such file")
                 if found != facts["bytes"]:
                     mend = store._remedy(name.split("/")[0], record.unit)
-                    raise UserError(f"{shard}: expected {facts['bytes']} bytes, found {found}; {mend}")
+                    raise UserError(f"{place}/{name}: expected {facts['bytes']} bytes, found {found}; {mend}")
         return store
+
+    @property
+    def path(self) -> Path:
+        """The directory of a store that is one."""
+        assert isinstance(self.place, Directory)
+        return self.place.path
 
     # ---- what it is -------------------------------------------------------------------------------
 
@@ -79,11 +89,13 @@ class ActivationStore:
     @cached_property
     def commits(self) -> dict[int, commit.Commit]:
         """Record of every finished unit, in unit order."""
-        records = {unit: commit.read(self.path, unit) for unit in sorted(commit.committed_units(self.path))}
+        units = sorted(commit.committed_units(self.place))
+        with ThreadPoolExecutor(self.place.parallel) as pool:
+            records = dict(zip(units, pool.map(lambda unit: commit.read(self.place, unit), units), strict=True))
         for unit, record in records.items():
             if record.identity != self.attrs["identity_hash"]:
                 raise UserError(
-                    f"{commit.path_of(self.path, unit)} belongs to another store (identity {record.identity})"
+                    f"{self.place}/{commit.record_file(unit)} belongs to another store (identity {record.identity})"
                 )
         return records
 
@@ -102,7 +114,7 @@ class ActivationStore:
         train, held_out = layout.split(layout.num_units(self.rows, self.unit_rows))
         if not held_out:
             raise UserError(
-                f"{self.path} has {layout.num_units(self.rows, self.unit_rows)} units, too few to hold one out "
+                f"{self.place} has {layout.num_units(self.rows, self.unit_rows)} units, too few to hold one out "
                 f"({layout.HELD_OUT_EVERY} are needed); capture more tokens or set a smaller store.unit_rows"
             )
         return [unit for unit in {"train": train, "held_out": held_out}[name] if unit in self.commits]
@@ -115,7 +127,7 @@ class ActivationStore:
         if name is None and len(self.hookpoints) == 1:
             return next(iter(self.hookpoints))
         fault = "hookpoint is not set" if name is None else f"no hookpoint {name!r}"
-        raise UserError(f"{fault}: {self.path} holds {', '.join(self.hookpoints)}; choose one with hookpoint=NAME")
+        raise UserError(f"{fault}: {self.place} holds {', '.join(self.hookpoints)}; choose one with hookpoint=NAME")
 
     def moments(
         self, hookpoint: str, side: str, split: str | None = "train", positions: tuple[str, ...] = ("other",)
@@ -125,14 +137,15 @@ class ActivationStore:
         units = self.units if split is None else self.split(split)
         names = [f"{side}/{where}" for where in positions]
         key = json.dumps([self.content, units, hookpoint, names])
-        file = self.derived(f"moments-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors")
+        file = f"moments-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
         with suppress(OSError, SafetensorError, KeyError):  # not there, or not whole: merged anew
-            return unpack(file.read_bytes())["merged"]
+            return unpack(self.derived.read(file))["merged"]
         d = self.hookpoints[hookpoint]["d_in" if side == "input" else "d_out"]
-        statistics = (commit.read_statistics(self.path, hookpoint, self.commits[unit]) for unit in units)
-        merged = merge_all((found[name] for found in statistics for name in names), d)
-        with suppress(OSError):  # a place that cannot be written, as of a shared store
-            commit.write_atomically(file, pack({"merged": merged}))
+        with ThreadPoolExecutor(self.place.parallel) as pool:
+            statistics = pool.map(lambda unit: commit.read_statistics(self.place, hookpoint, self.commits[unit]), units)
+            merged = merge_all((found[name] for found in statistics for name in names), d)
+        with suppress(OSError, UserError):  # a place that cannot be written, as of a shared store
+            self.derived.write(file, pack({"merged": merged}))
         return merged
 
     @cached_property
@@ -141,9 +154,10 @@ class ActivationStore:
         facts = json.dumps({unit: record.shards for unit, record in self.commits.items()}, sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
-    def derived(self, name: str) -> Path:
-        """A file beside the store for what can be computed from it again (`NAME.derived/`)."""
-        return self.path.with_name(f"{self.path.stem}.derived") / name
+    @property
+    def derived(self) -> Place:
+        """Beside the store: what can be computed from it again (`NAME.derived/`)."""
+        return Place.at(f"{self.place.parent}/{self.place.stem}.derived")
 
     # ---- what is in it ----------------------------------------------------------------------------
 
@@ -151,7 +165,7 @@ class ActivationStore:
     def _group(self) -> Any:
         import zarr
 
-        return zarr.open_group(self.path, mode="r")
+        return zarr.open_group(self.place.zarr(), mode="r")
 
     def array(self, name: str) -> Any:
         """The Zarr array `tokens`, `index` or `<hookpoint>/<side>`, opened once."""
@@ -178,7 +192,7 @@ class ActivationStore:
         """Rows [start, stop) of an array as stored, in `out` if that is given; a damaged chunk raises UserError naming
         it."""
         if name not in self._readers:
-            self._readers[name] = ShardReader.of(self.path / name, self.array(name))
+            self._readers[name] = ShardReader.of(self.place, name, self.array(name))
         reader = self._readers[name]
         try:
             rows = reader.read(start, stop, out) if reader is not None else None
@@ -188,10 +202,12 @@ class ActivationStore:
                 return rows
             out[:] = rows
             return out
+        except UserError:
+            raise
         except (ValueError, RuntimeError, OSError) as error:
             unit = self._unit_of(name, start)
             raise UserError(
-                f"{self.path / name}: rows {start}-{stop} (unit {unit}) cannot be decoded ({error}); "
+                f"{self.place}/{name}: rows {start}-{stop} (unit {unit}) cannot be decoded ({error}); "
                 f"{self._remedy(name, unit)}"
             ) from error
 
@@ -204,7 +220,7 @@ class ActivationStore:
         """What mends a damaged shard: a re-run writes activations anew, tokens never."""
         if array == "tokens":
             return "delete the store and capture anew"
-        return f"delete {commit.path_of(self.path, unit)} and re-run the capture to mend it"
+        return f"delete {self.place}/{commit.record_file(unit)} and re-run the capture to mend it"
 
     def activations(self, hookpoint: str, side: str, start: int, stop: int, out: "Tensor | None" = None) -> "Tensor":
         """Stored tokens [start, stop) of one side: a bfloat16 tensor [stop - start, d], `out` if that is given."""
@@ -233,22 +249,23 @@ class ActivationStore:
             out.copy_(codec.decode(coded))
 
 
-def read_attrs(path: Path) -> dict[str, Any] | None:
-    """Attributes of the store at `path`; None where nothing is; UserError where something else is."""
-    metadata = path / "zarr.json"
-    if not metadata.is_file():
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} exists and is not an activation store; choose another store.path")
+def read_attrs(place: Place) -> dict[str, Any] | None:
+    """Attributes of the store at `place`; None where nothing is; UserError where something else is."""
+    try:
+        content = place.read("zarr.json")
+    except (FileNotFoundError, NotADirectoryError):
+        if not place.is_empty():
+            raise UserError(f"{place} exists and is not an activation store; choose another store.path") from None
         return None
     try:
-        attrs = json.loads(metadata.read_text()).get("attributes", {})
+        attrs = json.loads(content).get("attributes", {})
     except ValueError as error:
-        raise UserError(f"{metadata} is damaged ({error}); restore it or delete the store") from None
+        raise UserError(f"{place}/zarr.json is damaged ({error}); restore it or delete the store") from None
     if attrs.get("format") != FORMAT:
-        raise UserError(f"{path} is a Zarr group, but not an activation store; choose another store.path")
+        raise UserError(f"{place} is a Zarr group, but not an activation store; choose another store.path")
     if attrs.get("version") != VERSION:
         raise UserError(
-            f"{path} has format version {attrs.get('version')}, this skipcoder reads {VERSION}; "
+            f"{place} has format version {attrs.get('version')}, this skipcoder reads {VERSION}; "
             f"use the version of skipcoder that wrote it"
         )
     return attrs

@@ -2,16 +2,16 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from skipcoder.pipeline import cli, commit, layout
+from skipcoder.pipeline.place import Place
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.pipeline.verify import problems
 
 
-def info(path: Path) -> int:
+def info(place: Place) -> int:
     """What is in it, from where, how much of it, what the codec lost."""
-    store = ActivationStore.open(path)
+    store = ActivationStore.open(place)
     identity, attrs = store.attrs["identity"], store.attrs
     units, done = layout.num_units(store.rows, store.unit_rows), len(store.units)
     shards = {name: facts["bytes"] for record in store.commits.values() for name, facts in record.shards.items()}
@@ -38,13 +38,13 @@ def info(path: Path) -> int:
     return cli.DONE
 
 
-def verify(path: Path) -> int:
+def verify(place: Place) -> int:
     """Print every problem; 1 if there is one."""
     found = 0
-    for problem in problems(path):
+    for problem in problems(place):
         print(problem)
         found += 1
-    print(f"{path}: {f'{found} problems' if found else 'all as captured'}")
+    print(f"{place}: {f'{found} problems' if found else 'all as captured'}")
     return cli.FAILED if found else cli.DONE
 
 
@@ -52,13 +52,13 @@ def cli_main() -> None:
     """Console script `skipcoder-store`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=("info", "verify"))
-    parser.add_argument("path", type=Path)
+    parser.add_argument("path", help="directory, or s3://bucket/name.zarr")
     args = parser.parse_args()
     outcome = cli.DONE
 
     def run() -> None:
         nonlocal outcome
-        outcome = {"info": info, "verify": verify}[args.command](args.path)
+        outcome = {"info": info, "verify": verify}[args.command](Place.at(args.path))
 
     sys.exit(cli.run(run) or outcome)
 

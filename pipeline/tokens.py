@@ -1,13 +1,16 @@
 """Pack documents into full rows of tokens: nothing dropped but the last partial row."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
-from skipcoder.pipeline import text
+from skipcoder.pipeline import layout, text
 from skipcoder.pipeline.config import DataConfig
 from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.place import Place
+from skipcoder.pipeline.store import ActivationStore, read_attrs
 
 _DOCUMENTS_AT_ONCE = 64
 
@@ -55,6 +58,27 @@ def rows_of(cfg: DataConfig, tokenizer: Any, rows: int) -> Iterator[np.ndarray]:
             f"the data source holds {count * cfg.context:,} tokens in full rows of {cfg.context}, "
             f"but data.tokens asks for {rows * cfg.context:,}; ask for fewer, add data, or set data.repeat=true"
         )
+
+
+def neighbour_with(place: Place, identity: dict[str, Any], rows: int) -> ActivationStore | None:
+    """A store beside `place` that holds these token rows: of the same text, tokenizer and context, whatever its
+    hookpoints. Its rows are those that the text would give."""
+
+    def source(of: dict[str, Any]) -> tuple[Any, ...]:
+        return of["data"], of["context"], of["repeat"], of["model"]["fingerprint"]
+
+    for neighbour in place.neighbours():
+        with suppress(UserError):  # whatever else lies there
+            attrs = read_attrs(neighbour)
+            if attrs is not None and attrs["rows"] >= rows and source(attrs["identity"]) == source(identity):
+                return ActivationStore(neighbour, attrs)
+    return None
+
+
+def stored_rows(store: ActivationStore, rows: int) -> Iterator[np.ndarray]:
+    """The first `rows` token rows of a store."""
+    units = range(layout.num_units(rows, store.unit_rows))
+    return islice((row for unit in units for row in store.tokens(unit)), rows)
 
 
 def _nonempty(passes: Iterable[Iterable[str]]) -> Iterator[Iterable[str]]:

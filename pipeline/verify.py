@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from google_crc32c import value as crc32c
 from skipcoder.pipeline import commit, layout
 from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.place import Place
 from skipcoder.pipeline.stats import Moments
 from skipcoder.pipeline.store import ActivationStore, read_attrs
 from skipcoder.pipeline.writer import classes_of, identity_hash
@@ -16,19 +16,19 @@ from skipcoder.pipeline.writer import classes_of, identity_hash
 _RTOL = 1e-9
 
 
-def problems(path: Path) -> Iterator[str]:
-    """What is wrong with the store at `path`, one line each; UserError where there is none. Memory: one unit."""
-    attrs = read_attrs(path)
+def problems(place: Place) -> Iterator[str]:
+    """What is wrong with the store at `place`, one line each; UserError where there is none. Memory: one unit."""
+    attrs = read_attrs(place)
     if attrs is None:
-        raise UserError(f"no activation store at {path}")
+        raise UserError(f"no activation store at {place}")
     if identity_hash(attrs["identity"]) != attrs["identity_hash"]:
-        yield f"{path}/zarr.json: the identity does not match its hash; the attributes were edited"
+        yield f"{place}/zarr.json: the identity does not match its hash; the attributes were edited"
     if not attrs["rows"]:
         yield "its tokens were not written to the end; run the same capture command again"
         return
-    store = ActivationStore(path, attrs)
+    store = ActivationStore(place, attrs)
     units = layout.num_units(store.rows, store.unit_rows)
-    records = sorted(commit.committed_units(path))
+    records = sorted(commit.committed_units(place))
     missing = sorted(set(range(units)) - set(records))
     if missing:
         yield f"{len(missing)} of {units} units are not captured ({_some(missing)}); run the same capture command again"
@@ -39,11 +39,11 @@ def problems(path: Path) -> Iterator[str]:
 
 def _of_unit(store: ActivationStore, unit: int) -> Iterator[str]:
     try:
-        record = commit.read(store.path, unit)
+        record = commit.read(store.place, unit)
     except UserError as error:
         yield str(error)
         return
-    again = f"delete {commit.path_of(store.path, unit).name} and re-run the capture"
+    again = f"delete {commit.record_file(unit)} and re-run the capture"
     rows = layout.unit_token_rows(unit, store.rows, store.unit_rows)
     if record.identity != store.attrs["identity_hash"]:
         yield f"its record belongs to another store (identity {record.identity}); {again}"
@@ -51,8 +51,10 @@ def _of_unit(store: ActivationStore, unit: int) -> Iterator[str]:
         yield f"its record is of rows {record.rows}, not {(rows.start, rows.stop)}; {again}"
         return
     for name, facts in record.shards.items():
-        file = store.path / name
-        found = commit.shard_checksum(file) if file.exists() else None
+        try:
+            found = commit.checksum(store.place.read(name))
+        except FileNotFoundError:
+            found = None
         if found != facts:
             yield f"{name}: expected {_plain(facts)}, found {_plain(found) if found else 'no such file'}"
     try:
@@ -83,7 +85,7 @@ def _content(store: ActivationStore, unit: int, record: commit.Commit) -> Iterat
         yield "index: not a permutation of the unit's positions"
         return
     for hookpoint in store.hookpoints:
-        recorded = commit.read_statistics(store.path, hookpoint, record)
+        recorded = commit.read_statistics(store.place, hookpoint, record)
         for side in commit.SIDES:
             if f"{hookpoint}/{side}" in bad:
                 continue

@@ -1,7 +1,6 @@
 """One capture worker: holds the model, turns units of token rows into committed units of the store."""
 
 import errno
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from skipcoder.pipeline.capture import capture
 from skipcoder.pipeline.config import ModelConfig
 from skipcoder.pipeline.hookpoints import Hookpoint
 from skipcoder.pipeline.model import load_trunk
+from skipcoder.pipeline.place import Place
 from skipcoder.pipeline.store import ActivationStore, read_attrs
 from torch import Tensor
 
@@ -24,9 +24,10 @@ class Worker:
 
     def __init__(self, store: str, model: ModelConfig, threads: int, device: str) -> None:
         torch.set_num_threads(threads)  # Ray sets OMP_NUM_THREADS itself, rounded down
-        attrs = read_attrs(Path(store))
+        place = Place.at(store)
+        attrs = read_attrs(place)
         assert attrs is not None
-        self.store = ActivationStore(Path(store), attrs)
+        self.store = ActivationStore(place, attrs)
         self.hookpoints = hookpoints_of(attrs)
         self.device = device
         self.model = load_trunk(model, self.hookpoints, device)
@@ -45,7 +46,7 @@ class Worker:
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
-                errors.append(f"no space left on the disk while writing unit {unit} of {self.store.path}")
+                errors.append(f"no space left on the disk while writing unit {unit} of {self.store.place}")
         return {"unit": units, "error": errors}
 
 
@@ -58,7 +59,7 @@ def capture_unit(
     model: torch.nn.Module, store: ActivationStore, hookpoints: list[Hookpoint], unit: int, device: str
 ) -> None:
     """Run the model over a unit's rows, write and commit it; a unit that is committed is left alone."""
-    if commit.path_of(store.path, unit).exists():
+    if store.place.exists(commit.record_file(unit)):
         return
     tokens = store.tokens(unit)
     rows = micro_batch_rows(store.attrs["identity"]["micro_batch_tokens"], store.context)
@@ -73,7 +74,7 @@ def capture_unit(
         for side, z in zip(commit.SIDES, (x, y), strict=True):
             _check_finite(z, f"{h.name}/{side}", first_row, store.context)
         pairs[h.name] = (x, y)
-    writer.write_unit(store.path, store.attrs, unit, pairs, tokens)
+    writer.write_unit(store.place, store.attrs, unit, pairs, tokens)
 
 
 def micro_batch_rows(micro_batch_tokens: int, context: int) -> int:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from skipcoder.pipeline import cache, job
 from skipcoder.pipeline.config import CacheConfig, DataConfig, ModelConfig, RayConfig, SourceKind, StoreConfig
+from skipcoder.pipeline.place import Place
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.pipeline.worker import Worker
 
@@ -82,8 +83,8 @@ def cache_config(tiny_model: Path, text_file: Path) -> Callable[..., CacheConfig
 def capture_here() -> Callable[[CacheConfig], ActivationStore]:
     """Capture in this process: all of `cache.capture` but Ray."""
 
-    def run_units(store: Path, attrs: dict, units: list[int], model: ModelConfig, cfg: RayConfig) -> None:
-        worker = Worker(str(store), model, torch.get_num_threads(), "cpu")
+    def run_units(store: Place, attrs: dict, units: list[int], model: ModelConfig, cfg: RayConfig) -> None:
+        worker = Worker(store.address, model, torch.get_num_threads(), "cpu")
         worker({"item": units})
 
     def run(cfg: CacheConfig) -> ActivationStore:

@@ -15,11 +15,11 @@ from skipcoder.trainer.stream import ActivationStream, TokenFilter
 
 def open_store(cfg: TrainConfig) -> ActivationStore:
     """The complete store that the configuration means; its path is written into the configuration."""
-    cfg.store.path = str(_store_path(cfg))
+    cfg.store.path = _store_path(cfg)
     store = ActivationStore.open(cfg.store.path)
     if not store.is_complete:
         raise UserError(
-            f"{store.path} has only {len(store.units)} of its units; finish it: run the same capture command again"
+            f"{store.place} has only {len(store.units)} of its units; finish it: run the same capture command again"
         )
     return store
 
@@ -69,9 +69,8 @@ def _starts_from_ridge(cfg: TrainConfig, tokens: int, d_in: int) -> bool:
     if cfg.coder.skip_init is not None:
         return cfg.coder.skip_init is SkipInit.ridge
     if tokens < TOKENS_PER_DIMENSION * d_in:
-        print(
-            f"the skip starts from zero: ridge would need {TOKENS_PER_DIMENSION * d_in:,} training tokens, not {tokens:,}"
-        )
+        wanted = TOKENS_PER_DIMENSION * d_in
+        print(f"the skip starts from zero: ridge would need {wanted:,} training tokens, not {tokens:,}")
         return False
     return True
 
@@ -115,11 +114,11 @@ def provenance(store: ActivationStore, hookpoint: str, learner: Learner) -> dict
     }
 
 
-def _store_path(cfg: TrainConfig) -> Path:
+def _store_path(cfg: TrainConfig) -> str:
     if cfg.store.path is not None:
-        return Path(cfg.store.path)
+        return cfg.store.path
     found = sorted(Path("stores").glob("*.zarr"))
     if len(found) == 1:
-        return found[0]
+        return str(found[0])
     have = f"stores/ holds {', '.join(p.name for p in found)}" if found else "there is none under stores/"
     raise UserError(f"store.path is not set and {have}; set it, or capture with: python pipeline/cache.py")

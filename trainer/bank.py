@@ -70,7 +70,7 @@ def train_bank(jobs: Sequence[tuple[TrainConfig, Path]]) -> list[Outcome]:
     for cfg, directory in jobs:
         with _failing(outcomes, directory):
             store = open_store(cfg) if store is None else store
-            cfg.store.path = str(store.path)
+            cfg.store.path = str(store.place)
             store.hookpoint(cfg.hookpoint)
             member = Member(cfg, directory)
             if member.summary is not None:

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 from skipcoder.pipeline import cli
-from skipcoder.pipeline.commit import write_atomically
 from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.place import write_atomically
 from skipcoder.trainer.coder import SparseCoder
 from skipcoder.trainer.config import CoderConfig, Kind
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from skipcoder.pipeline import cli
-from skipcoder.pipeline.commit import write_atomically
 from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.place import write_atomically
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer import checkpoint
 from skipcoder.trainer.assemble import make_learner, provenance, token_filter

@@ -7,12 +7,10 @@ Legend: D input width, E output width.
 
 import hashlib
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from skipcoder.pipeline.commit import write_atomically
+from safetensors.torch import load, save
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.stream import ActivationStream, TokenFilter
@@ -27,22 +25,22 @@ def ridge(store: ActivationStore, hookpoint: str, kept: TokenFilter) -> tuple[Te
     stream = ActivationStream(store, hookpoint, 8192, filter=kept, epochs=1)
     file = cache_file(store, stream)
     try:
-        found = load_file(file)
+        found = load(store.derived.read(file))
         return found["W"], found["b"]
     except (OSError, SafetensorError, KeyError):
         pass  # not there, or not whole: made anew
     W, b = solve(stream, store.hookpoints[hookpoint]["d_in"])
-    with suppress(OSError):  # a place that cannot be written, as of a shared store: every run solves for itself
-        write_atomically(file, save({"W": W.contiguous(), "b": b.contiguous()}))
+    with suppress(OSError, UserError):  # a place that cannot be written, as of a shared store: all solve for themselves
+        store.derived.write(file, save({"W": W.contiguous(), "b": b.contiguous()}))
     return W, b
 
 
-def cache_file(store: ActivationStore, stream: ActivationStream) -> Path:
-    """Named by all that the solution depends on."""
+def cache_file(store: ActivationStore, stream: ActivationStream) -> str:
+    """Beside the store, named by all that the solution depends on."""
     key = hashlib.sha256(
         f"{store.content} {stream.layout_hash()} {LAMBDA} {TOKENS_PER_DIMENSION}".encode()
     ).hexdigest()[:16]
-    return store.derived(f"ridge-{key}.safetensors")
+    return f"ridge-{key}.safetensors"
 
 
 def solve(stream: ActivationStream, d_in: int, lam: float = LAMBDA) -> tuple[Tensor, Tensor]:
@@ -69,7 +67,8 @@ def solve(stream: ActivationStream, d_in: int, lam: float = LAMBDA) -> tuple[Ten
             break
     if n < wanted or shift_x is None or shift_y is None:
         raise UserError(
-            f"coder.skip_init=ridge needs {wanted:,} training tokens, the store gives {n:,}; capture more, or leave it null"
+            f"coder.skip_init=ridge needs {wanted:,} training tokens, the store gives {n:,}; "
+            "capture more, or leave it null"
         )
     c_xx = xx / n - torch.outer(sum_x, sum_x) / n**2
     c_yx = yx / n - torch.outer(sum_y, sum_x) / n**2

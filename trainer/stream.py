@@ -167,7 +167,7 @@ class ActivationStream:
         self.tokens = sum(stop - start for _, start, stop in self.chunks)
         if epochs is None and batch_tokens > self.tokens:
             raise UserError(
-                f"train.batch_tokens={batch_tokens} is more than the {self.tokens:,} training tokens of {store.path}"
+                f"train.batch_tokens={batch_tokens} is more than the {self.tokens:,} training tokens of {store.place}"
             )
         self.epoch = self.block = self.offset = 0
         self.widths = [store.hookpoints[name][d] for name in self.hookpoints for d in ("d_in", "d_out")]
@@ -203,7 +203,7 @@ class ActivationStream:
         """Go to a position that `state_dict` gave. UserError if the layout is another."""
         if state["layout"] != self.layout_hash():
             raise UserError(
-                f"the stream of {self.store.path} has changed since this run was saved "
+                f"the stream of {self.store.place} has changed since this run was saved "
                 "(more tokens in the store, or another filter, seed, pool or batch size); start a new run"
             )
         self.epoch, self.block, self.offset = state["epoch"], state["block"], state["offset"]
@@ -244,13 +244,13 @@ class ActivationStream:
                 if block.columns is not self._whole:
                     self._free.append(block.columns)
                 if block.is_last and not seen:
-                    raise UserError(f"{self.store.path}: the stream's filter leaves no token ({self.filter})")
+                    raise UserError(f"{self.store.place}: the stream's filter leaves no token ({self.filter})")
         finally:
             blocks.close()
 
     def _blocks(self) -> Generator[_Block]:
         epoch, number = self.epoch, self.block
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(self.store.place.parallel) as pool:
             while self.epochs is None or epoch < self.epochs:
                 order = epoch_order(self.seed, epoch, [unit for unit, _, _ in self.chunks])
                 last = -(-len(order) // self.pool_chunks) - 1

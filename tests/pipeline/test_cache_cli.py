@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 from skipcoder.pipeline import commit
+from skipcoder.pipeline.place import Place
 from skipcoder.pipeline.store import ActivationStore
 
 from tests.conftest import CONTEXT, REPO, UNIT_ROWS, UNITS
 from tests.pipeline.test_store import files
 
 
-def command(tiny_model: Path, text_file: Path, path: Path, *more: str, kind: str = "jsonl") -> list[str]:
+def command(tiny_model: Path, text_file: Path, path: Path | str, *more: str, kind: str = "jsonl") -> list[str]:
     return [
         *(sys.executable, str(REPO / "pipeline" / "cache.py"), "model=local", "model.name=tiny"),
         *(f"model.id={tiny_model}", "hookpoints=[layers.*.mlp]", f"data={kind}", f"data.path={text_file}"),
@@ -33,11 +34,11 @@ def test_ray_writes_what_one_process_writes_and_survives_kill_9(
     while job.poll() is None and not (path / "commits").exists():
         time.sleep(0.01)
     deadline = time.monotonic() + 120
-    while job.poll() is None and not commit.committed_units(path) and time.monotonic() < deadline:
+    while job.poll() is None and not commit.committed_units(Place.at(path)) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
-    assert 0 < len(commit.committed_units(path)) <= UNITS
+    assert 0 < len(commit.committed_units(Place.at(path))) <= UNITS
     time.sleep(3)  # orphaned workers of a killed driver may write that long
     again = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
@@ -70,7 +71,7 @@ CACHE, TRAIN, EVALUATE = (str(REPO / p) for p in ("pipeline/cache.py", "trainer/
         ([CACHE, "data=text"], "data.path"),
         ([CACHE, "model=local", "model.id=/no/where", "hookpoints=[a]"], "no such directory"),
         ([CACHE, "store.path=a=b"], "hint: put values"),
-        ([CACHE, "store.path=s3://bucket/x"], "no object stores"),
+        ([CACHE, "store.path=ftp://host/x"], "begin with s3:// or gs://"),
         ([CACHE, "data.context=9000", "store.path=x.zarr"], "smollm2-135m takes at most 8192 tokens"),
         ([CACHE, "hookpoints=[embed_tokens]", "store.path=x.zarr"], "one vector per token"),
         ([CACHE, "ray.address=10.255.255.1:1", "data.tokens=4096", "ray.workers=0"], "ray.workers=0"),

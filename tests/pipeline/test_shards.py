@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from skipcoder.pipeline import layout
 from skipcoder.pipeline.errors import UserError
-from skipcoder.pipeline.shards import ShardReader
+from skipcoder.pipeline.place import Directory
+from skipcoder.pipeline.shards import ShardReader, encode
 from skipcoder.pipeline.store import ActivationStore
 
 NAMES = ("index", "layers.1.mlp/input", "layers.1.mlp/output")
@@ -16,7 +18,7 @@ NAMES = ("index", "layers.1.mlp/input", "layers.1.mlp/output")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_chunk_equals_zarrs(store: ActivationStore, name: str) -> None:
     array = store.array(name)
-    reader = ShardReader.of(store.path / name, array)
+    reader = ShardReader.of(store.place, name, array)
     assert reader is not None
     rows, length = array.chunks[0], array.shape[0]
     for start in range(0, length, rows):
@@ -30,8 +32,19 @@ def test_every_chunk_equals_zarrs(store: ActivationStore, name: str) -> None:
 def test_foreign_coding_is_left_to_zarr(tmp_path: Path) -> None:
     plain = zarr.create_array(tmp_path / "plain", shape=(8, 2), chunks=(4, 2), dtype="uint16")
     sharded = zarr.create_array(tmp_path / "sharded", shape=(8, 2), chunks=(2, 2), shards=(4, 2), dtype="uint16")
-    assert ShardReader.of(tmp_path / "plain", plain) is None
-    assert ShardReader.of(tmp_path / "sharded", sharded) is None  # zstd of zarr's own, no checksum
+    assert ShardReader.of(Directory(tmp_path), "plain", plain) is None
+    assert ShardReader.of(Directory(tmp_path), "sharded", sharded) is None  # zstd of zarr's own, no checksum
+
+
+@pytest.mark.parametrize("rows", [64, 63, 16, 5])
+def test_a_shard_made_in_memory_is_the_one_that_zarr_writes(store: ActivationStore, tmp_path: Path, rows: int) -> None:
+    """Whole and short, the latter as in a last unit; one and two dimensions."""
+    for name, described in layout.arrays(store.attrs).items():
+        values = store.array(name)[:rows]
+        zarr.create_array(tmp_path / name, **{**described, "shape": values.shape})[:] = values
+        written = tmp_path.joinpath(name, "c", *["0"] * values.ndim).read_bytes()
+        if len(values) <= described["shards"][0]:
+            assert encode(described, values) == written
 
 
 @pytest.mark.parametrize("place", ["body", "index"])

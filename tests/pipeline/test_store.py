@@ -12,6 +12,7 @@ import zarr
 from skipcoder.pipeline import cache, commit, layout, model
 from skipcoder.pipeline.config import ModelConfig
 from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.place import Place
 from skipcoder.pipeline.stats import Moments, pack, unpack
 from skipcoder.pipeline.store import ActivationStore
 
@@ -122,7 +123,7 @@ def test_lost_tokens_get_the_remedy_that_works(copy: Path) -> None:
 
 
 def test_uncommitted_units_do_not_exist(copy: Path) -> None:
-    commit.withdraw(copy, 5)
+    commit.withdraw(Place.at(copy), 5)
     store = ActivationStore.open(copy)
     assert 5 not in store.units and not store.is_complete
     assert 5 not in store.split("train")
@@ -133,7 +134,7 @@ def test_recapturing_lost_units_gives_the_same_bytes(
 ) -> None:
     whole = files(copy)
     for unit in (0, 5, 32):
-        commit.withdraw(copy, unit)
+        commit.withdraw(Place.at(copy), unit)
         (copy / f"layers.1.mlp/output/c/{unit}/0").unlink()
     (copy / "layers.2.mlp/output/c/5/0").write_bytes(b"torn")
     capture_here(cache_config(copy, ("layers.*.mlp",)))
@@ -210,7 +211,7 @@ def test_nan_fails_its_unit_with_its_place_and_commits_nothing(
     from skipcoder.pipeline import worker
 
     store = capture_here(cache_config(tmp_path / "s.zarr"))
-    commit.withdraw(store.path, 2)
+    commit.withdraw(Place.at(store.path), 2)
 
     class Poisoned(torch.nn.Module):
         def __init__(self) -> None:
@@ -225,7 +226,7 @@ def test_nan_fails_its_unit_with_its_place_and_commits_nothing(
     hookpoint = worker.Hookpoint("layers.1.mlp", "mlp", "mlp")
     with pytest.raises(worker.NonFiniteError, match=r"layers.1.mlp/input: activation at row 9, position 5"):
         worker.capture_unit(Poisoned(), store, [hookpoint], 2, "cpu")
-    assert 2 not in commit.committed_units(store.path)
+    assert 2 not in commit.committed_units(Place.at(store.path))
     assert layout.num_units(store.rows, UNIT_ROWS) == UNITS
 
 
@@ -242,7 +243,7 @@ def test_failed_growth_loses_nothing(tmp_path: Path, cache_config: Any, capture_
 
 def test_a_second_capture_on_the_same_store_is_refused(store: ActivationStore, cache_config: Any) -> None:
     with (
-        commit.only_writer(store.path),
+        Place.at(store.path).only_writer(),
         pytest.raises(UserError, match="another capture is at work"),
     ):
         cache.capture(cache_config(store.path, ("layers.*.mlp",)))
@@ -271,11 +272,11 @@ def test_statistics_are_merged_once_and_kept_beside_the_store(copy: Path, monkey
 def test_what_was_derived_from_other_bytes_is_not_used(copy: Path) -> None:
     """The same identity, captured anew by other software."""
     before = ActivationStore.open(copy).moments("layers.1.mlp", "output")
-    record = json.loads(commit.path_of(copy, 0).read_text())
+    record = json.loads((copy / commit.record_file(0)).read_text())
     name = commit.statistics_file("layers.1.mlp", 0)
     moments = unpack((copy / name).read_bytes())
     moments["output/other"] = Moments.of(np.full((9, D_MODEL), 7.0, np.float32))
     (copy / name).write_bytes(pack(moments))
-    record["shards"][name] = commit.shard_checksum(copy / name)
-    commit.path_of(copy, 0).write_text(json.dumps(record))
+    record["shards"][name] = commit.checksum((copy / name).read_bytes())
+    (copy / commit.record_file(0)).write_text(json.dumps(record))
     assert (ActivationStore.open(copy).moments("layers.1.mlp", "output").mean != before.mean).any()

@@ -12,6 +12,7 @@ import pytest
 import zarr
 from skipcoder.pipeline import commit
 from skipcoder.pipeline.config import CacheConfig, Codec
+from skipcoder.pipeline.place import Place
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.pipeline.verify import problems
 
@@ -32,7 +33,7 @@ def flip(path: Path, at: int) -> None:
 
 
 def edit_record(path: Path, unit: int, change: Callable[[dict], object]) -> None:
-    file = commit.path_of(path, unit)
+    file = path / commit.record_file(unit)
     record = json.loads(file.read_text())
     change(record)
     file.write_text(json.dumps(record, sort_keys=True))
@@ -41,13 +42,13 @@ def edit_record(path: Path, unit: int, change: Callable[[dict], object]) -> None
 def test_nothing_is_wrong_with_what_was_captured(
     store: ActivationStore, cache_config: Callable[..., CacheConfig], capture_here: Callable, tmp_path: Path
 ) -> None:
-    assert list(problems(store.path)) == []
-    assert list(problems(capture_here(cache_config(tmp_path / "s.zarr", codec=Codec.int8)).path)) == []
+    assert list(problems(Place.at(store.path))) == []
+    assert list(problems(Place.at(capture_here(cache_config(tmp_path / "s.zarr", codec=Codec.int8)).path))) == []
 
 
 def test_a_flipped_bit_is_found_twice_by_its_file_and_its_chunk(copy: Path) -> None:
     flip(copy / SHARD, 40)
-    found = list(problems(copy))
+    found = list(problems(Place.at(copy)))
     assert len(found) == 2 and all(line.startswith("unit 3: ") for line in found)
     assert f"{SHARD}: expected bytes: " in found[0]
     begin = 3 * UNIT_ROWS * CONTEXT
@@ -58,7 +59,7 @@ def test_a_flipped_bit_is_found_twice_by_its_file_and_its_chunk(copy: Path) -> N
 def test_short_and_missing_files(copy: Path, size: int | None) -> None:
     file = copy / SHARD
     file.write_bytes(file.read_bytes()[:size]) if size else file.unlink()
-    found = list(problems(copy))
+    found = list(problems(Place.at(copy)))
     assert str(SHARD) in found[0] and ("no such file" in found[0]) == (size is None)
 
 
@@ -68,17 +69,17 @@ def test_other_values_with_right_checksums_differ_in_statistics(copy: Path) -> N
     start = 3 * UNIT_ROWS * CONTEXT
     span = slice(start, start + UNIT_ROWS * CONTEXT)
     array[span] = np.roll(array[span], 1, axis=1)
-    edit_record(copy, 3, lambda r: r["shards"].update({str(SHARD): commit.shard_checksum(copy / SHARD)}))
-    found = list(problems(copy))
+    edit_record(copy, 3, lambda r: r["shards"].update({str(SHARD): commit.checksum((copy / SHARD).read_bytes())}))
+    found = list(problems(Place.at(copy)))
     assert found and all("layers.1.mlp/input: statistics of" in line for line in found)
 
 
 def test_records_of_other_stores_other_rows_and_no_record(copy: Path) -> None:
     edit_record(copy, 1, lambda r: r.update(identity="0" * 32))
     edit_record(copy, 2, lambda r: r.update(rows=[0, 4]))
-    commit.path_of(copy, 4).write_text("{")
-    commit.withdraw(copy, 5)
-    found = list(problems(copy))
+    (copy / commit.record_file(4)).write_text("{")
+    commit.withdraw(Place.at(copy), 5)
+    found = list(problems(Place.at(copy)))
     assert found[0] == "1 of 33 units are not captured (5); run the same capture command again"
     assert "unit 1: its record belongs to another store" in found[1]
     assert found[2].startswith("unit 2: its record is of rows (0, 4), not (8, 12)")
@@ -91,7 +92,7 @@ def test_edited_tokens_and_attributes(copy: Path) -> None:
     metadata["attributes"]["identity"]["seed"] = 9
     (copy / "zarr.json").write_text(json.dumps(metadata))
     zarr.open_group(copy, mode="r+")["tokens"][0, 5] = 7
-    found = list(problems(copy))
+    found = list(problems(Place.at(copy)))
     assert "the identity does not match its hash" in found[0]
     assert any("unit 0: tokens: other ids" in line for line in found)
 

@@ -1,0 +1,240 @@
+"""Where a store's files lie: a directory, or a prefix of an object store (`s3://bucket/x.zarr`, `gs://...`).
+
+Both keep the same promises, and all that writes a store rests on them:
+
+- `write` leaves the whole file, on the disk, or the one that was there before; also after a power cut.
+- `create` does so only where no such file is, and of several that try at once one succeeds.
+
+Files are named relative to the place, with `/` between folders.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from skipcoder.pipeline.errors import UserError
+
+SCHEMES = ("s3://", "gs://")
+
+
+class Place(ABC):
+    """A folder of files; `str` gives its path or address."""
+
+    parallel: int
+    """How many reads are worth having under way at once."""
+
+    @staticmethod
+    def at(path: "str | Path | Place") -> "Place":
+        """The place at a path or an address."""
+        if isinstance(path, Place):
+            return path
+        if "://" not in str(path):
+            return Directory(Path(path))
+        if not str(path).startswith(SCHEMES):
+            raise UserError(f"{path}: only paths and addresses that begin with {' or '.join(SCHEMES)} can be stores")
+        from skipcoder.pipeline.objects import Bucket
+
+        return Bucket(str(path).rstrip("/"))
+
+    @property
+    def stem(self) -> str:
+        """`x` of `some/where/x.zarr`."""
+        return str(self).rsplit("/", 1)[-1].removesuffix(".zarr")
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """A whole file; FileNotFoundError where there is none."""
+
+    @abstractmethod
+    def read_range(self, name: str, start: int, length: int) -> np.ndarray:
+        """Bytes of a file, read-only, valid until this thread's next call; a negative `start` counts from the end.
+        Fewer where the file ends."""
+
+    @abstractmethod
+    def write(self, name: str, content: bytes) -> None:
+        """Replace a file, or make it."""
+
+    @abstractmethod
+    def create(self, name: str, content: bytes) -> bool:
+        """Make a file; False, and nothing changes, where there is one."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+    def clear(self) -> None:
+        """Remove every file."""
+        for name in self.sizes():
+            self.delete(name)
+
+    @abstractmethod
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Bytes of every file in a folder and below, by name."""
+
+    @abstractmethod
+    def is_empty(self) -> bool:
+        """Whether nothing is there."""
+
+    @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+
+    @property
+    @abstractmethod
+    def address(self) -> str:
+        """What finds it from any working directory."""
+
+    @property
+    @abstractmethod
+    def parent(self) -> "Place":
+        """The folder that this place lies in."""
+
+    @abstractmethod
+    def neighbours(self) -> list["Place"]:
+        """What else ends in .zarr where this place is."""
+
+    @abstractmethod
+    def zarr(self) -> Any:
+        """What zarr opens."""
+
+    @abstractmethod
+    def only_writer(self) -> contextlib.AbstractContextManager[None]:
+        """Keep a second capture away, where that can be done."""
+
+
+class Directory(Place):
+    """A directory of a local or shared file system."""
+
+    parallel = 2
+    _local = threading.local()
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def read_range(self, name: str, start: int, length: int) -> np.ndarray:
+        scratch = self._scratch(length)
+        with (self.path / name).open("rb") as file:
+            file.seek(start, os.SEEK_END if start < 0 else os.SEEK_SET)
+            read = file.readinto(scratch.data)
+        scratch.flags.writeable = False
+        return scratch[:read]
+
+    def _scratch(self, size: int) -> np.ndarray:
+        """Memory of this thread, used again: the first touch of fresh memory costs as much as reading."""
+        if len(getattr(self._local, "memory", ())) < size:
+            self._local.memory = np.empty(size, np.uint8)
+        return self._local.memory[:size]
+
+    def write(self, name: str, content: bytes) -> None:
+        write_atomically(self.path / name, content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        with _partial(self.path / name, lambda file: file.write(content)) as partial:
+            try:
+                os.link(partial, self.path / name)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                if (self.path / name).exists():  # no hard links here: next to at once is the best there is
+                    return False
+                partial.replace(self.path / name)
+        _sync(self.path / name)
+        return True
+
+    def delete(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        found = {}
+        for at, _, names in os.walk(self.path / folder):
+            for name in names:
+                file = os.path.join(at, name)
+                with contextlib.suppress(FileNotFoundError):
+                    found[os.path.relpath(file, self.path)] = os.stat(file).st_size
+        return found
+
+    def is_empty(self) -> bool:
+        return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
+
+    def exists(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    @property
+    def address(self) -> str:
+        return str(self.path.resolve())
+
+    @property
+    def parent(self) -> Place:
+        return Directory(self.path.absolute().parent)
+
+    def neighbours(self) -> list[Place]:
+        return [Directory(p) for p in sorted(self.path.parent.glob("*.zarr")) if p != self.path]
+
+    def zarr(self) -> Any:
+        return self.path
+
+    @contextlib.contextmanager
+    def only_writer(self) -> Iterator[None]:
+        """The lock lies beside the store and goes with the process, however that ends. On file systems without locks it
+        holds nobody back, as in object stores: captures of the same configuration then write the same bytes twice."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_name(f".{self.path.name}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another capture is at work on {self}; wait for it, or stop it") from None
+            except OSError:
+                pass
+            try:
+                for partial in self.path.rglob("*.partial"):  # of writers that were killed in the middle of a file
+                    partial.unlink(missing_ok=True)
+                yield
+            finally:
+                Path(file.name).unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Write (or let `content` write), sync and rename: the file is whole or absent, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _partial(path, content if callable(content) else lambda file: file.write(content)) as partial:
+        partial.replace(path)
+    _sync(path)
+
+
+@contextlib.contextmanager
+def _partial(path: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
+    """A finished file beside `path`, which is gone in the end."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file's name to the disk."""
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

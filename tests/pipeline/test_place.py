@@ -1,0 +1,185 @@
+"""What a store's files rest on, the same for a directory and for a bucket of a real S3 API (moto's server)."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from skipcoder.pipeline import commit, place
+from skipcoder.pipeline.config import CacheConfig, Codec
+from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.place import Directory, Place
+from skipcoder.pipeline.store import ActivationStore
+from skipcoder.pipeline.verify import problems
+from skipcoder.trainer.stream import ActivationStream
+
+from tests.conftest import REPO
+from tests.pipeline.test_cache_cli import command
+from tests.pipeline.test_store import files
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """Address of an empty bucket; the environment points to its server."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "any",
+        "AWS_SECRET_ACCESS_KEY": "any",
+        "AWS_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in settings.items():
+            patch.setenv(key, value)
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
+def content(at: Place) -> dict[str, bytes]:
+    return {name: at.read(name) for name in sorted(at.sizes())}
+
+
+class PlaceTests:
+    """Promises of `Place`."""
+
+    @pytest.fixture
+    def here(self) -> Place:
+        raise NotImplementedError
+
+    def test_files(self, here: Place) -> None:
+        assert here.is_empty() and here.sizes() == {} and not here.exists("a/b")
+        with pytest.raises(FileNotFoundError):
+            here.read("a/b")
+        here.write("a/b", b"one")
+        here.write("a/b", b"four")
+        here.write("c", b"")
+        assert here.read("a/b") == b"four" and here.exists("a/b") and not here.exists("a")
+        assert here.sizes() == {"a/b": 4, "c": 0} and here.sizes("a") == {"a/b": 4} and not here.is_empty()
+        here.delete("c")
+        here.delete("c")
+        here.clear()
+        assert here.sizes() == {}
+
+    def test_ranges(self, here: Place) -> None:
+        here.write("x", bytes(range(100)))
+        assert bytes(here.read_range("x", 10, 5)) == bytes(range(10, 15))
+        assert bytes(here.read_range("x", -7, 7)) == bytes(range(93, 100))
+        assert bytes(here.read_range("x", 98, 5)) == bytes([98, 99])
+        with pytest.raises(FileNotFoundError):
+            here.read_range("y", 0, 5)
+
+    def test_of_many_that_create_one_succeeds(self, here: Place) -> None:
+        won: list[int] = []
+
+        def create(i: int) -> None:
+            if here.create("record", bytes([i]) * 1000):
+                won.append(i)
+
+        threads = [threading.Thread(target=create, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (winner,) = won
+        assert here.read("record") == bytes([winner]) * 1000
+        assert list(here.sizes()) == ["record"]  # nothing left of the others
+
+    def test_names(self, here: Place) -> None:
+        assert Place.at(str(here)).address == here.address and here.stem == "s"
+        other = Place.at(f"{here.parent}/t.zarr")
+        other.write("zarr.json", b"")
+        here.write("zarr.json", b"")
+        assert [n.stem for n in here.neighbours()] == ["t"] and [n.stem for n in other.neighbours()] == ["s"]
+
+    def test_a_capture_there_is_the_same_as_anywhere(
+        self, here: Place, cache_config: Callable[..., CacheConfig], capture_here: Callable, tmp_path: Path
+    ) -> None:
+        """Captured, grown, damaged, mended, read, in each codec that has arrays of all kinds."""
+        for codec in (Codec.bf16, Codec.int8):
+            reference = capture_here(cache_config(tmp_path / f"{codec.value}.zarr", rows=100, codec=codec))
+            at = Place.at(f"{here}/{codec.value}.zarr")
+            for rows in (70, 100):
+                store = capture_here(cache_config(at, rows=rows, codec=codec))
+            assert content(at) == files(reference.path) and list(problems(at)) == []
+            streams = [list(ActivationStream(s, "layers.1.mlp", 64, epochs=1)) for s in (store, reference)]
+            for a, b in zip(*streams, strict=True):
+                assert torch.equal(a.x, b.x) and torch.equal(a.y, b.y) and torch.equal(a.position, b.position)
+            commit.withdraw(at, 3)
+            at.write("layers.1.mlp/output/c/3/0", b"torn")
+            capture_here(cache_config(at, rows=100, codec=codec))
+            assert content(at) == files(reference.path)
+
+
+class TestDirectory(PlaceTests):
+    @pytest.fixture
+    def here(self, tmp_path: Path) -> Place:
+        return Place.at(tmp_path / "s.zarr")
+
+    def test_what_a_failed_write_leaves(self, here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The file that was there, and nothing else."""
+        here.write("a", b"old")
+
+        def full(_: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(place.os, "fsync", full)
+        with pytest.raises(OSError):
+            here.write("a", b"new")
+        assert here.sizes() == {"a": 3} and here.read("a") == b"old"
+
+    def test_file_systems_without_hard_links(self, here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_links(*_: object) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(place.os, "link", no_links)
+        assert here.create("a", b"1") and not here.create("a", b"2")
+        assert here.read("a") == b"1" and list(here.sizes()) == ["a"]
+
+
+class TestBucket(PlaceTests):
+    @pytest.fixture
+    def here(self, bucket: str, tmp_path: Path) -> Place:
+        return Place.at(f"{bucket}/{tmp_path.name}/s.zarr")
+
+    def test_two_captures_at_once_write_the_same(
+        self, here: Place, tiny_model: Path, text_file: Path, tmp_path: Path, store: ActivationStore
+    ) -> None:
+        """Object stores have no locks. Both commands, with Ray, end well; then the third finds nothing to do."""
+        run = command(tiny_model, text_file, str(here))
+        both = [
+            subprocess.Popen(run, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for _ in range(2)
+        ]
+        said = [job.communicate(timeout=300)[0] for job in both]
+        assert [job.returncode for job in both] == [0, 0], said
+        assert content(here) == files(store.path)
+        again = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert "complete, nothing to do" in again.stdout
+        info = [sys.executable, str(REPO / "pipeline" / "store_cli.py"), "info", str(here)]
+        assert "33 of 33" in subprocess.run(info, capture_output=True, text=True, timeout=60).stdout
+
+    def test_captures_of_different_lengths_at_once_are_told(self, here: Place) -> None:
+        record = commit.Commit("id", 3, (12, 14), 0, {})
+        commit.write(here, record)
+        commit.write(here, record)
+        with pytest.raises(UserError, match="unit 3 was committed by another capture"):
+            commit.write(here, commit.Commit("id", 3, (12, 16), 0, {}))
+
+    def test_no_such_bucket(self, bucket: str) -> None:
+        with pytest.raises(UserError, match=r"s3://no-such-bucket/s.zarr: .*check the address, the account"):
+            ActivationStore.open("s3://no-such-bucket/s.zarr")
+
+
+def test_addresses_of_other_kinds_are_refused() -> None:
+    with pytest.raises(UserError, match="begin with s3:// or gs://"):
+        Place.at("hdfs://host/s.zarr")
+    assert isinstance(Place.at("a:b"), Directory)
