@@ -113,6 +113,11 @@ class RayConfig:
     """null: the cores there are divided by the workers, at most those of one machine."""
     gpus_per_worker: float | None = None
     """null: one where Ray has GPUs, else none."""
+    resources: dict[str, float] = field(default_factory=dict)
+    """Ray's custom resources that a worker takes, to place workers on the machines that offer them."""
+    overlap: bool | None = None
+    """Let a worker run the model on the next unit while it encodes and writes the last; null: where it has a GPU. Takes
+    memory for two units; on CPUs, which the model keeps busy by itself, it gains nothing."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:

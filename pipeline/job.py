@@ -75,15 +75,25 @@ def _results(store: Place, units: list[int], model: ModelConfig, cfg: RayConfig)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    overlap = bool(gpus) if cfg.overlap is None else cfg.overlap
+    calls = 2 if overlap else 1
     # from_items, not range: a read operator needs a core of its own and hangs beside an actor that
     # takes the whole machine.
     results = ray.data.from_items(units).map_batches(
         Worker,
         fn_constructor_args=(store.address, model, cpus, "cuda" if gpus else "cpu"),
         batch_size=1,
-        compute=ActorPoolStrategy(min_size=1, max_size=cfg.workers),
+        compute=ActorPoolStrategy(
+            min_size=1,  # begin with the first that is up
+            max_size=cfg.workers,
+            initial_size=cfg.workers,
+            max_tasks_in_flight_per_actor=2,  # the next unit's number is there before it is asked for
+            max_concurrent_calls_per_actor=calls,
+            enable_true_multi_threading=overlap,
+        ),
         num_cpus=cpus,
         num_gpus=gpus,
+        resources=dict(cfg.resources),
     )
     for batch in _explained(results.iter_batches(batch_size=None, prefetch_batches=0)):
         for unit, error in zip(batch["unit"], batch["error"], strict=True):

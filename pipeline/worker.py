@@ -1,6 +1,8 @@
 """One capture worker: holds the model, turns units of token rows into committed units of the store."""
 
 import errno
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,11 @@ class NonFiniteError(ValueError):
 
 
 class Worker:
-    """A Ray Data actor: batches of unit numbers in, one row of facts per unit out."""
+    """A Ray Data actor: batches of unit numbers in, one row of facts per unit out.
+
+    With `ray.overlap` Ray makes two calls at once: while one encodes and writes, the other runs the model. Memory
+    beside the model's: for each call the unit in bfloat16, and of one side what encoding takes, 12 bytes a number.
+    """
 
     def __init__(self, store: str, model: ModelConfig, threads: int, device: str) -> None:
         torch.set_num_threads(threads)  # Ray sets OMP_NUM_THREADS itself, rounded down
@@ -30,6 +36,7 @@ class Worker:
         self.store = ActivationStore(place, attrs)
         self.hookpoints = hookpoints_of(attrs)
         self.device = device
+        self._forward = threading.Lock()
         self.model = load_trunk(model, self.hookpoints, device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
@@ -39,7 +46,7 @@ class Worker:
         errors = []
         for unit in units:
             try:
-                capture_unit(self.model, self.store, self.hookpoints, unit, self.device)
+                capture_unit(self.model, self.store, self.hookpoints, unit, self.device, self._forward)
                 errors.append("")
             except NonFiniteError as error:
                 errors.append(str(error))
@@ -56,24 +63,32 @@ def hookpoints_of(attrs: dict[str, Any]) -> list[Hookpoint]:
 
 
 def capture_unit(
-    model: torch.nn.Module, store: ActivationStore, hookpoints: list[Hookpoint], unit: int, device: str
+    model: torch.nn.Module,
+    store: ActivationStore,
+    hookpoints: list[Hookpoint],
+    unit: int,
+    device: str,
+    alone: AbstractContextManager[Any] | None = None,
 ) -> None:
-    """Run the model over a unit's rows, write and commit it; a unit that is committed is left alone."""
+    """Run the model over a unit's rows (`alone`), write and commit it; a unit that is committed is left alone."""
     if store.place.exists(commit.record_file(unit)):
         return
     tokens = store.tokens(unit)
     rows = micro_batch_rows(store.attrs["identity"]["micro_batch_tokens"], store.context)
-    parts = [
-        capture(model, hookpoints, torch.from_numpy(tokens[i : i + rows]).long().to(device))
-        for i in range(0, len(tokens), rows)
-    ]
+    sides: dict[str, list[list[Tensor]]] = {h.name: [[], []] for h in hookpoints}
+    with alone or nullcontext():
+        for i in range(0, len(tokens), rows):
+            part = capture(model, hookpoints, torch.from_numpy(tokens[i : i + rows]).long().to(device))
+            for name, pair in part.items():
+                for side, z in zip(sides[name], pair, strict=True):
+                    side.append(z.cpu())  # at once: a GPU holds one micro-batch, not the unit
+    first_row = layout.unit_token_rows(unit, store.rows, store.unit_rows).start
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for h in hookpoints:
-        x, y = (torch.cat([part[h.name][side] for part in parts]).cpu() for side in (0, 1))
-        first_row = layout.unit_token_rows(unit, store.rows, store.unit_rows).start
+    for name in list(sides):
+        x, y = (torch.cat(parts) for parts in sides.pop(name))
         for side, z in zip(commit.SIDES, (x, y), strict=True):
-            _check_finite(z, f"{h.name}/{side}", first_row, store.context)
-        pairs[h.name] = (x, y)
+            _check_finite(z, f"{name}/{side}", first_row, store.context)
+        pairs[name] = (x, y)
     writer.write_unit(store.place, store.attrs, unit, pairs, tokens)
 
 

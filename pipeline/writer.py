@@ -129,11 +129,11 @@ def write_unit(
                 array = f"{name}/{side}{suffix}"
                 file = "/".join([array, "c", str(unit), *["0"] * (rows.ndim - 1)])
                 write(file, shards.encode(arrays[array], rows))
-            values = codec.decode(coded).float()
-            error_N = (values - z.float()).double().square_().sum(dim=1).numpy()
+            values = codec.decode(coded)
+            error_N = _squared_error(values, z)
             for where, chosen in classes.items():
-                lost = float(error_N[chosen].sum())
-                moments[f"{side}/{where}"] = Moments.of(values.numpy()[chosen], lost)
+                rows_of_class = values[torch.from_numpy(chosen)].float().numpy()
+                moments[f"{side}/{where}"] = Moments.of(rows_of_class, float(error_N[chosen].sum()))
         write(commit.statistics_file(name, unit), pack(moments))
     record = commit.Commit(
         identity=attrs["identity_hash"],
@@ -144,6 +144,14 @@ def write_unit(
     )
     commit.write(place, record)
     return record
+
+
+def _squared_error(values_ND: torch.Tensor, z_ND: torch.Tensor) -> np.ndarray:
+    """float64 [N]: squared distance of what will be read from what the model gave."""
+    if values_ND.dtype == z_ND.dtype and torch.equal(values_ND, z_ND):
+        return np.zeros(len(z_ND))
+    parts = zip(values_ND.split(1024), z_ND.split(1024), strict=True)  # the float64 copy stays small
+    return np.concatenate([(a.double() - b.double()).square_().sum(dim=1).numpy() for a, b in parts])
 
 
 def classes_of(attrs: dict[str, Any], position_N: np.ndarray, token_N: np.ndarray) -> dict[str, np.ndarray]:
