@@ -88,3 +88,31 @@ def row_batches(row_of_token: np.ndarray, context: int, path: Path, batch: int, 
         warnings.simplefilter("ignore")
         reader = iter(_reader(path, context, 1, batch, buffer).get_data_loader())
         return [next(reader).numpy().ravel().astype(int) for _ in range(len(row_of_token) // batch)]
+
+
+def cached(lm: torch.nn.Module, tokenizer: Any, hook: str, width: int, rows: np.ndarray, batch: int, path: Path) -> Any:
+    """Its CacheActivationsRunner over token rows [R, T], ready to `run`: one hook's output, float32, as it writes by
+    default. The model is given, since it loads none from GGUF."""
+    from datasets import Dataset
+    from sae_lens import cache_activations_runner
+    from sae_lens.config import CacheActivationsRunnerConfig
+    from sae_lens.load_model import HookedProxyLM
+
+    cache_activations_runner.load_model = lambda **_: HookedProxyLM(lm, tokenizer, hook_names=[hook])
+    cfg = CacheActivationsRunnerConfig(
+        dataset_path="-",
+        model_name="-",
+        model_class_name="AutoModelForCausalLM",
+        model_batch_size=batch,
+        hook_name=hook,
+        d_in=width,
+        training_tokens=rows.size,
+        context_size=rows.shape[1],
+        new_cached_activations_path=str(path),
+        shuffle=False,
+        buffer_size_gb=rows.size * width * 4 / 1e9,  # it fills whole buffers
+        device="cpu",
+        prepend_bos=False,
+        streaming=False,
+    )
+    return cache_activations_runner.CacheActivationsRunner(cfg, Dataset.from_dict({"tokens": rows.tolist()}))

@@ -22,32 +22,10 @@ import numpy as np
 import torch
 import zarr
 from numcodecs import blosc
-from skipcoder.pipeline import writer
-from skipcoder.pipeline.store import ActivationStore, read_attrs
+from recode import recoded
+from skipcoder.pipeline.store import ActivationStore
 
 CODECS, COMPRESSIONS = ("bf16", "int8", "fp8"), ("zstd", "lz4")
-
-
-def written(store: ActivationStore, codec: str, compression: str, units: int, path: Path) -> float:
-    """Write the first units of `store` with another codec; seconds."""
-    own = ("format", "version", "identity_hash", "rows")
-    attrs: dict[str, Any] = {key: value for key, value in store.attrs.items() if key not in own}
-    identity = {**attrs["identity"], "codec": codec, "compression": compression}
-    writer.create(path, {**attrs, "identity": identity})
-    writer.write_tokens(path, units * store.unit_rows, (row for unit in range(units) for row in store.tokens(unit)))
-    now, seconds = read_attrs(path), 0.0
-    assert now is not None
-    for unit in range(units):
-        span = store.unit_range(unit)
-        back = torch.from_numpy(np.argsort(store.read("index", *span)))
-        pairs = {
-            h: (store.activations(h, "input", *span)[back], store.activations(h, "output", *span)[back])
-            for h in store.hookpoints
-        }
-        begun = time.perf_counter()
-        writer.write_unit(path, now, unit, pairs, store.tokens(unit))
-        seconds += time.perf_counter() - begun
-    return seconds
 
 
 def chunks(store: ActivationStore, units: int) -> list[tuple[int, int]]:
@@ -125,8 +103,8 @@ def main() -> None:
     for codec in CODECS:
         for compression in COMPRESSIONS:
             with tempfile.TemporaryDirectory() as folder:
-                seconds = written(store, codec, compression, args.units, Path(folder) / "s.zarr")
-                new = ActivationStore.open(Path(folder) / "s.zarr")
+                path = Path(folder) / "s.zarr"
+                new, seconds = recoded(store, path, args.units, codec=codec, compression=compression)
                 shards = (s for r in new.commits.values() for s in r.shards.items() if s[0].startswith(hookpoint))
                 size = sum(facts["bytes"] for _, facts in shards) / tokens
                 spans = chunks(new, args.units)

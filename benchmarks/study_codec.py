@@ -12,35 +12,13 @@ import json
 import tempfile
 from pathlib import Path
 
-import numpy as np
-import torch
 from matplotlib import pyplot
-from skipcoder.pipeline import layout, writer
-from skipcoder.pipeline.store import ActivationStore, read_attrs
+from recode import recoded
+from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.config import Kind
 from study import OUT, SEEDS, Judge, config, from_stream, interval, keep, table, trained
 
 METRICS = {"fvu": "held-out FVU", "dead_fraction": "dead fraction", "ce_spliced": "cross-entropy, spliced (nats)"}
-
-
-def recoded(store: ActivationStore, codec: str, path: Path) -> ActivationStore:
-    """The same activations in other codes."""
-    own = ("format", "version", "identity_hash", "rows")
-    attrs = {key: value for key, value in store.attrs.items() if key not in own}
-    writer.create(path, {**attrs, "identity": {**attrs["identity"], "codec": codec}})
-    units = range(layout.num_units(store.rows, store.unit_rows))
-    writer.write_tokens(path, store.rows, (row for unit in units for row in store.tokens(unit)))
-    now = read_attrs(path)
-    assert now is not None
-    for unit in units:
-        start, stop = store.unit_range(unit)
-        back = torch.from_numpy(np.argsort(store.read("index", start, stop)))
-        pairs = {
-            h: tuple(store.activations(h, side, start, stop)[back] for side in ("input", "output"))
-            for h in store.hookpoints
-        }
-        writer.write_unit(path, now, unit, pairs, store.tokens(unit))
-    return ActivationStore.open(path)
 
 
 def bytes_per_token(store: ActivationStore) -> float:
@@ -78,7 +56,9 @@ def main() -> None:
     judge = Judge(bf16)
     results: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        stores = {"bf16": bf16} | {codec: recoded(bf16, codec, Path(folder) / codec) for codec in ("int8", "fp8")}
+        stores = {"bf16": bf16} | {
+            codec: recoded(bf16, Path(folder) / codec, len(bf16.units), codec=codec)[0] for codec in ("int8", "fp8")
+        }
         facts = {
             codec: {
                 "bytes_per_token": bytes_per_token(store),

@@ -21,24 +21,28 @@ from skipcoder.pipeline.place import Place
 def run(store: Place, attrs: dict[str, Any], units: list[int], model: ModelConfig, cfg: RayConfig) -> None:
     """Capture `units` of the laid-out store. Every unit is committed before it is counted."""
     begun, captured = time.perf_counter(), 0
+    first_at, first_tokens = 0.0, 0  # the rate leaves out the start of Ray and the loading of the model
     tokens_of = {
         u: len(layout.unit_token_rows(u, attrs["rows"], attrs["identity"]["unit_rows"])) * attrs["identity"]["context"]
         for u in units
     }
     bytes_per_token = sum(2 * (h["d_in"] + h["d_out"]) for h in attrs["hookpoints"].values())
+
+    def rate() -> float:
+        return (captured - first_tokens) / max(time.perf_counter() - first_at, 1e-9)
+
     try:
         with cluster(cfg.address), cli.progress("capture", sum(tokens_of.values())) as advance:
-            first_at, first_tokens = 0.0, 0
             for unit in _results(store, units, model, cfg):
                 captured += tokens_of[unit]
-                if not first_at:  # the rate leaves out the start of Ray and the loading of the model
+                if not first_at:
                     first_at, first_tokens = time.perf_counter(), captured
-                rate = (captured - first_tokens) / max(time.perf_counter() - first_at, 1e-9)
-                speed = {"tokens/s": f"{rate:,.0f}", "MB/s": f"{rate * bytes_per_token / 1e6:.1f}"}
+                ended = rate()
+                speed = {"tokens/s": f"{ended:,.0f}", "MB/s": f"{ended * bytes_per_token / 1e6:.1f}"}
                 advance(tokens_of[unit], **speed)
     finally:
         if captured:
-            _log(store, captured, time.perf_counter() - begun)
+            _log(store, captured, time.perf_counter() - begun, ended)
 
 
 def runs(store: Place) -> list[dict[str, Any]]:
@@ -54,11 +58,12 @@ def _log_file(store: Place) -> str:
     return f"{store.stem}.capture.jsonl"
 
 
-def _log(store: Place, tokens: int, seconds: float) -> None:
+def _log(store: Place, tokens: int, seconds: float, rate: float) -> None:
     entry = {
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "tokens": tokens,
         "seconds": round(seconds, 1),
+        "tokens_per_second": round(rate),  # once the first unit was there
     }
     lines = "".join(json.dumps(line) + "\n" for line in [*runs(store), entry])
     store.parent.write(_log_file(store), lines.encode())
