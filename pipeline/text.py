@@ -4,13 +4,18 @@ import glob
 import hashlib
 import json
 import sysconfig
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from natsort import natsorted
 from skipcoder.pipeline import fingerprint
 from skipcoder.pipeline.config import DataConfig, SourceKind
 from skipcoder.pipeline.errors import UserError
+
+PAUSES = (1, 2, 4, 8, 16, 32, 64)
+"""Seconds to wait when a stream from the hub has broken, after what datasets tries by itself."""
 
 _SUFFIXES = {
     SourceKind.text: (".txt", ".md", ".rst", ".py"),
@@ -120,7 +125,7 @@ def _from_hub(cfg: DataConfig) -> Iterator[str]:
     assert cfg.path is not None
     try:
         rows = load_dataset(cfg.path, cfg.subset, split=cfg.split, revision=cfg.revision, streaming=True)
-        for row in rows:
+        for row in _patiently(rows):
             if cfg.field not in row:
                 raise UserError(
                     f"dataset {cfg.path} has no column {cfg.field!r} (it has: {', '.join(row)}); set data.field"
@@ -130,3 +135,21 @@ def _from_hub(cfg: DataConfig) -> Iterator[str]:
         if isinstance(error, UserError):
             raise
         raise UserError(f"data.path={cfg.path}: cannot read this dataset from the hub ({error})") from error
+
+
+def _patiently(rows: Any) -> Iterator[dict[str, Any]]:
+    """Rows of a streamed data set, in their order; when it breaks off, from there on after a pause. A stream that never
+    began is not tried again: its name is wrong, or the hub out of reach."""
+    failures, begun = 0, False
+    while True:
+        try:
+            for row in rows:
+                failures, begun = 0, True
+                yield row
+            return
+        except Exception:  # the clients' errors (httpx, aiohttp, requests) share no base class
+            if not begun or failures == len(PAUSES):
+                raise
+            time.sleep(PAUSES[failures])
+            failures += 1
+            rows.load_state_dict(rows.state_dict())

@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,29 @@ def test_repeating_nothing_ends(tmp_path: Path, tokenizer: Any) -> None:
     cfg = source(SourceKind.text, tmp_path / "x.txt", context=8, repeat=True)
     with pytest.raises(UserError, match="holds 0 tokens"):
         list(tokens.rows_of(cfg, tokenizer, 1))
+
+
+def test_a_stream_from_the_hub_that_breaks_off_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real streamed data set whose source fails now and then; in order, nothing twice, nothing lost."""
+    import datasets
+
+    faults = iter([3, 3, 7, 20])
+    at = [next(faults)]
+
+    def source() -> Iterator[dict[str, str]]:
+        for i in range(25):
+            if i == at[0]:
+                at[0] = next(faults, -1)
+                raise ConnectionError("the line is dead")
+            yield {"text": f"document {i}"}
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(source))
+    monkeypatch.setattr(text, "PAUSES", (0, 0))
+    cfg = DataConfig(kind=SourceKind.huggingface, path="some/text")
+    assert list(text.documents(cfg)) == [f"document {i}" for i in range(25)]
+    faults, at = iter([5, 5, 5]), [5]  # three times at one place
+    with pytest.raises(UserError, match=r"some/text: cannot read this dataset from the hub \(the line is dead\)"):
+        list(text.documents(cfg))
+    faults, at = iter([]), [0]  # at once
+    with pytest.raises(UserError, match="cannot read this dataset"):
+        list(text.documents(cfg))
