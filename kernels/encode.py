@@ -93,6 +93,14 @@ def first(codes: Codes, k: int) -> Codes:
     return Codes(values, indices, None, by_latent(indices, len(codes.by_latent.starts_M)))
 
 
+def subset(codes: Codes, keep_L: Tensor) -> Codes:
+    """Some of the entries of flat codes."""
+    assert codes.offsets is not None
+    indices, token = codes.indices[keep_L], codes.token[keep_L]
+    offsets = torch.searchsorted(token, torch.arange(len(codes.offsets), device=token.device))
+    return Codes(codes.values[keep_L], indices, offsets, by_latent(indices, len(codes.by_latent.starts_M), offsets))
+
+
 def encode_reference(
     x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, k: int, b_pre_D: Tensor | None = None, activation: str = "topk",
     threshold_M: Tensor | None = None,

@@ -80,8 +80,8 @@ def capture_unit(
         for i in range(0, len(tokens), rows):
             part = capture(model, hookpoints, torch.from_numpy(tokens[i : i + rows]).long().to(device))
             for name, pair in part.items():
-                for side, z in zip(sides[name], pair, strict=True):
-                    side.append(z.cpu())  # at once: a GPU holds one micro-batch, not the unit
+                for taken, z in zip(sides[name], pair, strict=True):
+                    taken.append(z.cpu())  # at once: a GPU holds one micro-batch, not the unit
     first_row = layout.unit_token_rows(unit, store.rows, store.unit_rows).start
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name in list(sides):

@@ -106,13 +106,13 @@ class SparseCoder(nn.Module):
         return self._encode(x_ND, activation.value, k)
 
     def encode_jumprelu(self, x_ND: Tensor) -> tuple[Codes, Tensor]:
-        """Codes, and the mean number of latents that fire, with gradients to the thresholds."""
+        """Codes, and how many latents fire on all of these tokens, with gradients to the thresholds."""
         assert self.threshold is not None
         bandwidth = BANDWIDTH * self.d_in**0.5
         codes = self._encode(x_ND, "above", threshold_M=self.threshold.detach() - bandwidth / 2)
         theta_L = per_entry(self.threshold, codes.indices, codes.by_latent)
-        l0 = fires(codes.values, theta_L, bandwidth).sum() / max(len(x_ND), 1)
-        return codes._replace(values=jumprelu(codes.values, theta_L, bandwidth)), l0
+        fired = fires(codes.values, theta_L, bandwidth).sum()
+        return codes._replace(values=jumprelu(codes.values, theta_L, bandwidth)), fired
 
     def _encode(self, x_ND: Tensor, activation: str, k: int | None = None, **options: Any) -> Codes:
         x_ND = x_ND.to(self.W_enc.dtype)

@@ -73,7 +73,7 @@ class Learner:
         if self.step_number % self.cfg.train.log_every == 0:
             self._check_recall(x)
         if self.step_number == 0 and self.cfg.coder.activation is Activation.jumprelu:
-            set_threshold(self.coder, x, self.k)
+            set_threshold(self.coder, self.ranks.gather(x), self.k)
         parts, fired_M = self._backward(x, y, batch_tokens)
         if self.unit_norm:
             remove_parallel_gradient(self.coder.W_dec)
@@ -95,24 +95,44 @@ class Learner:
         """Gradients, the loss's terms and how often each latent fired [M], over all micro-batches and ranks."""
         parts: dict[str, Tensor] = {}
         fired_M = torch.zeros_like(self.since_fired_M)
+        l0, slope_M = torch.zeros((), device=x.device), torch.zeros_like(self.coder.b_enc)
         pieces = min(self.cfg.train.micro_batches, max(len(x), 1))
         for x_part, y_part in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
             loss = self.losses(x_part, y_part, batch_tokens)
+            if loss.l0 is not None:  # the penalty depends on the whole batch; its slope is a sum
+                assert self.coder.threshold is not None
+                slope_M += torch.autograd.grad(loss.l0, self.coder.threshold, retain_graph=True)[0]
+                l0 += loss.l0.detach()
             loss.total.backward()
             for name, term in loss.parts.items():
                 parts[name] = parts.get(name, 0) + term.detach()
             fired_M += torch.bincount(loss.codes.indices[loss.codes.values > 0], minlength=len(fired_M))
             self.clock.lap("backward")
         if self.cfg.coder.activation is Activation.batchtopk:  # the last micro-batch stands for all
-            follow_threshold(self.coder, loss.codes, self.step_number == 0)
+            kept = self.ranks.gather(loss.codes.values.detach())
+            follow_threshold(self.coder, kept, self.step_number == 0)
+        penalty = self._penalise(l0, slope_M) if loss.l0 is not None else None
         self.ranks.sum(*(p.grad for p in self.coder.parameters() if p.grad is not None), *parts.values(), fired_M)
+        if penalty is not None:
+            parts["l0_penalty"] = penalty
         return parts, fired_M
+
+    def _penalise(self, l0: Tensor, slope_M: Tensor) -> Tensor:
+        """weight * (l0 / k - 1)^2, and its gradient added to the thresholds'; l0 is this rank's share of the mean,
+        slope_M the gradient of that."""
+        assert self.coder.threshold is not None and self.coder.threshold.grad is not None
+        self.ranks.sum(l0)
+        weight, excess = self.cfg.loss.l0, l0 / self.k - 1
+        self.coder.threshold.grad += 2 * weight / self.k * excess * slope_M
+        return weight * excess.square()
 
     def losses(self, x: Tensor, y: Tensor, batch_tokens: int) -> Losses:
         """Of scaled pairs that are part of a global batch."""
         dead_M = (self.since_fired_M >= self.dead_tokens).nonzero()[:, 0] if self.cfg.loss.auxk else None
         variance = self.scales.variance / self.scales.s_out**2
-        return losses(self.coder, self.cfg.loss, x, y, batch_tokens, variance, self.k, dead_M, self.clock.lap)
+        return losses(
+            self.coder, self.cfg.loss, x, y, batch_tokens, variance, self.k, dead_M, self.clock.lap, self.ranks
+        )
 
     @property
     def k(self) -> int:

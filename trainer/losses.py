@@ -1,17 +1,19 @@
 """The training loss of one coder on one batch.
 
-Every term but jumprelu's penalty is a sum over tokens divided by a constant, so losses add up over micro-batches and
-ranks. Legend: N tokens, M latents, E output width.
+Every term is a sum over tokens divided by a constant, so losses add up over micro-batches and ranks; jumprelu's
+penalty, which is not, is left to who sees the whole batch. Legend: N tokens, M latents, E output width.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from skipcoder.kernels.decode import sparse_decode
-from skipcoder.kernels.encode import Codes, encode, first
+from skipcoder.kernels.encode import Codes, encode, first, subset
 from skipcoder.trainer.coder import SparseCoder
 from skipcoder.trainer.config import Activation, LossConfig
+from skipcoder.trainer.ranks import ALONE, Ranks
 from torch import Tensor
 
 MULTI_TOPK, MULTI_TOPK_WEIGHT = 4, 1 / 8
@@ -26,6 +28,8 @@ class Losses(NamedTuple):
     """`fvu`, the error of the k latents, and the other terms."""
     codes: Codes
     """Of the k latents."""
+    l0: Tensor | None = None
+    """jumprelu: latents that fire on these tokens, over those of the batch; with gradients to the thresholds."""
 
 
 def losses(
@@ -38,17 +42,21 @@ def losses(
     k: int,
     dead_M: Tensor | None = None,
     lap: Callable[[str], None] = lambda phase: None,
+    ranks: Ranks = ALONE,
 ) -> Losses:
     """Of some or all of the `batch_tokens` of a global batch; the denominator is that number times the variance per
     token. `dead_M`: indices of the dead latents. `lap` is told when a phase ends."""
     variance = batch_tokens * token_variance
     parts: dict[str, Tensor] = {}
+    l0 = None
     if cfg.multi_topk:
         wide = coder.encode(x_ND, min(MULTI_TOPK * k, coder.cfg.width))
         codes = first(wide, k)
     elif coder.cfg.activation is Activation.jumprelu:
-        codes, l0 = coder.encode_jumprelu(x_ND)
-        parts["l0_penalty"] = len(x_ND) / batch_tokens * cfg.l0 * (l0 / k - 1).square()
+        codes, fired = coder.encode_jumprelu(x_ND)
+        l0 = fired / batch_tokens
+    elif coder.cfg.activation is Activation.batchtopk:
+        codes = batchtopk(coder, x_ND, k, ranks)
     else:
         codes = coder.encode(x_ND, k)
     lap("encode")
@@ -70,7 +78,24 @@ def losses(
         parts["auxk"] = cfg.auxk * auxk(coder, x_ND, error_NE.detach(), dead_M) / variance
     total = total + sum(term for term in parts.values() if term.requires_grad)
     lap("decode")
-    return Losses(total, {"fvu": fvu, **parts}, codes)
+    return Losses(total, {"fvu": fvu, **parts}, codes, l0)
+
+
+def batchtopk(coder: SparseCoder, x_ND: Tensor, k: int, ranks: Ranks) -> Codes:
+    """The latents that are largest in the batch of all ranks, k per token. Each rank offers a quarter more than its
+    share, since tokens are dealt at random; should one have had even more, all offer as much as could be needed."""
+    if ranks.size == 1:
+        return coder.encode(x_ND, k)
+    tokens = int(ranks.total(len(x_ND)))
+    for share in (1.25, ranks.size):
+        offer = min(math.ceil(share * k), coder.cfg.width)
+        codes = coder.encode(x_ND, offer)
+        values = codes.values.detach()
+        least = ranks.gather(values).sort(descending=True).values[: tokens * k][-1:].sum()  # 0 if none is positive
+        gave_all = len(values) == offer * len(x_ND) and bool((values > least).all()) and len(values) > 0
+        if not ranks.any(gave_all):
+            break
+    return subset(codes, values >= least)
 
 
 def _prefix(codes: Codes, width: int) -> Codes:

@@ -52,21 +52,40 @@ class Ranks:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
+    def total(self, n: int) -> int:
+        """Sum of the ranks' numbers."""
+        found = torch.tensor(n, device=self._device)
+        self.sum(found)
+        return int(found)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks, which may differ in number, one rank after the other."""
+        if self.size == 1:
+            return rows
+        lengths = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(rows)], device=rows.device))
+        padded = rows.new_zeros(max(map(int, lengths)), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: int(n)] for part, n in zip(parts, lengths, strict=True)])
+
+    @property
+    def _device(self) -> str:
+        return "cuda" if self.size > 1 and dist.get_backend() == "nccl" else "cpu"
+
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
         if self.size == 1:
             return flag
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        votes = torch.tensor(int(flag), device=device)
-        dist.all_reduce(votes)
-        return bool(votes)
+        return self.total(int(flag)) > 0
 
     def check(self, cfg: TrainConfig) -> None:
-        """UserError for what is defined on a whole batch."""
-        if self.size > 1 and cfg.coder.activation in (Activation.batchtopk, Activation.jumprelu):
+        """UserError for what several processes cannot do."""
+        if self.size > 1 and cfg.coder.activation is Activation.batchtopk and cfg.train.micro_batches > 1:
             raise UserError(
-                f"coder.activation={cfg.coder.activation.value} looks at the whole batch and cannot be trained by "
-                f"{self.size} processes; use one process for each bank, or topk"
+                f"coder.activation=batchtopk looks at the whole batch: with {self.size} processes, "
+                f"train.micro_batches={cfg.train.micro_batches} must be 1"
             )
 
 

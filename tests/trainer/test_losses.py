@@ -41,7 +41,7 @@ def dense(coder: SparseCoder, x: torch.Tensor, y: torch.Tensor, variance: float)
 @pytest.mark.parametrize("term", ["fvu", "multi_topk", "auxk"])
 def test_terms_and_their_gradients(kind: Kind, term: str) -> None:
     coder, x, y = problem(kind)
-    _, terms, codes = losses(coder, LossConfig(auxk=1 / 32, multi_topk=True), x, y, 1, 7.0, K, torch.tensor(DEAD))
+    _, terms, codes, _ = losses(coder, LossConfig(auxk=1 / 32, multi_topk=True), x, y, 1, 7.0, K, torch.tensor(DEAD))
     expected = dense(coder, x, y, 7.0)[term]
     torch.testing.assert_close(terms[term], expected, rtol=1e-12, atol=0)
     assert codes.values.shape == (N, K)  # reported codes are those of the k latents
@@ -58,7 +58,7 @@ def test_terms_and_their_gradients(kind: Kind, term: str) -> None:
 
 def test_without_dead_latents_there_is_no_auxk() -> None:
     coder, x, y = problem(Kind.transcoder)
-    total, terms, _ = losses(coder, LossConfig(auxk=1 / 32), x, y, 1, 1.0, K, torch.empty(0, dtype=torch.long))
+    total, terms, *_ = losses(coder, LossConfig(auxk=1 / 32), x, y, 1, 1.0, K, torch.empty(0, dtype=torch.long))
     assert list(terms) == ["fvu", "auxk"] and terms["auxk"] == 0 and total == terms["fvu"]
 
 

@@ -12,7 +12,8 @@ from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.assemble import make_learner
 from skipcoder.trainer.coder import SparseCoder
-from skipcoder.trainer.config import Activation, Kind, LoopConfig, LossConfig
+from skipcoder.trainer.config import Activation, CoderConfig, Kind, LoopConfig, LossConfig
+from skipcoder.trainer.losses import batchtopk
 from skipcoder.trainer.ranks import Ranks
 from skipcoder.trainer.stream import ActivationStream
 
@@ -38,10 +39,19 @@ def outcome(directory: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tens
     return lines, SparseCoder.load(directory).state_dict()
 
 
-@pytest.mark.parametrize("kind", ["sae", "skip_transcoder"])
-def test_two_processes_equal_one(store: ActivationStore, tmp_path: Path, kind: str) -> None:
-    """The same sums in another order: float32 rounding, magnified a little by Adam where gradients are tiny."""
-    overrides = (f"coder={kind}", "loss.auxk=0.03125", "train.dead_tokens=500")
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("sae", ["loss.auxk=0.03125", "train.dead_tokens=500"]),
+        ("skip_transcoder", ["loss.auxk=0.03125", "train.dead_tokens=500"]),
+        ("transcoder", ["coder.activation=batchtopk"]),
+        ("transcoder", ["coder.activation=jumprelu"]),
+    ],
+)
+def test_two_processes_equal_one(store: ActivationStore, tmp_path: Path, kind: str, more: list[str]) -> None:
+    """The same sums in another order: float32 rounding, magnified a little by Adam where gradients are tiny. batchtopk
+    and jumprelu look at the whole batch, of both processes."""
+    overrides = (f"coder={kind}", *more)
     for processes in (1, 2):
         torchrun(store, tmp_path / str(processes), processes, *overrides)
     (one, weights), (two, weights_2) = outcome(tmp_path / "1"), outcome(tmp_path / "2")
@@ -53,13 +63,15 @@ def test_two_processes_equal_one(store: ActivationStore, tmp_path: Path, kind: s
         assert (weights[name] - weights_2[name]).norm() <= 1e-3 * weights[name].norm(), name
 
 
-@pytest.mark.parametrize("kind", Kind)
-def test_four_micro_batches_equal_one(store: ActivationStore, kind: Kind) -> None:
+@pytest.mark.parametrize(
+    ("kind", "activation"), [*((kind, Activation.topk) for kind in Kind), (Kind.transcoder, Activation.jumprelu)]
+)
+def test_four_micro_batches_equal_one(store: ActivationStore, kind: Kind, activation: Activation) -> None:
     learners = []
     for pieces in (1, 4):
-        cfg = config(store, kind, lr=1e-3)
+        cfg = config(store, kind, lr=1e-3, activation=activation)
         cfg.train = LoopConfig(tokens=STEPS * 130, batch_tokens=130, micro_batches=pieces, dead_tokens=500)
-        cfg.loss = LossConfig(auxk=1 / 32, multi_topk=True)
+        cfg.loss = LossConfig(auxk=1 / 32, multi_topk=activation is Activation.topk)
         learners.append(make_learner(cfg, store, "layers.1.mlp", STEPS, "cpu"))
     for batch, _ in zip(ActivationStream(store, "layers.1.mlp", 130), range(STEPS), strict=False):
         one, four = (learner.step(batch.x, batch.y, batch.tokens) for learner in learners)
@@ -68,8 +80,44 @@ def test_four_micro_batches_equal_one(store: ActivationStore, kind: Kind) -> Non
     assert torch.equal(learners[0].since_fired_M, learners[1].since_fired_M)
 
 
-@pytest.mark.parametrize("activation", [Activation.batchtopk, Activation.jumprelu])
-def test_what_looks_at_the_whole_batch_is_refused(store: ActivationStore, activation: Activation) -> None:
-    with pytest.raises(UserError, match=f"coder.activation={activation.value} looks at the whole batch"):
-        Ranks(0, 2).check(config(store, activation=activation))
-    Ranks().check(config(store, activation=activation))
+def test_batchtopk_of_several_processes_takes_no_micro_batches(store: ActivationStore) -> None:
+    cfg = config(store, activation=Activation.batchtopk)
+    cfg.train.micro_batches = 2
+    with pytest.raises(UserError, match=r"with 2 processes, train.micro_batches=2 must be 1"):
+        Ranks(0, 2).check(cfg)
+    Ranks().check(cfg)
+
+
+class OneOfTwo(Ranks):
+    """A process whose other half is given."""
+
+    def __init__(self, theirs: torch.Tensor, tokens: int) -> None:
+        super().__init__(0, 2)
+        self.__dict__.update(theirs=theirs, tokens=tokens)
+
+    def total(self, n: int) -> int:
+        return n + self.tokens
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([rows, self.theirs])
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+
+@pytest.mark.parametrize("most", [0.5, 5.0])
+def test_batchtopk_takes_the_largest_of_all_processes(most: float) -> None:
+    """Also where nearly all of them are in one process, more than it offers at first."""
+    torch.manual_seed(0)
+    coder = SparseCoder(CoderConfig(kind=Kind.transcoder, k=2, width=16, activation=Activation.batchtopk), 8, 8)
+    x, theirs = torch.randn(10, 8), torch.rand(20) * most
+    codes = batchtopk(coder, x, 2, OneOfTwo(theirs, 10))
+    mine = torch.relu(x @ coder.W_enc.T).detach()
+    least = torch.cat([mine.flatten(), theirs]).sort(descending=True).values[39]
+    wanted = torch.where(mine >= least, mine, 0)
+    assert (codes.values > 0).all()
+    found = torch.zeros_like(wanted).index_put((codes.token, codes.indices), codes.values.detach())
+    torch.testing.assert_close(found, wanted)
+    assert len(codes.values) == (wanted > 0).sum()
+    codes.values.sum().backward()
+    torch.testing.assert_close(coder.b_enc.grad, (wanted > 0).float().sum(0))
