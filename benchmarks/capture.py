@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import peer_saelens
+import psutil
 import torch
 from skipcoder.pipeline import job, model
 from skipcoder.pipeline.cache import model_config
@@ -35,13 +36,28 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def whole_job(store: ActivationStore, tokens: int, *more: str) -> dict[str, float]:
-    """Run the command; what its log says."""
+    """Run the command; what its log says, and the most memory that its worker took."""
     with tempfile.TemporaryDirectory(dir=store.path.parent) as folder:
         (Path(folder) / "tokens.zarr").symlink_to(store.path.resolve())  # so that none are made
         words = [f"store.path={folder}/s.zarr", f"data.tokens={tokens}", f"store.unit_rows={16384 // store.context}"]
-        subprocess.run([sys.executable, "pipeline/cache.py", *words, *more], cwd=REPO, check=True, capture_output=True)
+        command = [sys.executable, "pipeline/cache.py", *words, *more]
+        process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, worker_bytes(process.pid))
+            time.sleep(0.5)
+        assert process.returncode == 0
         (entry,) = job.runs(Place.at(f"{folder}/s.zarr"))
-    return entry
+    return {**entry, "worker_bytes": peak}
+
+
+def worker_bytes(driver: int) -> int:
+    """Resident memory of the process that holds the model."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(driver).children(recursive=True):
+            if process.cmdline() and "ray::MapWorker" in process.cmdline()[0]:
+                return process.memory_info().rss
+    return 0
 
 
 @torch.no_grad()
@@ -97,7 +113,7 @@ def main() -> None:
             found["SAELens, pairs"] = found["SAELens, a side"] / 2
         for name, rate in found.items():
             rates.setdefault(name, []).append(rate)
-        print({name: round(rate) for name, rate in found.items()}, flush=True)
+        print({name: round(rate) for name, rate in found.items()}, f"{entry['worker_bytes'] / 1e9:.2f} GB", flush=True)
     for name, found_rates in rates.items():
         ratio = statistics.median(a / b for a, b in zip(rates["job"], found_rates, strict=True))
         print(f"{name:15} {statistics.median(found_rates):8,.0f} tokens/s, job / this {ratio:.2f}")

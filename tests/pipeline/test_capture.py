@@ -1,13 +1,21 @@
 """Captured activations are, bit for bit, what plain PyTorch hooks give; on every architecture."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 import torch
 import transformers as tf
+from skipcoder.pipeline import commit
+from skipcoder.pipeline.cache import model_config
 from skipcoder.pipeline.capture import argument, capture
+from skipcoder.pipeline.config import CacheConfig
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.hookpoints import Hookpoint, layers_needed, resolve
+from skipcoder.pipeline.worker import Worker
 from torch import Tensor, nn
 
 SMALL = dict(
@@ -122,3 +130,17 @@ def test_a_pattern_that_matches_nothing_lists_what_is_there() -> None:
         resolve(["layers.7.mpl"], {}, [f"layers.{i}.mlp" for i in range(12)])
     with pytest.raises(UserError, match=r"leads from 'a.0' to 'b.0', which does not exist"):
         resolve(["a.*"], {"a.*": "b.*"}, ["a.0"])
+
+
+def test_memory_of_a_worker_does_not_grow_with_its_units(
+    tmp_path: Path, cache_config: Callable[..., CacheConfig], capture_here: Callable
+) -> None:
+    """Two hundred units of 0.4 MB of activations each: had they been kept, it would be 80 MB."""
+    store = capture_here(cache_config(tmp_path / "s.zarr", ("layers.*.mlp",), rows=200, unit_rows=100))
+    worker = Worker(store.place.address, model_config(store.attrs), 1, "cpu")
+    sizes = []
+    for _ in range(200):
+        commit.withdraw(store.place, 1)
+        assert worker({"item": np.array([1])})["error"] == [""]
+        sizes.append(psutil.Process().memory_info().rss)
+    assert max(sizes[100:]) - max(sizes[:100]) < 10e6
