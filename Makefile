@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 STAMP := $(VENV)/.skipcoder-installed
 
-.PHONY: setup demo test test-slow lint typecheck gpu-check clean-demo
+.PHONY: setup demo test test-slow soak lint typecheck gpu-check clean-demo
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ test: setup lint typecheck
 # Nothing is left out of `make test` so far; this runs the slow part alone.
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Five minutes of captures whose driver or worker is killed every few seconds.
+soak: setup
+	SOAK_SECONDS=300 $(BIN)/python -m pytest -s -k soak tests/pipeline/test_faults.py
 
 lint: setup
 	$(BIN)/ruff check .
