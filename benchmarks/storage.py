@@ -23,6 +23,7 @@ import torch
 import zarr
 from numcodecs import blosc
 from recode import recoded
+from skipcoder.pipeline.codec import BLOCK, LEVELS
 from skipcoder.pipeline.store import ActivationStore
 
 CODECS, COMPRESSIONS = ("bf16", "int8", "fp8"), ("zstd", "lz4")
@@ -52,11 +53,18 @@ def shuffles(store: ActivationStore, units: int) -> dict[str, tuple[float, float
     raw, out, found = sum(c.nbytes for c in codes), np.empty_like(codes[0]), {}
     for compressor in (b"zstd", b"lz4"):
         for label, shuffle in (("bytes", blosc.SHUFFLE), ("bits", blosc.BITSHUFFLE)):
-            packed = [blosc.compress(c, compressor, 5, shuffle) for c in codes]
-            write = median_seconds(lambda c=compressor, s=shuffle: [blosc.compress(x, c, 5, s) for x in codes[:8]], 3)
+            level = LEVELS[compressor.decode()]
+            packed = [blosc.compress(c, compressor, level, shuffle, BLOCK) for c in codes]
+            write = median_seconds(
+                lambda c=compressor, n=level, s=shuffle: [blosc.compress(x, c, n, s, BLOCK) for x in codes[:8]], 3
+            )
             read = median_seconds(lambda packed=packed: [blosc.decompress(p, out) for p in packed])
             speed = sum(c.nbytes for c in codes[:8]) / write / 1e6
-            found[f"{compressor.decode()}, {label} shuffled"] = (sum(map(len, packed)) / raw, speed, raw / read / 1e6)
+            found[f"{compressor.decode()}-{level}, {label} shuffled"] = (
+                sum(map(len, packed)) / raw,
+                speed,
+                raw / read / 1e6,
+            )
     return found
 
 

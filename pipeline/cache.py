@@ -12,7 +12,7 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from skipcoder.pipeline import cli, commit, layout, text, writer
+from skipcoder.pipeline import cli, codec, commit, layout, text, writer
 from skipcoder.pipeline.config import CacheConfig, ModelConfig
 from skipcoder.pipeline.model import identity as model_identity
 from skipcoder.pipeline.place import Place
@@ -28,25 +28,26 @@ def capture(cfg: CacheConfig) -> None:
 
         return plan.show(cfg)
     place = Place.at(cfg.store.path)
-    with place.only_writer():
-        _capture(cfg, place)
+    with place.only_writer() as alone:
+        _capture(cfg, place, alone)
 
 
-def _capture(cfg: CacheConfig, place: Place) -> None:
+def _capture(cfg: CacheConfig, place: Place, alone: bool) -> None:
     attrs = read_attrs(place)
     rows = -(-cfg.data.tokens // cfg.data.context)
     unit_rows = cfg.store.unit_rows or layout.auto_unit_rows(rows, cfg.data.context)
     if attrs is not None and attrs["rows"] and cfg.store.unit_rows is None:
         unit_rows = attrs["identity"]["unit_rows"]  # chosen when the store was made, kept as it grows
     identity = _identity(cfg, unit_rows)
-    if attrs is not None and not attrs["rows"] and attrs["identity"] != identity:
-        place.clear()  # killed before its tokens were written: nothing to keep
-        attrs = None
-    if attrs is not None:
+    # Killed before its tokens were written: nothing to keep. Unless that capture is still alive.
+    stale = alone and attrs is not None and not attrs["rows"] and attrs["identity"] != identity
+    if attrs is not None and not stale:
         writer.refuse_other_identity(place, attrs, identity)
         rows = max(rows, attrs["rows"])
+    if alone and attrs is not None:
+        place.sweep()
     if attrs is None or attrs["rows"] < rows:
-        attrs = _lay_out(cfg, place, attrs, identity, rows)
+        attrs = _lay_out(cfg, place, None if stale else attrs, identity, rows, stale)
 
     every = range(layout.num_units(rows, unit_rows))
     missing = sorted(set(every) - commit.committed_units(place))
@@ -84,6 +85,7 @@ def _identity(cfg: CacheConfig, unit_rows: int) -> dict[str, Any]:
         "hookpoints": sorted(cfg.hookpoints),
         "write_modules": dict(cfg.model.write_modules),
         "codec": cfg.store.codec.value,
+        "codec_revision": codec.REVISION,
         "compression": cfg.store.compression.value,
         "unit_rows": unit_rows,
         "micro_batch_tokens": cfg.micro_batch_tokens,
@@ -92,9 +94,10 @@ def _identity(cfg: CacheConfig, unit_rows: int) -> dict[str, Any]:
 
 
 def _lay_out(
-    cfg: CacheConfig, place: Place, attrs: dict[str, Any] | None, identity: dict[str, Any], rows: int
+    cfg: CacheConfig, place: Place, attrs: dict[str, Any] | None, identity: dict[str, Any], rows: int, stale: bool
 ) -> dict[str, Any]:
-    """Make a store (`attrs`: None) or grow the one that is there, and write its token rows. Its attributes then."""
+    """Make a store (`attrs`: None), in place of a `stale` one, or grow the one that is there, and write its token rows.
+    Its attributes then."""
     from skipcoder.pipeline import model, tokens
 
     tokenizer = model.load_tokenizer(cfg.model)
@@ -114,6 +117,8 @@ def _lay_out(
             "bos": tokens.bos_of(tokenizer),
             "software": {name: version(name) for name in software},
         }
+        if stale:
+            place.clear()
         attrs = writer.create(place, asked)
     source = tokens.neighbour_with(place, identity, rows)
     if source is not None:

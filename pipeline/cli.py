@@ -15,6 +15,8 @@ from skipcoder.pipeline.errors import UserError
 # Hydra looks a relative config path up beside the caller, which fails for console scripts.
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 3
 
 
@@ -35,7 +37,7 @@ def run(main: Callable[[], object]) -> int:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in DISK_FULL:
             raise
         return _fail(no_space(error))
     return DONE

@@ -86,6 +86,15 @@ def write(place: Place, record: Commit) -> None:
         )
 
 
+def refuse_other_rows(place: Place, record: Commit, rows: tuple[int, int]) -> None:
+    """UserError for a record that a shorter capture made while the store was growing."""
+    if record.rows != rows:
+        raise UserError(
+            f"{place}/{record_file(record.unit)} is of rows {record.rows}, not {rows}: it was written while the store "
+            "grew; delete it and re-run the capture"
+        )
+
+
 def withdraw(place: Place, unit: int) -> None:
     """Undo a commit, before its unit is written anew."""
     place.delete(record_file(unit))

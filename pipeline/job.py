@@ -8,6 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -42,15 +43,21 @@ def run(store: Place, attrs: dict[str, Any], units: list[int], model: ModelConfi
                 advance(tokens_of[unit], **speed)
     finally:
         if captured:
-            _log(store, captured, time.perf_counter() - begun, ended)
+            with suppress(OSError, UserError):  # a folder that we may not write to
+                _log(store, captured, time.perf_counter() - begun, ended)
 
 
 def runs(store: Place) -> list[dict[str, Any]]:
     """The history of capture runs."""
     try:
-        return [json.loads(line) for line in store.parent.read(_log_file(store)).splitlines()]
+        lines = store.parent.read(_log_file(store)).splitlines()
     except FileNotFoundError:
         return []
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def _log_file(store: Place) -> str:

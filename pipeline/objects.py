@@ -41,10 +41,15 @@ class Bucket(Place):
         import obstore
 
         with _explained(self.address):
-            if start < 0:
-                content = obstore.get(self._store, name, options={"range": {"suffix": -start}}).bytes()
-            else:
-                content = obstore.get_range(self._store, name, start=start, length=length)
+            try:
+                if start < 0:
+                    content = obstore.get(self._store, name, options={"range": {"suffix": -start}}).bytes()
+                else:
+                    content = obstore.get_range(self._store, name, start=start, length=length)
+            except obstore.exceptions.BaseError:
+                if obstore.head(self._store, name)["size"] > max(start, 0):
+                    raise
+                return np.empty(0, np.uint8)  # beyond the end of a file, which servers refuse
             return np.frombuffer(memoryview(content), np.uint8)[:length]
 
     def write(self, name: str, content: bytes) -> None:
@@ -73,13 +78,14 @@ class Bucket(Place):
         import obstore
 
         with _explained(self.address):
-            return {o["path"]: o["size"] for some in obstore.list(self._store, folder or None) for o in some}
+            found = (o for some in obstore.list(self._store, folder or None) for o in some)
+            return {o["path"]: o["size"] for o in found if o["path"]}  # "": what web consoles make of a folder
 
     def is_empty(self) -> bool:
         import obstore
 
         with _explained(self.address):
-            return not next(iter(obstore.list(self._store, chunk_size=1)), None)
+            return not any(o["path"] for some in obstore.list(self._store, chunk_size=10) for o in some)
 
     def exists(self, name: str) -> bool:
         import obstore
@@ -110,10 +116,10 @@ class Bucket(Place):
         return ObjectStore(self._store)
 
     @contextlib.contextmanager
-    def only_writer(self) -> Iterator[None]:
-        """Object stores have no locks that go with a process. None is needed for safety: what two captures of the same
-        configuration write is the same, and records are made by `create`."""
-        yield
+    def only_writer(self) -> Iterator[bool]:
+        """Object stores have no locks that go with a process. What two captures of the same configuration write is the
+        same, and records are made by `create`."""
+        yield False
 
 
 @lru_cache(maxsize=64)

@@ -12,6 +12,8 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
+import shutil
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -36,12 +38,17 @@ class Place(ABC):
         if isinstance(path, Place):
             return path
         if "://" not in str(path):
+            if not Path(path).name:
+                raise UserError(f"{str(path)!r} cannot be a store; name a directory of its own")
             return Directory(Path(path))
         if not str(path).startswith(SCHEMES):
             raise UserError(f"{path}: only paths and addresses that begin with {' or '.join(SCHEMES)} can be stores")
+        address = str(path).rstrip("/")
+        if "/" not in address.split("://")[1]:
+            raise UserError(f"{path}: a store needs a name inside the bucket, as {address}/name.zarr")
         from skipcoder.pipeline.objects import Bucket
 
-        return Bucket(str(path).rstrip("/"))
+        return Bucket(address)
 
     @property
     def stem(self) -> str:
@@ -68,11 +75,6 @@ class Place(ABC):
     @abstractmethod
     def delete(self, name: str) -> None:
         """Remove a file, if it is there."""
-
-    def clear(self) -> None:
-        """Remove every file."""
-        for name in self.sizes():
-            self.delete(name)
 
     @abstractmethod
     def sizes(self, folder: str = "") -> dict[str, int]:
@@ -105,8 +107,15 @@ class Place(ABC):
         """What zarr opens."""
 
     @abstractmethod
-    def only_writer(self) -> contextlib.AbstractContextManager[None]:
-        """Keep a second capture away, where that can be done."""
+    def only_writer(self) -> contextlib.AbstractContextManager[bool]:
+        """Keep a second capture away; False where that cannot be done."""
+
+    def clear(self) -> None:
+        """Remove every file. For who is the only writer."""
+        raise NotImplementedError
+
+    def sweep(self) -> None:  # noqa: B027 (most places have nothing to sweep)
+        """Remove what writers that were killed in the middle of a file left. For who is the only writer."""
 
 
 class Directory(Place):
@@ -127,7 +136,7 @@ class Directory(Place):
     def read_range(self, name: str, start: int, length: int) -> np.ndarray:
         scratch = self._scratch(length)
         with (self.path / name).open("rb") as file:
-            file.seek(start, os.SEEK_END if start < 0 else os.SEEK_SET)
+            file.seek(max(os.fstat(file.fileno()).st_size + start, 0) if start < 0 else start)
             read = file.readinto(scratch.data)
         scratch.flags.writeable = False
         return scratch[:read]
@@ -142,7 +151,7 @@ class Directory(Place):
         write_atomically(self.path / name, content)
 
     def create(self, name: str, content: bytes) -> bool:
-        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        make_folder((self.path / name).parent)
         with _partial(self.path / name, lambda file: file.write(content)) as partial:
             try:
                 os.link(partial, self.path / name)
@@ -154,11 +163,13 @@ class Directory(Place):
                 if (self.path / name).exists():  # no hard links here: next to at once is the best there is
                     return False
                 partial.replace(self.path / name)
-        _sync(self.path / name)
+        _sync((self.path / name).parent)
         return True
 
     def delete(self, name: str) -> None:
-        (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            (self.path / name).unlink()
+            _sync((self.path / name).parent)
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         found = {}
@@ -190,31 +201,56 @@ class Directory(Place):
         return self.path
 
     @contextlib.contextmanager
-    def only_writer(self) -> Iterator[None]:
-        """The lock lies beside the store and goes with the process, however that ends. On file systems without locks it
-        holds nobody back, as in object stores: captures of the same configuration then write the same bytes twice."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_name(f".{self.path.name}.lock").open("w") as file:
+    def only_writer(self) -> Iterator[bool]:
+        """The lock lies beside the store and goes with the process, however that ends."""
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        make_folder(lock.parent)
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                while True:
+                    file = stack.enter_context(lock.open("w"))
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                        break  # else its last holder removed it between the two steps
             except BlockingIOError:
                 raise UserError(f"another capture is at work on {self}; wait for it, or stop it") from None
-            except OSError:
-                pass
+            except OSError:  # a file system without locks
+                yield False
+                return
             try:
-                for partial in self.path.rglob("*.partial"):  # of writers that were killed in the middle of a file
-                    partial.unlink(missing_ok=True)
-                yield
+                yield True
             finally:
-                Path(file.name).unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """What tells that this is a store goes last."""
+        for child in sorted(self.path.iterdir(), key=lambda child: child.name == "zarr.json"):
+            shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+
+    def sweep(self) -> None:
+        for partial in self.path.rglob("*.partial"):
+            if _PARTIAL.fullmatch(partial.name):
+                partial.unlink(missing_ok=True)
+
+
+_PARTIAL = re.compile(r"\..+\.\d+-\d+\.partial")
+"""What `_partial` names its files."""
 
 
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
     """Write (or let `content` write), sync and rename: the file is whole or absent, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with _partial(path, content if callable(content) else lambda file: file.write(content)) as partial:
         partial.replace(path)
-    _sync(path)
+    _sync(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """With its parents, which are on the disk then."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -231,9 +267,9 @@ def _partial(path: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    """Bring a file's name to the disk."""
-    descriptor = os.open(path.parent, os.O_RDONLY)
+def _sync(folder: Path) -> None:
+    """Bring the names of a folder's files to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numcodecs import blosc
 from skipcoder.pipeline import layout
-from skipcoder.pipeline.codec import CODECS
+from skipcoder.pipeline.codec import CODECS, compress
 from skipcoder.pipeline.config import CacheConfig
 from skipcoder.pipeline.model import describe
 from skipcoder.pipeline.stats import Moments
@@ -84,17 +84,11 @@ def show(cfg: CacheConfig) -> None:
 def _codec(cfg: CacheConfig, chunk: int, d: int) -> tuple[float, float, float]:
     """(stored bytes, seconds to write, seconds to read) of one token of width d."""
     codec, z_ND = CODECS[cfg.store.codec.value], torch.randn(chunk, d).bfloat16()
-    compression = cfg.store.compression.value.encode()
     write = read = float("inf")
     for _ in range(3):  # the first warms up
         begun = time.perf_counter()
         coded = codec.encode(z_ND)
-        packed = {
-            suffix: blosc.compress(
-                np.ascontiguousarray(array), compression, 5, blosc.BITSHUFFLE if array.itemsize > 1 else blosc.NOSHUFFLE
-            )
-            for suffix, array in coded.items()
-        }
+        packed = {suffix: compress(array, cfg.store.compression.value) for suffix, array in coded.items()}
         Moments.of(codec.decode(coded).float().numpy())
         written = time.perf_counter()
         for suffix, array in coded.items():

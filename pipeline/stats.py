@@ -96,9 +96,8 @@ def unpack(content: bytes) -> dict[str, Moments]:
     return found
 
 
-def merge_all(parts: Iterable[Moments], d: int) -> Moments:
-    """Merge in the order given; an empty iterable gives empty moments of `d` dimensions."""
-    total = Moments.empty(d)
+def merge_all(parts: Iterable[Moments], total: Moments) -> Moments:
+    """Merge `parts` into `total`, in the order given."""
     for part in parts:
         total = total.merge(part)
     return total

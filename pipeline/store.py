@@ -97,6 +97,7 @@ class ActivationStore:
                 raise UserError(
                     f"{self.place}/{commit.record_file(unit)} belongs to another store (identity {record.identity})"
                 )
+            commit.refuse_other_rows(self.place, record, self.rows_of(unit))
         return records
 
     @property
@@ -141,9 +142,12 @@ class ActivationStore:
         with suppress(OSError, SafetensorError, KeyError):  # not there, or not whole: merged anew
             return unpack(self.derived.read(file))["merged"]
         d = self.hookpoints[hookpoint]["d_in" if side == "input" else "d_out"]
+        at_once = 4 * self.place.parallel  # a unit's statistics may have hundreds of kilobytes
+        merged = Moments.empty(d)
         with ThreadPoolExecutor(self.place.parallel) as pool:
-            statistics = pool.map(lambda unit: commit.read_statistics(self.place, hookpoint, self.commits[unit]), units)
-            merged = merge_all((found[name] for found in statistics for name in names), d)
+            for some in (units[i : i + at_once] for i in range(0, len(units), at_once)):
+                read = pool.map(lambda unit: commit.read_statistics(self.place, hookpoint, self.commits[unit]), some)
+                merged = merge_all((found[name] for found in read for name in names), merged)
         with suppress(OSError, UserError):  # a place that cannot be written, as of a shared store
             self.derived.write(file, pack({"merged": merged}))
         return merged
@@ -177,6 +181,11 @@ class ActivationStore:
     def chunk_rows(self) -> int:
         """Stored tokens per compressed chunk."""
         return int(self.array("index").chunks[0])
+
+    def rows_of(self, unit: int) -> tuple[int, int]:
+        """Token rows [start, stop) of a unit."""
+        rows = layout.unit_token_rows(unit, self.rows, self.unit_rows)
+        return rows.start, rows.stop
 
     def unit_range(self, unit: int) -> tuple[int, int]:
         """Stored tokens [start, stop) of a unit, in every array but `tokens`."""
@@ -259,7 +268,7 @@ def read_attrs(place: Place) -> dict[str, Any] | None:
         return None
     try:
         attrs = json.loads(content).get("attributes", {})
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{place}/zarr.json is damaged ({error}); restore it or delete the store") from None
     if attrs.get("format") != FORMAT:
         raise UserError(f"{place} is a Zarr group, but not an activation store; choose another store.path")

@@ -131,9 +131,9 @@ def _from_hub(cfg: DataConfig) -> Iterator[str]:
                     f"dataset {cfg.path} has no column {cfg.field!r} (it has: {', '.join(row)}); set data.field"
                 )
             yield row[cfg.field]
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # the clients' errors (httpx, aiohttp, requests) share no base class
         raise UserError(f"data.path={cfg.path}: cannot read this dataset from the hub ({error})") from error
 
 
@@ -147,9 +147,10 @@ def _patiently(rows: Any) -> Iterator[dict[str, Any]]:
                 failures, begun = 0, True
                 yield row
             return
-        except Exception:  # the clients' errors (httpx, aiohttp, requests) share no base class
+        except Exception as error:
             if not begun or failures == len(PAUSES):
                 raise
+            print(f"the data set's stream broke off ({error}); going on in {PAUSES[failures]} s", flush=True)
             time.sleep(PAUSES[failures])
             failures += 1
             rows.load_state_dict(rows.state_dict())

@@ -67,8 +67,11 @@ def neighbour_with(place: Place, identity: dict[str, Any], rows: int) -> Activat
     def source(of: dict[str, Any]) -> tuple[Any, ...]:
         return of["data"], of["context"], of["repeat"], of["model"]["fingerprint"]
 
-    for neighbour in place.neighbours():
-        with suppress(UserError):  # whatever else lies there
+    neighbours: list[Place] = []
+    with suppress(UserError, OSError):  # a folder that we may not list
+        neighbours = place.neighbours()
+    for neighbour in neighbours:
+        with suppress(UserError, OSError):  # whatever else lies there
             attrs = read_attrs(neighbour)
             if attrs is not None and attrs["rows"] >= rows and source(attrs["identity"]) == source(identity):
                 return ActivationStore(neighbour, attrs)

@@ -1,13 +1,12 @@
 """One capture worker: holds the model, turns units of token rows into committed units of the store."""
 
-import errno
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from skipcoder.pipeline import commit, layout, writer
+from skipcoder.pipeline import cli, commit, layout, writer
 from skipcoder.pipeline.capture import capture
 from skipcoder.pipeline.config import ModelConfig
 from skipcoder.pipeline.hookpoints import Hookpoint
@@ -51,7 +50,7 @@ class Worker:
             except NonFiniteError as error:
                 errors.append(str(error))
             except OSError as error:
-                if error.errno != errno.ENOSPC:
+                if error.errno not in cli.DISK_FULL:
                     raise
                 errors.append(f"no space left on the disk while writing unit {unit} of {self.store.place}")
         return {"unit": units, "error": errors}
@@ -72,6 +71,7 @@ def capture_unit(
 ) -> None:
     """Run the model over a unit's rows (`alone`), write and commit it; a unit that is committed is left alone."""
     if store.place.exists(commit.record_file(unit)):
+        commit.refuse_other_rows(store.place, commit.read(store.place, unit), store.rows_of(unit))
         return
     tokens = store.tokens(unit)
     rows = micro_batch_rows(store.attrs["identity"]["micro_batch_tokens"], store.context)

@@ -65,8 +65,7 @@ def write_tokens(place: Place, attrs: dict[str, Any], rows: int, token_rows: Ite
     """
     unit_rows, context, old = attrs["identity"]["unit_rows"], attrs["identity"]["context"], attrs["rows"]
     arrays = layout.arrays(attrs)
-    group = zarr.open_group(place.zarr(), mode="r+")
-    stored: Any = group["tokens"]
+    stored: Any = zarr.open_group(place.zarr(), mode="r")["tokens"]
     source = iter(token_rows)
     grown_unit: tuple[int, np.ndarray] | None = None
 
@@ -87,16 +86,21 @@ def write_tokens(place: Place, attrs: dict[str, Any], rows: int, token_rows: Ite
         elif not known:
             write(unit, block)
     next(source, None)  # lets the source finish its own checks
-    for name in arrays:
-        array: Any = group[name]
-        per_unit = array.shards[0] == 1
+    for name, array in arrays.items():
+        per_unit = array["shards"][0] == 1
         length = layout.num_units(rows, unit_rows) if per_unit else rows * (1 if name == "tokens" else context)
-        if array.shape[0] < length:  # lengthen, never shorten: a growth that failed may have gone further
-            array.resize((length, *array.shape[1:]))
+        metadata = json.loads(place.read(f"{name}/zarr.json"))
+        if metadata["shape"][0] < length:  # lengthen, never shorten: a growth that failed may have gone further
+            metadata["shape"][0] = length
+            place.write(f"{name}/zarr.json", json.dumps(metadata, indent=2).encode())
     if grown_unit is not None:
         commit.withdraw(place, grown_unit[0])
         write(*grown_unit)
-    group.attrs["rows"] = rows
+    metadata = json.loads(place.read("zarr.json"))
+    metadata["attributes"]["rows"] = rows
+    place.write("zarr.json", json.dumps(metadata, indent=2).encode())
+    if grown_unit is not None:  # again: a worker of the shorter capture may have been alive until now
+        commit.withdraw(place, grown_unit[0])
 
 
 def write_unit(
@@ -135,6 +139,10 @@ def write_unit(
                 rows_of_class = values[torch.from_numpy(chosen)].float().numpy()
                 moments[f"{side}/{where}"] = Moments.of(rows_of_class, float(error_N[chosen].sum()))
         write(commit.statistics_file(name, unit), pack(moments))
+    if len(span) < identity["unit_rows"]:  # the store's last unit, unless another capture has made it grow
+        now = read_attrs(place)
+        if now is None or now["rows"] != attrs["rows"]:
+            raise UserError(f"{place} has grown while it was captured; run the longer capture again")
     record = commit.Commit(
         identity=attrs["identity_hash"],
         unit=unit,

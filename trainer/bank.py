@@ -5,7 +5,6 @@ result is the same to the bit. Members may be at different steps (one was added 
 stream begins where the one furthest behind stands, and the others wait for their batch.
 """
 
-import errno
 import signal
 import threading
 import time
@@ -200,7 +199,7 @@ def _failing(outcomes: dict[Path, Outcome], *directories: Path) -> Iterator[None
         yield
     except Exception as error:
         fault: Exception = error
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in cli.DISK_FULL:
             fault = UserError(cli.no_space(error))
         trace = "" if isinstance(fault, UserError) else traceback.format_exc()
         # Tracebacks hold frames, and those the tensors of the whole bank.

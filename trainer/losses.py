@@ -87,7 +87,7 @@ def batchtopk(coder: SparseCoder, x_ND: Tensor, k: int, ranks: Ranks) -> Codes:
     if ranks.size == 1:
         return coder.encode(x_ND, k)
     tokens = int(ranks.total(len(x_ND)))
-    for share in (1.25, ranks.size):
+    for share in (1.25, tokens / max(len(x_ND), 1)):
         offer = min(math.ceil(share * k), coder.cfg.width)
         codes = coder.encode(x_ND, offer)
         values = codes.values.detach()

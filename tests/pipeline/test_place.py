@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from skipcoder.pipeline import commit, place
+from skipcoder.pipeline import commit, place, writer
 from skipcoder.pipeline.config import CacheConfig, Codec
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.place import Directory, Place
@@ -65,15 +65,16 @@ class PlaceTests:
         assert here.read("a/b") == b"four" and here.exists("a/b") and not here.exists("a")
         assert here.sizes() == {"a/b": 4, "c": 0} and here.sizes("a") == {"a/b": 4} and not here.is_empty()
         here.delete("c")
-        here.delete("c")
-        here.clear()
-        assert here.sizes() == {}
+        assert here.sizes() == {"a/b": 4}
 
     def test_ranges(self, here: Place) -> None:
         here.write("x", bytes(range(100)))
         assert bytes(here.read_range("x", 10, 5)) == bytes(range(10, 15))
         assert bytes(here.read_range("x", -7, 7)) == bytes(range(93, 100))
         assert bytes(here.read_range("x", 98, 5)) == bytes([98, 99])
+        here.write("empty", b"")
+        assert not len(here.read_range("x", 100, 5)) and not len(here.read_range("x", 150, 5))
+        assert not len(here.read_range("empty", 0, 5)) and not len(here.read_range("empty", -7, 7))
         with pytest.raises(FileNotFoundError):
             here.read_range("y", 0, 5)
 
@@ -136,6 +137,32 @@ class TestDirectory(PlaceTests):
             here.write("a", b"new")
         assert here.sizes() == {"a": 3} and here.read("a") == b"old"
 
+    def test_what_may_be_removed(self, here: Place, tmp_path: Path) -> None:
+        """By the only writer: our own files in the making; or everything, so that a store can be made there."""
+        here.write("a/b", b"1")
+        for name in ("a/.b.17-140.partial", "a/film.partial", "a/.film.partial"):
+            (tmp_path / "s.zarr" / name).write_bytes(b"")
+        here.sweep()
+        assert sorted(here.sizes()) == ["a/.film.partial", "a/b", "a/film.partial"]
+        here.clear()
+        assert here.is_empty()
+
+    def test_of_two_writers_one_is_refused(self, here: Place) -> None:
+        with here.only_writer() as alone:
+            assert alone
+            with pytest.raises(UserError, match="another capture is at work"), here.only_writer():
+                pass
+        with here.only_writer() as alone:
+            assert alone
+
+    def test_file_systems_without_locks(self, here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_locks(*_: object) -> None:
+            raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr(place.fcntl, "flock", no_locks)
+        with here.only_writer() as alone:
+            assert not alone
+
     def test_file_systems_without_hard_links(self, here: Place, monkeypatch: pytest.MonkeyPatch) -> None:
         def no_links(*_: object) -> None:
             raise PermissionError(1, "Operation not permitted")
@@ -174,6 +201,22 @@ class TestBucket(PlaceTests):
         with pytest.raises(UserError, match="unit 3 was committed by another capture"):
             commit.write(here, commit.Commit("id", 3, (12, 16), 0, {}))
 
+    def test_what_web_consoles_make_of_a_folder_is_nothing(self, bucket: str, here: Place) -> None:
+        import boto3
+
+        key = str(here).removeprefix(f"{bucket}/") + "/"
+        boto3.client("s3", region_name="us-east-1").put_object(Bucket="bucket", Key=key, Body=b"")
+        assert here.is_empty() and here.sizes() == {}
+
+    def test_an_unfinished_layout_of_another_capture_is_refused(
+        self, here: Place, cache_config: Callable[..., CacheConfig], capture_here: Callable
+    ) -> None:
+        """It may be alive, since there are no locks."""
+        store = capture_here(cache_config(here, rows=40))
+        writer.create(other := Place.at(f"{here.parent}/t.zarr"), {**store.attrs, "rows": 0})
+        with pytest.raises(UserError, match="unit_rows: 4 there, 2 asked"):
+            capture_here(cache_config(other, rows=40, unit_rows=2))
+
     def test_no_such_bucket(self, bucket: str) -> None:
         with pytest.raises(UserError, match=r"s3://no-such-bucket/s.zarr: .*check the address, the account"):
             ActivationStore.open("s3://no-such-bucket/s.zarr")
@@ -183,3 +226,8 @@ def test_addresses_of_other_kinds_are_refused() -> None:
     with pytest.raises(UserError, match="begin with s3:// or gs://"):
         Place.at("hdfs://host/s.zarr")
     assert isinstance(Place.at("a:b"), Directory)
+    for path in (".", "/", ""):
+        with pytest.raises(UserError, match="name a directory of its own"):
+            Place.at(path)
+    with pytest.raises(UserError, match=r"as s3://bucket/name.zarr"):
+        Place.at("s3://bucket/")

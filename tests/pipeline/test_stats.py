@@ -10,7 +10,7 @@ def test_merged_parts_equal_the_whole(cuts: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     z = (rng.normal(size=(3000, 3)) * [1, 10, 0.1] + [0, 500, 0]).astype(np.float32)
     parts = np.split(z, sorted(cuts))
-    merged = merge_all((Moments.of(part, 1.5) for part in parts), 3)
+    merged = merge_all((Moments.of(part, 1.5) for part in parts), Moments.empty(3))
     exact = z.astype(np.float64)
     assert merged.count == len(z)
     # Means add up rounding of a few hundred ulps of the mean, variances of its square.

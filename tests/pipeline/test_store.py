@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from skipcoder.pipeline import cache, commit, layout, model
+from skipcoder.pipeline import cache, commit, layout, model, tokens, worker, writer
 from skipcoder.pipeline.config import ModelConfig
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.place import Place
@@ -149,6 +149,84 @@ def test_growing_equals_capturing_at_once(tmp_path: Path, cache_config: Any, cap
     assert files(tmp_path / "grown.zarr") == files(tmp_path / "whole.zarr")
 
 
+def test_a_path_that_is_no_store_is_left_alone(tmp_path: Path, cache_config: Any) -> None:
+    (tmp_path / "home").mkdir()
+    for name in ("film.partial", ".x.1-1.partial"):
+        (tmp_path / "home" / name).write_text("mine")
+    with pytest.raises(UserError, match="is not an activation store"):
+        cache.capture(cache_config(tmp_path / "home"))
+    assert len(list((tmp_path / "home").iterdir())) == 2
+
+
+def test_an_unfinished_layout_makes_room_for_another_capture(
+    tmp_path: Path, cache_config: Any, capture_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while tokenising; then a mistake; then the right command."""
+
+    class KilledError(Exception):
+        pass
+
+    def kill(*_: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(tokens, "rows_of", kill)
+        capture_here(cache_config(tmp_path / "s.zarr", unit_rows=2))
+    with pytest.raises(UserError, match="matches no module"):
+        capture_here(cache_config(tmp_path / "s.zarr", ("no.such",)))
+    capture_here(cache_config(tmp_path / "s.zarr"))
+    (tmp_path / "fresh").mkdir()
+    capture_here(cache_config(tmp_path / "fresh" / "s.zarr"))
+    assert files(tmp_path / "s.zarr") == files(tmp_path / "fresh" / "s.zarr")
+
+
+def test_a_record_of_a_shorter_capture_does_not_count(tmp_path: Path, cache_config: Any, capture_here: Any) -> None:
+    """As its worker might have made it while the store grew."""
+    short = capture_here(cache_config(tmp_path / "s.zarr", rows=70)).commits[17]
+    store = capture_here(cache_config(tmp_path / "s.zarr", rows=100))
+    commit.withdraw(store.place, 17)
+    commit.write(store.place, short)
+    for task in (
+        lambda: ActivationStore.open(tmp_path / "s.zarr"),
+        lambda: worker.capture_unit(torch.nn.Identity(), store, [], 17, "cpu"),
+    ):
+        with pytest.raises(UserError, match=r"00000017.json is of rows \(68, 70\), not \(68, 72\).*delete it"):
+            task()
+
+
+def test_a_worker_of_a_shorter_capture_commits_nothing(tmp_path: Path, cache_config: Any, capture_here: Any) -> None:
+    short = capture_here(cache_config(tmp_path / "s.zarr", rows=70))
+    pairs = {"layers.1.mlp": (torch.zeros(32, D_MODEL), torch.zeros(32, D_MODEL))}
+    block = short.tokens(17)
+    store = capture_here(cache_config(tmp_path / "s.zarr", rows=100))
+    commit.withdraw(store.place, 17)
+    with pytest.raises(UserError, match="has grown while it was captured"):
+        writer.write_unit(store.place, short.attrs, 17, pairs, block)
+    assert 17 not in commit.committed_units(store.place)
+
+
+@pytest.mark.parametrize("other", [None, "context", "repeat", "model", "rows", "broken", "unreadable"])
+def test_token_rows_of_a_neighbour_are_taken_if_they_are_the_same(
+    tmp_path: Path, cache_config: Any, capture_here: Any, other: str | None, capsys: Any
+) -> None:
+    """Other layers, the same text; and what keeps rows from being the same, or from being read."""
+    first = cache_config(tmp_path / "first.zarr", ("layers.0.mlp",), rows=20 if other == "rows" else 40)
+    store = capture_here(first)
+    metadata = json.loads((store.path / "zarr.json").read_text())
+    identity = metadata["attributes"]["identity"]
+    changed = {"context": {"context": 8}, "repeat": {"repeat": True}, "model": {"model": {"fingerprint": "x"}}}
+    identity |= changed.get(other or "", {})
+    (store.path / "zarr.json").write_text("[]" if other == "broken" else json.dumps(metadata))
+    if other == "unreadable":
+        (tmp_path / "loop.zarr").symlink_to(tmp_path / "loop.zarr")
+    second = capture_here(cache_config(tmp_path / "second.zarr", rows=40))
+    said = capsys.readouterr().out
+    assert ("taking the token rows of" in said) == (other in (None, "unreadable"))
+    (tmp_path / "alone").mkdir()
+    alone = capture_here(cache_config(tmp_path / "alone" / "s.zarr", rows=40))
+    assert files(second.path) == files(alone.path)
+
+
 def test_finished_store_is_left_alone(store: ActivationStore, cache_config: Any, capsys: Any) -> None:
     before = files(store.path)
     cache.capture(cache_config(store.path, ("layers.*.mlp",)))
@@ -208,8 +286,6 @@ def test_unknown_hookpoint_lists_those_there(store: ActivationStore) -> None:
 def test_nan_fails_its_unit_with_its_place_and_commits_nothing(
     tmp_path: Path, cache_config: Any, capture_here: Any
 ) -> None:
-    from skipcoder.pipeline import worker
-
     store = capture_here(cache_config(tmp_path / "s.zarr"))
     commit.withdraw(Place.at(store.path), 2)
 
