@@ -77,14 +77,11 @@ class Judge:
         coder = learner.folded()
         coder.meta = provenance(self.store, self.hookpoint, learner)
         run = Run(Path("-"), {"hookpoint": self.hookpoint}, coder, str(self.store.path))
-        left_out = self.evaluator._excluded(run.filter)
-        result = self.evaluator._reconstruction(run, coder)
+        (result,) = self.evaluator.reconstruction([run])
+        (losses,) = self.evaluator.behaviour([run])
         del result["density_histogram"]
-        result["ce_clean"] = self.evaluator._once(("clean",))
-        result["ce_spliced"] = self.evaluator._ce(lambda x: coder(x).y_hat, run, left_out)
-        if coder.W_skip is not None:
-            result["ce_skip_only"] = self.evaluator._ce(coder.skip_only, run, left_out)
-        return result
+        wanted = ("ce_clean", "ce_spliced", "ce_skip_only")
+        return result | {key: losses[key] for key in wanted if key in losses}
 
 
 def interval(values: list[float]) -> tuple[float, float]:

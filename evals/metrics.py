@@ -2,13 +2,18 @@
 
     FVU = sum ||y - y_hat||^2 / sum ||y - mean(y)||^2   over exactly the tokens seen
 
-1 for the mean predictor, unchanged by scaling. Legend: N tokens, E dimensions, K active latents, M latents.
+1 for the mean predictor, unchanged by scaling. Intervals are over token rows (bootstrap.py). Legend: N tokens,
+E dimensions, K active latents, M latents, R token rows.
 """
 
 from typing import Any
 
+import numpy as np
 import torch
+from skipcoder.evals.bootstrap import interval
 from torch import Tensor
+
+DENSE = 0.1
 
 # A dimension that varies less than this share of the mean variance says nothing about reconstruction.
 _FLAT = 1e-8
@@ -21,14 +26,18 @@ class ReconstructionMetrics:
 
     def __init__(self, d_out: int, width: int) -> None:
         self.n = 0
+        self.rows: dict[int, list[Any]] = {}
+        """Row -> count, sum of y [E], of its squared length, of the squared error."""
         self.mean_E = torch.zeros(d_out, dtype=torch.float64)
         self.m2_E = torch.zeros(d_out, dtype=torch.float64)
         self.error_E = torch.zeros(d_out, dtype=torch.float64)
-        self.cosine = 0.0
+        self.cosine = self.l2_ratio = self.square_hat = self.dot = 0.0
         self.fired_M = torch.zeros(width, dtype=torch.int64)
 
-    def update(self, y_NE: Tensor, y_hat_NE: Tensor, values_NK: Tensor, indices_NK: Tensor) -> None:
-        """Add a batch of targets, reconstructions and codes."""
+    def update(
+        self, y_NE: Tensor, y_hat_NE: Tensor, values_NK: Tensor, indices_NK: Tensor, row_N: Tensor | None = None
+    ) -> None:
+        """Add a batch of targets, reconstructions and codes; `row_N`: each token's row, for intervals."""
         y, y_hat = y_NE.double().cpu(), y_hat_NE.double().cpu()
         n, mean = len(y), y.mean(0)
         delta = mean - self.mean_E
@@ -38,12 +47,36 @@ class ReconstructionMetrics:
         self.mean_E += delta * (n / total)
         self.n = total
         self.error_E += (y - y_hat).square().sum(0)
+        if row_N is not None:
+            self._add_rows(y, (y - y_hat).square().sum(1), row_N)
+        norm, norm_hat = y.norm(dim=1), y_hat.norm(dim=1)
+        self.l2_ratio += float((norm_hat / norm.clamp_min(1e-30)).sum())
+        self.square_hat += float(norm_hat.square().sum())
+        self.dot += float((y * y_hat).sum())
         self.cosine += float(torch.nn.functional.cosine_similarity(y, y_hat, dim=1).sum())
         self.fired_M += torch.bincount(indices_NK[values_NK > 0].cpu(), minlength=len(self.fired_M))
 
+    def _add_rows(self, y: Tensor, error_N: Tensor, row_N: Tensor) -> None:
+        if not self.rows:
+            self.centre_E = y.mean(0)  # near the mean, so that sums of squares lose nothing
+        y = y - self.centre_E
+        rows, place = row_N.cpu().unique(return_inverse=True)
+        counts = torch.bincount(place).double()
+        sums_RE = torch.zeros(len(rows), y.shape[1], dtype=torch.float64).index_add_(0, place, y)
+        squares_R = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, place, y.square().sum(1))
+        errors_R = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, place, error_N)
+        for row, *parts in zip(rows.tolist(), counts, sums_RE, squares_R, errors_R, strict=True):
+            self.rows[row] = [a + b.numpy() for a, b in zip(self.rows.get(row, [0.0] * 4), parts, strict=True)]
+
+    def _fvu_interval(self) -> list[float] | None:
+        def fvu(n: np.ndarray, sums: np.ndarray, squares: np.ndarray, errors: np.ndarray) -> np.ndarray:
+            return errors / (squares - (sums**2).sum(1) / n)
+
+        return interval(fvu, *(np.stack(column) for column in zip(*self.rows.values(), strict=True)))
+
     def result(self) -> dict[str, Any]:
-        """FVU, explained variance, per-dimension FVU, cosine, L0, dead fraction, density histogram; each over `n`
-        tokens."""
+        """FVU, explained variance, per-dimension FVU, cosine, L0, L2 ratio, relative reconstruction bias, dead and
+        dense latents, density histogram; each over `n` tokens."""
         alive_dims = self.m2_E > _FLAT * self.m2_E.mean()
         fvu = float(self.error_E.sum() / self.m2_E.sum())
         density_M = self.fired_M / self.n
@@ -51,12 +84,16 @@ class ReconstructionMetrics:
         return {
             "n": self.n,
             "fvu": fvu,
+            **({"fvu_ci": self._fvu_interval()} if self.rows else {}),
             "explained_variance": 1 - fvu,
             "fvu_per_dim": float((self.error_E[alive_dims] / self.m2_E[alive_dims]).mean()),
             "flat_dims": int((~alive_dims).sum()),
             "cosine": self.cosine / self.n,
+            "l2_ratio": self.l2_ratio / self.n,
+            "relative_reconstruction_bias": self.square_hat / self.dot if self.dot else None,
             "l0": float(self.fired_M.sum()) / self.n,
             "dead_fraction": float((self.fired_M == 0).double().mean()),
+            "dense_fraction": float((density_M > DENSE).double().mean()),
             "density_histogram": {
                 "log10_edges": [round(e, 3) for e in _DENSITY_EDGES.tolist()],
                 "latents": [int(c) for c in histogram.hist.tolist()],

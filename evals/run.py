@@ -3,6 +3,7 @@ model. Runs of one store and hookpoint share the model, the clean and the ablate
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from skipcoder.evals.crossentropy import Replace, ablation, cross_entropy, recovered
+from skipcoder.evals.behaviour import summary
 from skipcoder.evals.metrics import ReconstructionMetrics
+from skipcoder.evals.passes import Part, Replace, ablation, token_losses
 from skipcoder.evals.splice import Site
 from skipcoder.pipeline import model as models
 from skipcoder.pipeline.cache import model_config
@@ -22,6 +24,8 @@ from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.coder import SparseCoder
 from skipcoder.trainer.stream import ActivationStream, TokenFilter
 from torch import Tensor
+
+Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Run:
 
 
 class Evaluator:
-    """Everything that runs on one store share: the model, the held-out rows, clean and ablated cross-entropies."""
+    """Evaluates runs of one store: one pass over its held-out units, one over their rows with the model."""
 
     def __init__(self, store: ActivationStore, ce_tokens: int, batch_rows: int, device: str) -> None:
         self.store, self.batch_rows, self.device = store, batch_rows, device
@@ -68,7 +72,6 @@ class Evaluator:
             raise UserError(f"{store.place} has no finished held-out unit; finish the capture first")
         rows = np.concatenate([store.tokens(unit) for unit in units])[: max(1, ce_tokens // store.context)]
         self.tokens_BT = torch.from_numpy(rows).long().to(device)
-        self._shared: dict[tuple, float] = {}
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -81,70 +84,67 @@ class Evaluator:
             )
         return models.load_causal_lm(cfg, self.device)
 
-    def evaluate(self, run: Run) -> dict[str, Any]:
-        """All metrics of one run, as written to evaluation.json."""
+    def evaluate(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """All metrics of each run, as written to its evaluation.json."""
+        for run in runs:
+            if run.coder.meta["data"]["store_identity"] != self.store.attrs["identity_hash"]:
+                raise UserError(f"{run.path} was trained on another capture than {self.store.place} now holds")
+            run.coder.to(self.device)
         begun = time.perf_counter()
-        if run.coder.meta["data"]["store_identity"] != self.store.attrs["identity_hash"]:
-            raise UserError(f"{run.path} was trained on another capture than {self.store.place} now holds")
-        coder = run.coder.to(self.device)
-        result = self._reconstruction(run, coder)
-        result |= self._cross_entropies(run, coder)
-        return result | {"evaluation_seconds": round(time.perf_counter() - begun, 2)}
+        results = [a | b for a, b in zip(self.reconstruction(runs), self.behaviour(runs), strict=True)]
+        seconds = round((time.perf_counter() - begun) / len(runs), 2)
+        return [result | {"evaluation_seconds": seconds} for result in results]
 
     @torch.no_grad()
-    def _reconstruction(self, run: Run, coder: SparseCoder) -> dict[str, Any]:
-        stream = ActivationStream(
-            self.store,
-            run.summary["hookpoint"],
-            4096,
-            split="held_out",
-            filter=run.filter,
-            epochs=1,
-            device=self.device,
-        )
-        metrics = ReconstructionMetrics(coder.d_out, coder.cfg.width)
-        for batch in stream:
-            sides = {"input": batch.x, "output": batch.y}
-            out = coder(sides[run.site("read").side])
-            metrics.update(sides[run.site("write").side], out.y_hat, out.values, out.indices)
-        return metrics.result()
+    def reconstruction(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """ReconstructionMetrics on all held-out tokens that training would have kept."""
+        every = [ReconstructionMetrics(run.coder.d_out, run.coder.cfg.width) for run in runs]
+        streams = {(run.summary["hookpoint"], run.filter) for run in runs}
+        for hookpoint, kept in sorted(streams, key=repr):
+            stream = ActivationStream(
+                self.store, hookpoint, 4096, split="held_out", filter=kept, epochs=1, device=self.device
+            )
+            for batch in stream:
+                sides = {"input": batch.x, "output": batch.y}
+                for run, metrics in zip(runs, every, strict=True):
+                    if (run.summary["hookpoint"], run.filter) == (hookpoint, kept):
+                        out = run.coder(sides[run.site("read").side])
+                        y = sides[run.site("write").side]
+                        metrics.update(y, out.y_hat, out.values, out.indices, batch.position // self.store.context)
+        return [metrics.result() for metrics in every]
 
-    def _cross_entropies(self, run: Run, coder: SparseCoder) -> dict[str, Any]:
-        """Twice each: with the positions that training left out passing unchanged, and (`_all`) at all positions."""
-        write = run.site("write")
-        classes = run.filter.classes
+    def behaviour(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """Cross-entropy and KL with the MLP replaced by the coder, by zero, by its mean and, for skip transcoders, by
+        the affine skip alone. Twice each: with the positions that training left out passing unchanged, and (`_all`) at
+        all positions."""
+        replacements: dict[Key, list[Part]] = {}
+        keys = []
+        for run in runs:
+            mine = self._replacements(run)
+            keys.append({name: key for name, (key, _) in mine.items()})
+            replacements |= {key: [part] for key, part in mine.values()}  # ablations are shared
+        losses = token_losses(self.model, self.tokens_BT, self.batch_rows, replacements)
+        clean = losses[None]
+        return [summary(clean, {name: losses[key] for name, key in mine.items()}) for mine in keys]
+
+    def _replacements(self, run: Run) -> dict[str, tuple[Key, Part]]:
+        """Name in the results -> (what tells it from others, the replacement)."""
+        read, write, coder, classes = run.site("read"), run.site("write"), run.coder, run.filter.classes
         mean = self.store.moments(run.summary["hookpoint"], write.side, positions=classes).mean
         mean_E = torch.from_numpy(mean).to(self.device, torch.float32)
-        result: dict[str, Any] = {"ce_tokens": self.tokens_BT.numel(), "ce_clean": self._once(("clean",))}
-        for suffix, keep in (("", self._excluded(run.filter)), ("_all", None)):
-            mode = run.filter if keep is not None else None
-            zero = self._once(("zero", write, mode), ablation(torch.zeros_like(mean_E)), run, keep)
-            mean_ = self._once(("mean", write, mode, classes), ablation(mean_E), run, keep)
-            spliced = self._ce(lambda x: coder(x).y_hat, run, keep)
-            clean = result["ce_clean"]
-            result |= {
-                f"ce_spliced{suffix}": spliced,
-                f"ce_zero{suffix}": zero,
-                f"ce_mean{suffix}": mean_,
-                f"ce_recovered_zero{suffix}": recovered(clean, spliced, zero),
-                f"ce_recovered_mean{suffix}": recovered(clean, spliced, mean_),
-            }
-            if coder.W_skip is not None:
-                skip_only = self._ce(coder.skip_only, run, keep)
-                result[f"ce_skip_only{suffix}"] = skip_only
-                result[f"ce_recovered_zero_skip_only{suffix}"] = recovered(clean, skip_only, zero)
-        return result
-
-    def _once(
-        self, key: tuple, replace: Replace | None = None, run: Run | None = None, keep: Tensor | None = None
-    ) -> float:
-        if key not in self._shared:
-            self._shared[key] = self._ce(replace, run, keep)
-        return self._shared[key]
-
-    def _ce(self, replace: Replace | None, run: Run | None, keep: Tensor | None) -> float:
-        read, write = (run.site("read"), run.site("write")) if run else (None, None)
-        return cross_entropy(self.model, self.tokens_BT, self.batch_rows, replace, read, write, keep)
+        ways: dict[str, tuple[Key, Replace]] = {
+            "spliced": ((run.path,), lambda x: coder(x).y_hat),
+            "zero": (("zero", write), ablation(torch.zeros_like(mean_E))),
+            "mean": (("mean", write, classes), ablation(mean_E)),
+        }
+        if coder.W_skip is not None:
+            ways["skip_only"] = ((run.path, "skip"), coder.skip_only)
+        excluded = self._excluded(run.filter)
+        return {
+            f"{name}{suffix}": ((*key, kept), Part(read, write, replace, keep))
+            for name, (key, replace) in ways.items()
+            for suffix, kept, keep in (("", run.filter, excluded), ("_all", None, None))
+        }
 
     def _excluded(self, filter: TokenFilter) -> Tensor:
         """bool [B, T]: positions the coder was not trained on."""

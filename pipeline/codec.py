@@ -159,8 +159,8 @@ def compressors(compression: str, itemsize: int = 2) -> list[Any]:
     """Zarr codecs after the array bytes: Blosc, then a CRC32C of each chunk.
 
     Bits are shuffled: with zstd, bf16 takes 0.73 of its size so and encodes four times as fast as with bytes shuffled.
-    Larger blocks than Blosc would choose save a hundredth (benchmarks/storage.py). Codes of one byte are best left alone.
-    Without the CRC a flipped byte in a chunk comes back silently: zarr's own guards only the shard index.
+    Larger blocks than Blosc would choose save a hundredth (benchmarks/storage.py). Codes of one byte are best left
+    alone. Without the CRC a flipped byte in a chunk comes back silently: zarr's own guards only the shard index.
     """
     from zarr.codecs import BloscCname, BloscCodec, BloscShuffle, Crc32cCodec
 

@@ -9,10 +9,9 @@ Legend: N tokens of a unit, D dimensions.
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import zarr
 from google_crc32c import value as crc32c
 from skipcoder.pipeline import cli, commit, layout, shards
@@ -22,6 +21,9 @@ from skipcoder.pipeline.place import Place
 from skipcoder.pipeline.stats import Moments, pack
 from skipcoder.pipeline.store import FORMAT, VERSION, read_attrs
 from zarr.storage import MemoryStore
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def identity_hash(identity: dict[str, Any]) -> str:
@@ -110,6 +112,8 @@ def write_unit(
 
     `pairs`: {hookpoint: (input [N, D], output [N, D'])} in token order; `tokens`: the unit's rows.
     """
+    import torch
+
     identity = attrs["identity"]
     codec = CODECS[identity["codec"]]
     arrays = layout.arrays(attrs)
@@ -154,8 +158,10 @@ def write_unit(
     return record
 
 
-def _squared_error(values_ND: torch.Tensor, z_ND: torch.Tensor) -> np.ndarray:
+def _squared_error(values_ND: "Tensor", z_ND: "Tensor") -> np.ndarray:
     """float64 [N]: squared distance of what will be read from what the model gave."""
+    import torch
+
     if values_ND.dtype == z_ND.dtype and torch.equal(values_ND, z_ND):
         return np.zeros(len(z_ND))
     parts = zip(values_ND.split(1024), z_ND.split(1024), strict=True)  # the float64 copy stays small

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from skipcoder.evals.config import EvaluateConfig
@@ -74,6 +75,20 @@ def test_table_has_what_is_promised(rows: dict[str, dict[str, Any]], sweep: Path
     assert len({row["ce_clean"] for row in rows.values()}) == 1
     # Nothing was left out when this one was trained, so both ways are the same.
     assert rows["sae_input"]["ce_spliced"] == rows["sae_input"]["ce_spliced_all"]
+    for row in rows.values():
+        assert row["kl_spliced"] < row["kl_zero"] and row["by_position"][0]["first"] == 0
+        for key in ("fvu", "ce_spliced", "ce_recovered_zero"):
+            low, high = row[f"{key}_ci"]
+            assert low <= row[key] <= high
+    columns = {key for row in rows.values() for key in row}
+    wanted = [{key: row.get(key) for key in columns} for row in rows.values()]
+    assert pq.read_table(sweep / "summary.parquet").to_pylist() == wanted
+
+
+def test_together_is_what_each_would_be_alone(rows: dict[str, dict[str, Any]], sweep: Path) -> None:
+    evaluate(EvaluateConfig(run=str(sweep / "transcoder"), ce_tokens=128))
+    alone = json.loads((sweep / "transcoder" / "evaluation.json").read_text())
+    assert {k: v for k, v in alone.items() if k != "evaluation_seconds"}.items() <= rows["transcoder"].items()
 
 
 def test_fvu_is_that_of_the_stored_held_out_pairs(
@@ -127,7 +142,7 @@ def test_bad_runs_are_named(store: ActivationStore, sweep: Path, tmp_path: Path)
     run = Run.open(sweep / "sae")
     run.coder.meta["data"]["store_identity"] = "another"
     with pytest.raises(UserError, match="trained on another capture"):
-        Evaluator(store, 128, 4, "cpu").evaluate(run)
+        Evaluator(store, 128, 4, "cpu").evaluate([run])
 
 
 def test_report_is_one_self_contained_page(rows: dict[str, dict[str, Any]], sweep: Path) -> None:

@@ -58,3 +58,33 @@ def test_latents(y: torch.Tensor) -> None:
     assert result["l0"] == 1 and result["dead_fraction"] == 7 / 8 and result["n"] == 1000
     assert sum(result["density_histogram"]["latents"]) == 1
     assert result["density_histogram"]["latents"][-1] == 1
+
+
+def test_interval_of_fvu_is_around_it_and_narrows(y: torch.Tensor) -> None:
+    """Rows of ten tokens; the interval is that of FVUs computed anew on resampled rows."""
+    y_hat, widths = y + 3 * torch.randn_like(y), []
+    for n in (200, 1000):
+        m = ReconstructionMetrics(5, 8)
+        rows = torch.arange(n) // 10
+        none = torch.zeros(n, 1, dtype=torch.int64)
+        for part in torch.arange(n).split(37):  # a row may be cut by a batch
+            m.update(y[part], y_hat[part], none[part].float(), none[part], rows[part])
+        result = m.result()
+        low, high = result["fvu_ci"]
+        assert low < result["fvu"] < high
+        widths.append(high - low)
+    assert widths[1] < 0.7 * widths[0]
+    rng, found = torch.Generator().manual_seed(1), []
+    for _ in range(300):
+        chosen = torch.randint(100, (100,), generator=rng)[:, None] * 10 + torch.arange(10)
+        part, part_hat = y[chosen.flatten()].double(), y_hat[chosen.flatten()].double()
+        found.append(float((part - part_hat).square().sum() / (part - part.mean(0)).square().sum()))
+    ours = torch.tensor([low, high], dtype=torch.float64)
+    theirs = torch.tensor(found, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02 * (high - low))
+
+
+def test_lengths(y: torch.Tensor) -> None:
+    result = metrics(y, 0.5 * y)
+    assert result["l2_ratio"] == pytest.approx(0.5) and result["relative_reconstruction_bias"] == pytest.approx(0.5)
+    assert result["dense_fraction"] == 1 / 8

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from skipcoder.evals.crossentropy import ablation, cross_entropy, recovered
+from skipcoder.evals.passes import ablation
 from skipcoder.evals.splice import Site, splice
 from skipcoder.pipeline import model as models
 from skipcoder.pipeline.config import ModelConfig
@@ -60,19 +60,6 @@ def test_kept_positions_pass_unchanged(lm: Any, tokens: torch.Tensor) -> None:
     with splice(lm, IN, OUT, ablation(torch.zeros(24)), keep):
         logits = lm(tokens).logits
     assert torch.equal(logits[:, :7], plain[:, :7]) and not torch.equal(logits[:, 7:], plain[:, 7:])
-
-
-def test_cross_entropy_is_transformers_own_and_ignores_batching(lm: Any, tokens: torch.Tensor) -> None:
-    with torch.no_grad():
-        theirs = float(lm(tokens, labels=tokens).loss)
-    for batch_rows in (1, 2, 5):
-        assert cross_entropy(lm, tokens, batch_rows) == pytest.approx(theirs, rel=1e-3)  # bf16 model
-
-
-def test_recovered() -> None:
-    assert recovered(clean=2.0, spliced=2.0, ablated=3.0) == 1
-    assert recovered(clean=2.0, spliced=3.0, ablated=3.0) == 0
-    assert recovered(clean=2.0, spliced=2.0, ablated=2.0) is None
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from omegaconf import OmegaConf
 from skipcoder.pipeline import cache, commit, layout, model, tokens, worker, writer
 from skipcoder.pipeline.config import ModelConfig
 from skipcoder.pipeline.errors import UserError
@@ -232,6 +235,22 @@ def test_finished_store_is_left_alone(store: ActivationStore, cache_config: Any,
     cache.capture(cache_config(store.path, ("layers.*.mlp",)))
     assert "complete, nothing to do" in capsys.readouterr().out
     assert files(store.path) == before
+
+
+def test_finding_nothing_to_do_loads_nothing_heavy(store: ActivationStore, cache_config: Any) -> None:
+    """It takes a second then, whatever the model."""
+    cfg = OmegaConf.to_container(OmegaConf.structured(cache_config(store.path, ("layers.*.mlp",))), enum_to_str=True)
+    script = f"""
+import sys
+from omegaconf import OmegaConf
+from skipcoder.pipeline import cache
+from skipcoder.pipeline.cli import typed
+cfg = OmegaConf.create({cfg})
+cache.capture(typed(cfg, cache.CacheConfig))
+print(sorted({{"torch", "transformers", "ray", "datasets"}} & sys.modules.keys()))
+"""
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert "complete, nothing to do" in said.stdout and said.stdout.splitlines()[-1] == "[]", said.stderr
 
 
 def test_another_capture_at_this_path_is_refused_naming_the_keys(store: ActivationStore, cache_config: Any) -> None:
