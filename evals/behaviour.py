@@ -18,7 +18,8 @@ BUCKETS = (1, 2, 4, 16, 64, 256, 1024, 4096)
 def summary(clean: TokenLosses, losses: Mapping[str, TokenLosses]) -> dict[str, Any]:
     """`ce_NAME` and `kl_NAME` (mean nats per predicted token) for each of `losses`, and the share of what ablation
     costs that the splice keeps: `ce_recovered_zero`, `ce_recovered_mean` (1: as good as the model, 0: as bad as
-    ablation). `_ci`: 95 % intervals over rows, null where there are too few."""
+    ablation). `kl_recovered_*`: the same of the divergence. `_ci`: 95 % intervals over rows; null where there are too
+    few, or the cost of ablation is not clear of 0."""
     result: dict[str, Any] = {
         "ce_tokens": clean.ce_BT.shape[0] * (clean.ce_BT.shape[1] + 1),
         "ce_rows": len(clean.ce_BT),
@@ -33,6 +34,8 @@ def summary(clean: TokenLosses, losses: Mapping[str, TokenLosses]) -> dict[str, 
             key, of = f"ce_recovered_{ablated}{suffix}", (clean, losses[f"spliced{suffix}"], losses[ablated + suffix])
             result[key] = recovered(result["ce_clean"], result[f"ce_spliced{suffix}"], result[f"ce_{ablated}{suffix}"])
             result[f"{key}_ci"] = _interval(*of)
+            kl, kl_ablated = result[f"kl_spliced{suffix}"], result[f"kl_{ablated}{suffix}"]
+            result[f"kl_recovered_{ablated}{suffix}"] = 1 - kl / kl_ablated if kl_ablated else None
         if f"skip_only{suffix}" in losses:
             skip_only, zero = result[f"ce_skip_only{suffix}"], result[f"ce_zero{suffix}"]
             result[f"ce_recovered_zero_skip_only{suffix}"] = recovered(result["ce_clean"], skip_only, zero)
@@ -63,7 +66,9 @@ def _row_means(losses: TokenLosses) -> np.ndarray:
 
 
 def _interval(clean: TokenLosses, spliced: TokenLosses, ablated: TokenLosses) -> list[float] | None:
-    return interval(
-        lambda c, s, a: np.divide(a - s, a - c, out=np.full_like(a, np.nan), where=a != c),
-        *map(_row_means, (clean, spliced, ablated)),
-    )
+    def share(clean: np.ndarray, spliced: np.ndarray, ablated: np.ndarray) -> np.ndarray:
+        cost = ablated - clean
+        # A share of a cost that may as well be none has no interval.
+        return np.divide(ablated - spliced, cost, out=np.full_like(cost, np.nan), where=cost > 0)
+
+    return interval(share, *map(_row_means, (clean, spliced, ablated)))

@@ -1,30 +1,33 @@
-"""95 % intervals by resampling token rows: tokens of one row are not independent, rows nearly are.
+"""95 % intervals by resampling token rows, since tokens of one row are not independent.
+
+Rows are nearly so where documents are shorter than a row; where a document spans several, intervals are too narrow. So
+they are with few rows: of normally distributed rows, 16 give 92 % where 200 give 95 %.
 
 Every statistic here is a function of sums over rows, so a resample is a weighting of rows. Legend: R rows, S resamples.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import numpy as np
 
-SAMPLES = 1000
+SAMPLES, BLOCK = 1000, 100
 MIN_ROWS = 8
-"""An interval from fewer rows would say more about the rows than about the coder."""
 
 
-@lru_cache(maxsize=4)
-def _weights(rows: int) -> np.ndarray:
-    """[S, R] how often each row is in each resample; the same for all coders, so that differences are paired."""
-    return np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), size=SAMPLES).astype(np.float64)
+def resamples(rows: int) -> list[np.ndarray]:
+    """How often each row is in each resample: blocks [S, R], always the same for this many rows."""
+    rng = np.random.default_rng(0)
+    even = np.full(rows, 1 / rows)
+    return [rng.multinomial(rows, even, size=BLOCK).astype(np.float64) for _ in range(SAMPLES // BLOCK)]
 
 
 def interval(statistic: Callable[..., np.ndarray], *per_row: np.ndarray) -> list[float] | None:
     """[low, high] of `statistic`, which gets the sums [S, ...] of arrays [R, ...] over each resample's rows and gives
-    [S]. None below MIN_ROWS rows."""
+    [S]. None with fewer than MIN_ROWS rows, or where a resample has no finite value."""
     rows = len(per_row[0])
     if rows < MIN_ROWS:
         return None
-    values = statistic(*(np.tensordot(_weights(rows), array, axes=1) for array in per_row))
-    low, high = np.quantile(values, [0.025, 0.975])
-    return [float(low), float(high)]
+    values = np.concatenate(
+        [statistic(*(np.tensordot(block, array, axes=1) for array in per_row)) for block in resamples(rows)]
+    )
+    return [float(q) for q in np.quantile(values, [0.025, 0.975])] if np.isfinite(values).all() else None

@@ -18,8 +18,6 @@ ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 
 def evaluate(cfg: EvaluateConfig) -> None:
     """Evaluate every chosen run; with `out`, write the table and the report."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     from skipcoder.evals import report
     from skipcoder.evals.run import Evaluator, Run, write_result
     from skipcoder.pipeline.store import ActivationStore
@@ -32,22 +30,30 @@ def evaluate(cfg: EvaluateConfig) -> None:
     rows: dict[Path, dict[str, Any]] = {}
     for path in dict.fromkeys(run.store_path for run in runs):
         evaluators[path] = Evaluator(ActivationStore.open(path), cfg.ce_tokens, cfg.batch_rows, device)
-        of_store = [run for run in runs if run.store_path == path]
-        for run, result in zip(of_store, evaluators[path].evaluate(of_store), strict=True):
+    for run in runs:
+        evaluators[run.store_path].check(run)
+    for path, evaluator in evaluators.items():
+        for run, result in evaluator.evaluate([run for run in runs if run.store_path == path]):
             write_result(run, result)
             rows[run.path] = {**run.summary, **result, "run": str(run.path)}
+            print(_line(rows[run.path]), flush=True)
     table = [rows[run.path] for run in runs]
-    for row in table:
-        print(_line(row), flush=True)
     if cfg.out is not None:
         out = Path(cfg.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(table, indent=2) + "\n")
-        columns = dict.fromkeys(key for row in table for key in row)  # not all kinds have all
-        pq.write_table(pa.table({key: [row.get(key) for row in table] for key in columns}), out.with_suffix(".parquet"))
         stores = {path: evaluator.store for path, evaluator in evaluators.items()}
         page = report.write(table, stores, out.with_name("report.html"))
+        _write_parquet(table, out.with_suffix(".parquet"))
         print(f"wrote {out}, {out.with_suffix('.parquet')} and {page}")
+
+
+def _write_parquet(table: list[dict[str, Any]], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = dict.fromkeys(key for row in table for key in row)  # not all kinds have all
+    pq.write_table(pa.table({key: [row.get(key) for row in table] for key in columns}), path)
 
 
 def find_runs(pattern: str) -> list[Path]:

@@ -24,10 +24,11 @@ _DENSITY_EDGES = torch.linspace(-7, 0, 57)
 class ReconstructionMetrics:
     """Feed batches with `update`, read with `result`."""
 
-    def __init__(self, d_out: int, width: int) -> None:
-        self.n = 0
-        self.rows: dict[int, list[Any]] = {}
-        """Row -> count, sum of y [E], of its squared length, of the squared error."""
+    def __init__(self, d_out: int, width: int, rows: int = 0) -> None:
+        """`rows`: how many token rows the tokens come from, for an interval."""
+        self.n = self.n_long = 0
+        self.per_row = [torch.zeros(rows, *shape, dtype=torch.float64) for shape in ((), (d_out,), (), ())]
+        """Count, sum of y [E], sum of its squared length, sum of the squared error."""
         self.mean_E = torch.zeros(d_out, dtype=torch.float64)
         self.m2_E = torch.zeros(d_out, dtype=torch.float64)
         self.error_E = torch.zeros(d_out, dtype=torch.float64)
@@ -37,7 +38,7 @@ class ReconstructionMetrics:
     def update(
         self, y_NE: Tensor, y_hat_NE: Tensor, values_NK: Tensor, indices_NK: Tensor, row_N: Tensor | None = None
     ) -> None:
-        """Add a batch of targets, reconstructions and codes; `row_N`: each token's row, for intervals."""
+        """Add a batch of targets, reconstructions and codes; `row_N`: each token's row, from 0, for the interval."""
         y, y_hat = y_NE.double().cpu(), y_hat_NE.double().cpu()
         n, mean = len(y), y.mean(0)
         delta = mean - self.mean_E
@@ -48,31 +49,28 @@ class ReconstructionMetrics:
         self.n = total
         self.error_E += (y - y_hat).square().sum(0)
         if row_N is not None:
-            self._add_rows(y, (y - y_hat).square().sum(1), row_N)
+            self._add_rows(y, (y - y_hat).square().sum(1), row_N.cpu())
         norm, norm_hat = y.norm(dim=1), y_hat.norm(dim=1)
-        self.l2_ratio += float((norm_hat / norm.clamp_min(1e-30)).sum())
+        self.l2_ratio += float((norm_hat[norm > 0] / norm[norm > 0]).sum())
+        self.n_long += int((norm > 0).sum())
         self.square_hat += float(norm_hat.square().sum())
         self.dot += float((y * y_hat).sum())
         self.cosine += float(torch.nn.functional.cosine_similarity(y, y_hat, dim=1).sum())
         self.fired_M += torch.bincount(indices_NK[values_NK > 0].cpu(), minlength=len(self.fired_M))
 
     def _add_rows(self, y: Tensor, error_N: Tensor, row_N: Tensor) -> None:
-        if not self.rows:
-            self.centre_E = y.mean(0)  # near the mean, so that sums of squares lose nothing
+        if self.n == len(y):  # the first batch: near the mean, so that sums of squares lose nothing
+            self.centre_E = y.mean(0)
         y = y - self.centre_E
-        rows, place = row_N.cpu().unique(return_inverse=True)
-        counts = torch.bincount(place).double()
-        sums_RE = torch.zeros(len(rows), y.shape[1], dtype=torch.float64).index_add_(0, place, y)
-        squares_R = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, place, y.square().sum(1))
-        errors_R = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, place, error_N)
-        for row, *parts in zip(rows.tolist(), counts, sums_RE, squares_R, errors_R, strict=True):
-            self.rows[row] = [a + b.numpy() for a, b in zip(self.rows.get(row, [0.0] * 4), parts, strict=True)]
+        for total, parts in zip(self.per_row, (torch.ones_like(error_N), y, y.square().sum(1), error_N), strict=True):
+            total.index_add_(0, row_N, parts)
 
     def _fvu_interval(self) -> list[float] | None:
         def fvu(n: np.ndarray, sums: np.ndarray, squares: np.ndarray, errors: np.ndarray) -> np.ndarray:
             return errors / (squares - (sums**2).sum(1) / n)
 
-        return interval(fvu, *(np.stack(column) for column in zip(*self.rows.values(), strict=True)))
+        seen = self.per_row[0] > 0
+        return interval(fvu, *(total[seen].numpy() for total in self.per_row))
 
     def result(self) -> dict[str, Any]:
         """FVU, explained variance, per-dimension FVU, cosine, L0, L2 ratio, relative reconstruction bias, dead and
@@ -84,12 +82,12 @@ class ReconstructionMetrics:
         return {
             "n": self.n,
             "fvu": fvu,
-            **({"fvu_ci": self._fvu_interval()} if self.rows else {}),
+            **({"fvu_ci": self._fvu_interval()} if len(self.per_row[0]) else {}),
             "explained_variance": 1 - fvu,
             "fvu_per_dim": float((self.error_E[alive_dims] / self.m2_E[alive_dims]).mean()),
             "flat_dims": int((~alive_dims).sum()),
             "cosine": self.cosine / self.n,
-            "l2_ratio": self.l2_ratio / self.n,
+            "l2_ratio": self.l2_ratio / max(self.n_long, 1),
             "relative_reconstruction_bias": self.square_hat / self.dot if self.dot else None,
             "l0": float(self.fired_M.sum()) / self.n,
             "dead_fraction": float((self.fired_M == 0).double().mean()),

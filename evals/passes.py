@@ -3,12 +3,13 @@ number of replacements in one pass over the text.
 
 For each batch of rows the model runs once as it is. A replacement then runs only the layers from its own on: what the
 layers below gave is remembered and handed out again, so its logits are those of a whole forward pass, bit for bit.
+(That it is so is tried on the first batch; a model for which it is not runs whole.)
 
 Legend: B rows, T positions, E written width.
 """
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -47,75 +48,102 @@ def token_losses(
     model: nn.Module, tokens_BT: Tensor, batch_rows: int, replacements: Mapping[K, Sequence[Part]]
 ) -> dict[K | None, TokenLosses]:
     """Losses under each replacement, which may have parts in several layers; under None those of the model as it is."""
-    layers = {key: _layers_below(model, parts) for key, parts in replacements.items()}
-    deepest = max(layers.values(), key=len, default=[])
+    below = {key: _layers_below(model, parts) for key, parts in replacements.items()}
+    skippable = list(dict.fromkeys(layer for layers in below.values() for layer in layers))
     found: dict[K | None, list[TokenLosses]] = {key: [] for key in (None, *replacements)}
     for start in range(0, len(tokens_BT), batch_rows):
         rows = slice(start, start + batch_rows)
         tokens = tokens_BT[rows]
-        with _remembering(deepest) as outputs:
-            clean = _log_probabilities(model, tokens)
+        with _remembering(skippable) as outputs:
+            clean = _logits(model, tokens)
+        if start == 0 and not _gives_the_same(model, tokens, below.values(), outputs, clean):
+            below, skippable = dict.fromkeys(below, ()), []
         found[None].append(_losses(clean, clean, tokens))
         for key, parts in replacements.items():
             with ExitStack() as stack:
-                stack.enter_context(_handing_out(layers[key], outputs))
+                stack.enter_context(_handing_out(below[key], outputs))
                 for part in parts:
                     keep = None if part.keep_BT is None else part.keep_BT[rows]
                     stack.enter_context(splice(model, part.read, part.write, part.replace, keep))
-                found[key].append(_losses(_log_probabilities(model, tokens), clean, tokens))
+                found[key].append(_losses(_logits(model, tokens), clean, tokens))
     return {
         key: TokenLosses(*(torch.cat(losses) for losses in zip(*batches, strict=True)))
         for key, batches in found.items()
     }
 
 
-def _log_probabilities(model: nn.Module, tokens_BT: Tensor) -> Tensor:
-    return model(tokens_BT, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+def _logits(model: nn.Module, tokens_BT: Tensor) -> Tensor:
+    return model(tokens_BT, use_cache=False).logits[:, :-1]
 
 
-def _losses(log_q: Tensor, log_p: Tensor, tokens_BT: Tensor) -> TokenLosses:
-    """Of predictions q where the model as it is says p; float64 from the vocabulary on."""
-    ce = -log_q.gather(2, tokens_BT[:, 1:, None]).squeeze(2).double()
-    if log_q is log_p:
-        return TokenLosses(ce.cpu(), torch.zeros_like(ce).cpu())
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64)
-    return TokenLosses(ce.cpu(), kl.cpu())
+def _losses(logits_q: Tensor, logits_p: Tensor, tokens_BT: Tensor) -> TokenLosses:
+    """Of predictions q where the model as it is says p. Row by row: a vocabulary of float32 for each token is large."""
+    ce, kl = [], []
+    for q, p, tokens_T in zip(logits_q, logits_p, tokens_BT, strict=True):
+        log_q, log_p = q.float().log_softmax(-1), p.float().log_softmax(-1)
+        ce.append(-log_q.gather(1, tokens_T[1:, None]).squeeze(1).double())
+        difference = torch.where(log_p > -torch.inf, log_p - log_q, 0)
+        kl.append((log_p.exp() * difference).sum(-1, dtype=torch.float64))
+    return TokenLosses(torch.stack(ce).cpu(), torch.stack(kl).cpu())
 
 
-def _layers_below(model: nn.Module, parts: Sequence[Part]) -> list[nn.Module]:
+def _layers_below(model: nn.Module, parts: Sequence[Part]) -> tuple[nn.Module, ...]:
     """The layers that none of the parts touches or follows: those of the model's stack with lower numbers. None where
     module names hold no layer number."""
     sites = [re.match(r"(.+?)\.(\d+)\.", site.module) for part in parts for site in (part.read, part.write)]
-    if not all(sites) or len({site[1] for site in sites if site}) != 1:
-        return []
-    stack = getattr(model, "base_model", model).get_submodule(next(site[1] for site in sites if site))
-    return list(stack.children())[: min(int(site[2]) for site in sites if site)]
+    stacks = {site[1] for site in sites if site}
+    if not all(sites) or len(stacks) != 1:
+        return ()
+    first = min(int(site[2]) for site in sites if site)
+    trunk = getattr(model, "base_model", model)
+    return tuple(trunk.get_submodule(f"{next(iter(stacks))}.{i}") for i in range(first))
+
+
+def _gives_the_same(
+    model: nn.Module,
+    tokens_BT: Tensor,
+    below: Iterable[tuple[nn.Module, ...]],
+    outputs: dict[nn.Module, Any],
+    clean: Tensor,
+) -> bool:
+    """Whether skipping layers changes nothing: not so if they hand on more than their output, as some share keys and
+    values between layers, or are the same module at several depths."""
+    for layers in set(below) - {()}:
+        with _handing_out(layers, outputs):
+            try:
+                if not torch.equal(_logits(model, tokens_BT), clean):
+                    return False
+            except (KeyError, TypeError, AttributeError):
+                return False
+    return True
 
 
 @contextmanager
-def _remembering(layers: list[nn.Module]) -> Iterator[dict[nn.Module, Any]]:
+def _remembering(layers: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Any]]:
     outputs: dict[nn.Module, Any] = {}
     with ExitStack() as stack:
-        for layer in layers:
-            handle = layer.register_forward_hook(lambda module, _, output: outputs.update({module: output}))
+        for layer in layers:  # copied at once: the next layer may write into what it is given
+            handle = layer.register_forward_hook(lambda module, _, output: outputs.update({module: _copy(output)}))
             stack.callback(handle.remove)
         yield outputs
 
 
 @contextmanager
-def _handing_out(layers: list[nn.Module], outputs: dict[nn.Module, Any]) -> Iterator[None]:
+def _handing_out(layers: Sequence[nn.Module], outputs: dict[nn.Module, Any]) -> Iterator[None]:
     """While active, these layers compute nothing and give what they gave before."""
+    before = {layer: layer.__dict__.get("forward") for layer in layers}
     try:
         for layer in layers:
             layer.forward = lambda *_, layer=layer, **__: _copy(outputs[layer])
         yield
     finally:
-        for layer in layers:
+        for layer, forward in before.items():
             layer.__dict__.pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
 
 
 def _copy(output: Any) -> Any:
-    """The next layer may write into what it is given."""
     if isinstance(output, Tensor):
         return output.clone()
     return type(output)(map(_copy, output)) if isinstance(output, tuple | list) else output

@@ -3,7 +3,7 @@ model. Runs of one store and hookpoint share the model, the clean and the ablate
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from skipcoder.evals.behaviour import summary
 from skipcoder.evals.metrics import ReconstructionMetrics
-from skipcoder.evals.passes import Part, Replace, ablation, token_losses
+from skipcoder.evals.passes import Part, Replace, TokenLosses, ablation, token_losses
 from skipcoder.evals.splice import Site
 from skipcoder.pipeline import model as models
 from skipcoder.pipeline.cache import model_config
@@ -26,6 +26,9 @@ from skipcoder.trainer.stream import ActivationStream, TokenFilter
 from torch import Tensor
 
 Key = tuple[Any, ...]
+
+AT_ONCE = 8
+"""Coders on the device together."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,19 @@ class Run:
 
 
 class Evaluator:
-    """Evaluates runs of one store: one pass over its held-out units, one over their rows with the model."""
+    """Evaluates runs of one store, several in one pass over its held-out units and in one over their rows with the
+    model: `ce_tokens` of them, spread evenly."""
 
     def __init__(self, store: ActivationStore, ce_tokens: int, batch_rows: int, device: str) -> None:
         self.store, self.batch_rows, self.device = store, batch_rows, device
         units = store.split("held_out")
         if not units:
             raise UserError(f"{store.place} has no finished held-out unit; finish the capture first")
-        rows = np.concatenate([store.tokens(unit) for unit in units])[: max(1, ce_tokens // store.context)]
-        self.tokens_BT = torch.from_numpy(rows).long().to(device)
+        rows = np.concatenate([store.tokens(unit) for unit in units])
+        spread = np.linspace(0, len(rows) - 1, min(max(1, ce_tokens // store.context), len(rows))).astype(int)
+        self.tokens_BT = torch.from_numpy(rows[spread]).long().to(device)
+        self.row_numbers = torch.cat([torch.arange(*store.rows_of(unit)) for unit in units])
+        self._shared: dict[Key | None, TokenLosses] = {}
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -84,21 +91,30 @@ class Evaluator:
             )
         return models.load_causal_lm(cfg, self.device)
 
-    def evaluate(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
-        """All metrics of each run, as written to its evaluation.json."""
+    def check(self, run: Run) -> None:
+        """UserError if the run is of another capture."""
+        if run.coder.meta["data"]["store_identity"] != self.store.attrs["identity_hash"]:
+            raise UserError(f"{run.path} was trained on another capture than {self.store.place} now holds")
+
+    def evaluate(self, runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
+        """All metrics of each run, as written to its evaluation.json; AT_ONCE runs at a time."""
         for run in runs:
-            if run.coder.meta["data"]["store_identity"] != self.store.attrs["identity_hash"]:
-                raise UserError(f"{run.path} was trained on another capture than {self.store.place} now holds")
-            run.coder.to(self.device)
-        begun = time.perf_counter()
-        results = [a | b for a, b in zip(self.reconstruction(runs), self.behaviour(runs), strict=True)]
-        seconds = round((time.perf_counter() - begun) / len(runs), 2)
-        return [result | {"evaluation_seconds": seconds} for result in results]
+            self.check(run)
+        for some in (runs[i : i + AT_ONCE] for i in range(0, len(runs), AT_ONCE)):
+            begun = time.perf_counter()
+            for run in some:
+                run.coder.to(self.device)
+            results = [a | b for a, b in zip(self.reconstruction(some), self.behaviour(some), strict=True)]
+            share = {"evaluation_seconds": round((time.perf_counter() - begun) / len(some), 2)}
+            for run, result in zip(some, results, strict=True):
+                run.coder.cpu()
+                yield run, result | share
 
     @torch.no_grad()
     def reconstruction(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         """ReconstructionMetrics on all held-out tokens that training would have kept."""
-        every = [ReconstructionMetrics(run.coder.d_out, run.coder.cfg.width) for run in runs]
+        rows = len(self.row_numbers)
+        every = [ReconstructionMetrics(run.coder.d_out, run.coder.cfg.width, rows) for run in runs]
         streams = {(run.summary["hookpoint"], run.filter) for run in runs}
         for hookpoint, kept in sorted(streams, key=repr):
             stream = ActivationStream(
@@ -106,11 +122,12 @@ class Evaluator:
             )
             for batch in stream:
                 sides = {"input": batch.x, "output": batch.y}
+                row = torch.searchsorted(self.row_numbers, batch.position // self.store.context)
                 for run, metrics in zip(runs, every, strict=True):
                     if (run.summary["hookpoint"], run.filter) == (hookpoint, kept):
                         out = run.coder(sides[run.site("read").side])
                         y = sides[run.site("write").side]
-                        metrics.update(y, out.y_hat, out.values, out.indices, batch.position // self.store.context)
+                        metrics.update(y, out.y_hat, out.values, out.indices, row)
         return [metrics.result() for metrics in every]
 
     def behaviour(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -120,14 +137,19 @@ class Evaluator:
         replacements: dict[Key, list[Part]] = {}
         keys = []
         for run in runs:
-            mine = self._replacements(run)
+            mine = self.replacements(run)
             keys.append({name: key for name, (key, _) in mine.items()})
-            replacements |= {key: [part] for key, part in mine.values()}  # ablations are shared
-        losses = token_losses(self.model, self.tokens_BT, self.batch_rows, replacements)
-        clean = losses[None]
-        return [summary(clean, {name: losses[key] for name, key in mine.items()}) for mine in keys]
+            replacements |= {key: [part] for key, part in mine.values()}
+        new = {key: parts for key, parts in replacements.items() if key not in self._shared}
+        losses = self._shared | self.losses(new)
+        self._shared |= {key: of for key, of in losses.items() if key is None or key[0] in ("zero", "mean")}
+        return [summary(losses[None], {name: losses[key] for name, key in mine.items()}) for mine in keys]
 
-    def _replacements(self, run: Run) -> dict[str, tuple[Key, Part]]:
+    def losses(self, replacements: Mapping[Key, Sequence[Part]]) -> dict[Key | None, TokenLosses]:
+        """Of the chosen held-out rows under each replacement."""
+        return token_losses(self.model, self.tokens_BT, self.batch_rows, replacements)
+
+    def replacements(self, run: Run) -> dict[str, tuple[Key, Part]]:
         """Name in the results -> (what tells it from others, the replacement)."""
         read, write, coder, classes = run.site("read"), run.site("write"), run.coder, run.filter.classes
         mean = self.store.moments(run.summary["hookpoint"], write.side, positions=classes).mean
@@ -140,6 +162,7 @@ class Evaluator:
         if coder.W_skip is not None:
             ways["skip_only"] = ((run.path, "skip"), coder.skip_only)
         excluded = self._excluded(run.filter)
+        # The first of a key tells ablations, which runs share, from coders.
         return {
             f"{name}{suffix}": ((*key, kept), Part(read, write, replace, keep))
             for name, (key, replace) in ways.items()

@@ -1,5 +1,7 @@
+import numpy as np
 import pytest
 import torch
+from skipcoder.evals.bootstrap import resamples
 from skipcoder.evals.metrics import ReconstructionMetrics
 
 
@@ -60,28 +62,26 @@ def test_latents(y: torch.Tensor) -> None:
     assert result["density_histogram"]["latents"][-1] == 1
 
 
-def test_interval_of_fvu_is_around_it_and_narrows(y: torch.Tensor) -> None:
-    """Rows of ten tokens; the interval is that of FVUs computed anew on resampled rows."""
-    y_hat, widths = y + 3 * torch.randn_like(y), []
-    for n in (200, 1000):
-        m = ReconstructionMetrics(5, 8)
-        rows = torch.arange(n) // 10
-        none = torch.zeros(n, 1, dtype=torch.int64)
-        for part in torch.arange(n).split(37):  # a row may be cut by a batch
-            m.update(y[part], y_hat[part], none[part].float(), none[part], rows[part])
-        result = m.result()
-        low, high = result["fvu_ci"]
-        assert low < result["fvu"] < high
-        widths.append(high - low)
-    assert widths[1] < 0.7 * widths[0]
-    rng, found = torch.Generator().manual_seed(1), []
-    for _ in range(300):
-        chosen = torch.randint(100, (100,), generator=rng)[:, None] * 10 + torch.arange(10)
+def test_interval_of_fvu_is_that_of_fvus_computed_anew_on_resampled_rows() -> None:
+    """Tokens of a row are alike, so that taking each for a row of its own would be far too sure."""
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.arange(400) // 10
+    y = torch.randn(40, 5, generator=rng)[rows] + 0.3 * torch.randn(400, 5, generator=rng) + 100
+    y_hat = y + torch.randn(40, 5, generator=rng)[rows]
+    none, intervals = torch.zeros(400, 1, dtype=torch.int64), []
+    for place in (rows, torch.arange(400)):
+        m = ReconstructionMetrics(5, 8, len(place.unique()))
+        for part in torch.arange(400).split(37):  # a row may be cut by a batch
+            m.update(y[part], y_hat[part], none[part].float(), none[part], place[part])
+        intervals.append(m.result()["fvu_ci"])
+    found = []
+    for weights in torch.from_numpy(np.concatenate(resamples(40))).long():
+        chosen = torch.arange(40).repeat_interleave(weights)[:, None] * 10 + torch.arange(10)
         part, part_hat = y[chosen.flatten()].double(), y_hat[chosen.flatten()].double()
         found.append(float((part - part_hat).square().sum() / (part - part.mean(0)).square().sum()))
-    ours = torch.tensor([low, high], dtype=torch.float64)
-    theirs = torch.tensor(found, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02 * (high - low))
+    assert intervals[0] == pytest.approx(np.quantile(found, [0.025, 0.975]).tolist(), rel=1e-9)
+    (low, high), (low_tokens, high_tokens) = intervals
+    assert high - low > 2 * (high_tokens - low_tokens)
 
 
 def test_lengths(y: torch.Tensor) -> None:
