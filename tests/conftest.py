@@ -8,6 +8,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+# Triton looks at it when it is imported, whoever does so first.
+os.environ.setdefault("TRITON_INTERPRET", "0" if os.environ.get("SKIPCODER_TEST_DEVICE") == "cuda" else "1")
 
 import pytest
 import torch

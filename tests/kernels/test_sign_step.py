@@ -2,8 +2,6 @@
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "0" if os.environ.get("SKIPCODER_TEST_DEVICE") == "cuda" else "1")
-
 import pytest
 import torch
 from skipcoder.kernels import sign_step as module

@@ -7,8 +7,6 @@ twice that.
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "0" if os.environ.get("SKIPCODER_TEST_DEVICE") == "cuda" else "1")
-
 import pytest
 import torch
 from skipcoder.kernels.rows import by_latent, token_of_entry
