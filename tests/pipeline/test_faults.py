@@ -169,7 +169,8 @@ def test_torn_files_of_every_kind(run: Callable, tmp_path: Path, whole) -> None:
 
 @pytest.mark.skipif("SOAK_SECONDS" not in os.environ, reason="make soak")
 def test_soak(run: Callable, tmp_path: Path, whole) -> None:
-    """Captures, one after the other, whose driver or worker is killed every few seconds."""
+    """Captures, one after the other, whose worker, or now and then driver, is killed every few seconds; a driver is
+    given the time to start."""
     chance, end = random.Random(), time.monotonic() + float(os.environ["SOAK_SECONDS"])
     captures = drivers = workers = 0
     while time.monotonic() < end:
@@ -180,12 +181,15 @@ def test_soak(run: Callable, tmp_path: Path, whole) -> None:
             with started(run(path=path), tmp_path) as job:
                 while job.poll() is None:
                     with contextlib.suppress(subprocess.TimeoutExpired):
-                        job.wait(chance.uniform(2, 9))
+                        job.wait(chance.uniform(1, 5))
                         break
                     victims = workers_of(job.pid)
-                    if victims and chance.random() < 0.5:
-                        victims[0].send_signal(signal.SIGKILL)
-                        workers += 1
+                    if not victims or time.monotonic() > end:
+                        continue
+                    if chance.random() < 0.6:
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            victims[0].send_signal(signal.SIGKILL)
+                            workers += 1
                     else:
                         job.kill()
                         drivers += 1
