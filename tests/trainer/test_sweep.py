@@ -89,6 +89,7 @@ def test_ctrl_c_on_ray_leaves_every_variant_resumable(store: ActivationStore, tm
     job = subprocess.Popen(
         [a for a in command(store, *where) if not a.startswith("train.tokens")] + list(long), cwd=tmp_path,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     )  # fmt: skip
     while job.poll() is None and len(list((tmp_path / "s").glob("*/metrics.jsonl"))) < 2:
         time.sleep(0.05)
