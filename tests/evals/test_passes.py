@@ -1,7 +1,6 @@
 """Many replacements in one pass are what each would be by itself; and what is made of the losses."""
 
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,18 +13,11 @@ from skipcoder.evals.behaviour import by_position, recovered, summary
 from skipcoder.evals.bootstrap import interval
 from skipcoder.evals.passes import Part, TokenLosses, ablation, token_losses
 from skipcoder.evals.splice import Site, splice
-from skipcoder.pipeline import model as models
-from skipcoder.pipeline.config import ModelConfig
 from skipcoder.pipeline.hookpoints import resolve
 
 from tests.pipeline.test_capture import ARCHITECTURES
 
 IN, OUT = Site("layers.1.mlp", "input"), Site("layers.1.mlp", "output")
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_model: Path) -> Any:
-    return models.load_causal_lm(ModelConfig(name="tiny", id=str(tiny_model)), "cpu")
 
 
 @pytest.fixture

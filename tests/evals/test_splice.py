@@ -1,6 +1,5 @@
 """Spliced models equal models with a plain forward hook, bit for bit."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,15 +7,8 @@ import torch
 import transformers as tf
 from skipcoder.evals.passes import ablation
 from skipcoder.evals.splice import Site, splice
-from skipcoder.pipeline import model as models
-from skipcoder.pipeline.config import ModelConfig
 
 IN, OUT = Site("layers.1.mlp", "input"), Site("layers.1.mlp", "output")
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_model: Path) -> Any:
-    return models.load_causal_lm(ModelConfig(name="tiny", id=str(tiny_model)), "cpu")
 
 
 @pytest.fixture
