@@ -97,9 +97,7 @@ class Evaluator:
             raise UserError(f"{run.path} was trained on another capture than {self.store.place} now holds")
 
     def evaluate(self, runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
-        """All metrics of each run, as written to its evaluation.json; AT_ONCE runs at a time."""
-        for run in runs:
-            self.check(run)
+        """All metrics of each run, as written to its evaluation.json; AT_ONCE runs at a time. `check` them first."""
         for some in (runs[i : i + AT_ONCE] for i in range(0, len(runs), AT_ONCE)):
             begun = time.perf_counter()
             for run in some:

@@ -21,7 +21,7 @@ from skipcoder.pipeline.place import Place
 
 def run(store: Place, attrs: dict[str, Any], units: list[int], model: ModelConfig, cfg: RayConfig) -> None:
     """Capture `units` of the laid-out store. Every unit is committed before it is counted."""
-    begun, captured = time.perf_counter(), 0
+    begun, captured, ended = time.perf_counter(), 0, 0.0
     first_at, first_tokens = 0.0, 0  # the rate leaves out the start of Ray and the loading of the model
     tokens_of = {
         u: len(layout.unit_token_rows(u, attrs["rows"], attrs["identity"]["unit_rows"])) * attrs["identity"]["context"]

@@ -158,7 +158,7 @@ def test_bad_runs_are_named(store: ActivationStore, sweep: Path, tmp_path: Path)
     run = Run.open(sweep / "sae")
     run.coder.meta["data"]["store_identity"] = "another"
     with pytest.raises(UserError, match="trained on another capture"):
-        next(Evaluator(store, 128, 4, "cpu").evaluate([run]))
+        Evaluator(store, 128, 4, "cpu").check(run)
 
 
 def test_report_is_one_self_contained_page(rows: dict[str, dict[str, Any]], sweep: Path) -> None:

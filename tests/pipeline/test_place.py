@@ -14,6 +14,9 @@ from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.place import Directory, Place
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.pipeline.verify import problems
+from skipcoder.trainer import bank
+from skipcoder.trainer.coder import SparseCoder
+from skipcoder.trainer.config import CoderConfig, LoopConfig, TrainConfig
 from skipcoder.trainer.stream import ActivationStream
 
 from tests.conftest import REPO
@@ -193,6 +196,18 @@ class TestBucket(PlaceTests):
         assert "complete, nothing to do" in again.stdout
         info = [sys.executable, str(REPO / "pipeline" / "store_cli.py"), "info", str(here)]
         assert "33 of 33" in subprocess.run(info, capture_output=True, text=True, timeout=60).stdout
+
+    def test_training_from_there_is_training_from_here(
+        self, here: Place, cache_config: Callable[..., CacheConfig], capture_here: Callable, tmp_path: Path
+    ) -> None:
+        weights = []
+        for at in (str(here), str(tmp_path / "s.zarr")):
+            capture_here(cache_config(at, rows=100))
+            cfg = TrainConfig(coder=CoderConfig(k=4, width=64), train=LoopConfig(tokens=3000, batch_tokens=128))
+            cfg.store.path = at
+            bank.train(cfg, run := tmp_path / f"run{len(weights)}")
+            weights.append(SparseCoder.load(run).state_dict())
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
     def test_captures_of_different_lengths_at_once_are_told(self, here: Place) -> None:
         record = commit.Commit("id", 3, (12, 14), 0, {})
