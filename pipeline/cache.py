@@ -59,6 +59,8 @@ def _capture(cfg: CacheConfig, place: Place, alone: bool) -> None:
     from skipcoder.pipeline import job
 
     job.run(place, attrs, missing, cfg.model, cfg.ray)
+    if alone:
+        place.sweep()  # a worker that was lost may have left a half-written file
     print(f"{where}: complete")
     _say_loss(place)
 
