@@ -31,3 +31,8 @@ def interval(statistic: Callable[..., np.ndarray], *per_row: np.ndarray) -> list
         [statistic(*(np.tensordot(block, array, axes=1) for array in per_row)) for block in resamples(rows)]
     )
     return [float(q) for q in np.quantile(values, [0.025, 0.975])] if np.isfinite(values).all() else None
+
+
+def of_mean(per_row: np.ndarray) -> list[float] | None:
+    """Interval of the mean of values [R]."""
+    return interval(lambda total: total / len(per_row), per_row.astype(np.float64))

@@ -18,8 +18,9 @@ ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 
 def evaluate(cfg: EvaluateConfig) -> None:
     """Evaluate every chosen run; with `out`, write the table and the report."""
-    from skipcoder.evals import report
-    from skipcoder.evals.run import Evaluator, Run, write_result
+    from skipcoder.evals import saebench
+    from skipcoder.evals.run import Evaluator, Run
+    from skipcoder.evals.tasks import record, run_tasks
     from skipcoder.pipeline.store import ActivationStore
     from skipcoder.trainer.assemble import pick_device
 
@@ -27,25 +28,65 @@ def evaluate(cfg: EvaluateConfig) -> None:
     runs = [Run.open(path) for path in paths]
     device = pick_device(cfg.device, "device")
     evaluators: dict[str, Evaluator] = {}
-    rows: dict[Path, dict[str, Any]] = {}
     for path in dict.fromkeys(run.store_path for run in runs):
-        evaluators[path] = Evaluator(ActivationStore.open(path), cfg.ce_tokens, cfg.batch_rows, device)
+        store = ActivationStore.open(path)
+        evaluators[path] = Evaluator(store, cfg.ce_tokens, cfg.batch_rows, device, cfg.intervals)
     for run in runs:
         evaluators[run.store_path].check(run)
+    rows: dict[Path, dict[str, Any]] = {}
     for path, evaluator in evaluators.items():
-        for run, result in evaluator.evaluate([run for run in runs if run.store_path == path]):
-            write_result(run, result)
-            rows[run.path] = {**run.summary, **result, "run": str(run.path)}
+        of_it = [run for run in runs if run.store_path == path]
+        if cfg.controls:
+            from skipcoder.evals.controls import control_runs
+
+            controls = control_runs(cfg.controls, of_it, evaluator.model, evaluator.store)
+            of_it, runs = of_it + controls, runs + controls
+        for run, result in run_tasks(evaluator, of_it, cfg):
+            if not run.is_control:
+                result = record(run, result)
+            rows[run.path] = {**run.summary, **rows.get(run.path, {}), **result, "run": str(run.path)}
             print(_line(rows[run.path]), flush=True)
-    table = [rows[run.path] for run in runs]
+    if cfg.saebench is not None:
+        for run in runs:
+            if not run.is_control:
+                saebench.write(run, rows[run.path], Path(cfg.saebench))
     if cfg.out is not None:
-        out = Path(cfg.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(table, indent=2) + "\n")
-        stores = {path: evaluator.store for path, evaluator in evaluators.items()}
-        page = report.write(table, stores, out.with_name("report.html"))
-        _write_parquet(table, out.with_suffix(".parquet"))
-        print(f"wrote {out}, {out.with_suffix('.parquet')} and {page}")
+        table = [rows[run.path] for run in runs]
+        _write_tables(cfg, Path(cfg.out), table, runs, evaluators)
+
+
+def _write_tables(
+    cfg: EvaluateConfig, out: Path, table: list[dict[str, Any]], runs: list[Any], evaluators: dict[str, Any]
+) -> None:
+    from skipcoder.evals import report
+    from skipcoder.evals.seeds import over_seeds
+    from skipcoder.evals.together import spliced_together
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    wrote = [out, out.with_suffix(".parquet"), out.with_suffix(".seeds.json"), out.with_name("report.html")]
+    _write_json(table, out)
+    _write_parquet(table, wrote[1])
+    seeds = over_seeds(table, [None if run.is_control else run for run in runs])
+    _write_json(seeds, wrote[2])
+    if cfg.together:
+        rows = [
+            row
+            for path, evaluator in evaluators.items()
+            for row in spliced_together(evaluator, [r for r in runs if r.store_path == path and not r.is_control])
+        ]
+        wrote.append(out.with_suffix(".together.json"))
+        _write_json(rows, wrote[-1])
+        for row in rows:
+            print(f"{len(row['hookpoints'])} MLPs spliced at once: {_line(row)}")
+    if "fvu" in table[0]:
+        report.write(table, seeds, {path: evaluator.store for path, evaluator in evaluators.items()}, wrote[3])
+    else:
+        wrote.remove(wrote[3])  # a report is about reconstruction first
+    print(f"wrote {', '.join(map(str, wrote))}")
+
+
+def _write_json(table: list[dict[str, Any]], path: Path) -> None:
+    path.write_text(json.dumps(table, indent=2) + "\n")
 
 
 def _write_parquet(table: list[dict[str, Any]], path: Path) -> None:
@@ -66,12 +107,16 @@ def find_runs(pattern: str) -> list[Path]:
     return found
 
 
+_SHOWN = {
+    "fvu": "FVU", "dead_fraction": "dead", "ce_clean": "CE", "ce_spliced": "spliced", "ce_recovered_zero": "recovered",
+    "probing_k1": "probing k=1", "absorption_full": "absorption", "tpp_20": "TPP 20", "scr_20": "SCR 20",
+    "ravel_disentangle": "RAVEL",
+}  # fmt: skip
+
+
 def _line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['run']}: {row['kind']} k={row['k']}  FVU {row['fvu']:.4f}  dead {row['dead_fraction']:.3f}  "
-        f"CE {row['ce_clean']:.3f} -> {row['ce_spliced']:.3f}  "
-        f"recovered {_share(row['ce_recovered_zero'])} (zero) {_share(row['ce_recovered_mean'])} (mean)"
-    )
+    facts = [f"{label} {_share(row[key])}" for key, label in _SHOWN.items() if key in row]
+    return f"{row.get('run', '')} {row['kind']} k={row['k']}  {'  '.join(facts)}".strip()
 
 
 def _share(value: float | None) -> str:

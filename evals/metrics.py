@@ -33,6 +33,7 @@ class ReconstructionMetrics:
         self.m2_E = torch.zeros(d_out, dtype=torch.float64)
         self.error_E = torch.zeros(d_out, dtype=torch.float64)
         self.cosine = self.l2_ratio = self.square_hat = self.dot = 0.0
+        self.length = self.length_hat = self.l1 = self.legacy = 0.0
         self.fired_M = torch.zeros(width, dtype=torch.int64)
 
     def update(
@@ -56,7 +57,11 @@ class ReconstructionMetrics:
         self.square_hat += float(norm_hat.square().sum())
         self.dot += float((y * y_hat).sum())
         self.cosine += float(torch.nn.functional.cosine_similarity(y, y_hat, dim=1).sum())
-        self.fired_M += torch.bincount(indices_NK[values_NK > 0].cpu(), minlength=len(self.fired_M))
+        self.length, self.length_hat = self.length + float(norm.sum()), self.length_hat + float(norm_hat.sum())
+        self.l1 += float(values_NK.double().abs().sum())
+        spread = (y - mean).square().sum(1)
+        self.legacy += float((1 - (y - y_hat).square().sum(1)[spread > 0] / spread[spread > 0]).sum())
+        self.fired_M += torch.bincount(indices_NK[values_NK != 0].cpu(), minlength=len(self.fired_M))
 
     def _add_rows(self, y: Tensor, error_N: Tensor, row_N: Tensor) -> None:
         if self.n == len(y):  # the first batch: near the mean, so that sums of squares lose nothing
@@ -74,7 +79,8 @@ class ReconstructionMetrics:
 
     def result(self) -> dict[str, Any]:
         """FVU, explained variance, per-dimension FVU, cosine, L0, L2 ratio, relative reconstruction bias, dead and
-        dense latents, density histogram; each over `n` tokens."""
+        dense latents, density histogram; each over `n` tokens. `explained_variance_legacy` is a mean over tokens, as
+        SAEBench once had it: tokens near the mean can make it anything."""
         alive_dims = self.m2_E > _FLAT * self.m2_E.mean()
         fvu = float(self.error_E.sum() / self.m2_E.sum())
         density_M = self.fired_M / self.n
@@ -90,6 +96,12 @@ class ReconstructionMetrics:
             "l2_ratio": self.l2_ratio / max(self.n_long, 1),
             "relative_reconstruction_bias": self.square_hat / self.dot if self.dot else None,
             "l0": float(self.fired_M.sum()) / self.n,
+            "l1": self.l1 / self.n,
+            "mse": float(self.error_E.sum()) / self.n / len(self.error_E),
+            "l2_norm_in": self.length / self.n,
+            "l2_norm_out": self.length_hat / self.n,
+            "explained_variance_legacy": self.legacy / self.n,
+            **_frequencies(density_M),
             "dead_fraction": float((self.fired_M == 0).double().mean()),
             "dense_fraction": float((density_M > DENSE).double().mean()),
             "density_histogram": {
@@ -97,3 +109,15 @@ class ReconstructionMetrics:
                 "latents": [int(c) for c in histogram.hist.tolist()],
             },
         }
+
+
+def _frequencies(density_M: Tensor) -> dict[str, float]:
+    """Share of the latents that fire on more than 1 % and 10 % of tokens, and their share of all firing."""
+    found = {}
+    for percent in (1, 10):
+        over = density_M > percent / 100
+        found[f"freq_over_{percent}_percent"] = float(over.double().mean())
+        found[f"normalized_freq_over_{percent}_percent"] = float(
+            density_M[over].sum() / density_M.sum().clamp_min(1e-12)
+        )
+    return found

@@ -16,7 +16,13 @@ matplotlib.use("svg")  # no display, and text stays text
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-_COLOURS = {"sae": "#8a6d3b", "transcoder": "#2f6db3", "skip_transcoder": "#c2452d"}
+_COLOURS = {
+    "sae": "#8a6d3b",
+    "transcoder": "#2f6db3",
+    "skip_transcoder": "#c2452d",
+    "neurons": "#6b6f76",
+    "affine": "#3a8f5c",
+}
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "skipcoder",
@@ -41,38 +47,77 @@ COLUMNS = {
     "ce_recovered_zero": "recovered (zero)",
     "ce_recovered_mean": "recovered (mean)",
     "ce_skip_only": "CE skip only",
+    "probing_k1": "probing k=1",
+    "probing_k5": "probing k=5",
+    "absorption_full": "absorption",
+    "absorption_fraction": "absorbed fraction",
+    "split_latents": "split latents",
+    "tpp_20": "TPP 20",
+    "scr_20": "SCR 20",
+    "ravel_disentangle": "RAVEL",
+    "shared_latents": "shared by seeds",
     "seconds": "train s",
 }
+BEST = ("fvu", "fvu_per_dim", "ce_spliced")
+FRONTS = {
+    "fvu": ("FVU", "Lower is better; the mean predictor has 1.", None),
+    "ce_spliced": (
+        "Cross-entropy with the coder spliced in",
+        "Nats; the dotted line is the untouched model.",
+        "ce_clean",
+    ),
+    "ce_recovered_zero": (
+        "Cross-entropy recovered",
+        "Share of what zeroing the MLP costs; 1 is the untouched model.",
+        None,
+    ),
+    "probing_k1": (
+        "Sparse probing, one latent",
+        "Accuracy on test texts; the dotted line is a dense probe on the MLP's output.",
+        "probing_dense_y",
+    ),
+    "absorption_full": (
+        "Feature absorption",
+        "Share of words whose first letter is fully absorbed; lower is better.",
+        None,
+    ),
+    "shared_latents": ("Latents that two seeds share", "Matched one to one; cosine of at least 0.7.", None),
+}
+"""What is drawn against k where it was measured: title, caption, the row's key of a common line."""
 
 
-def write(rows: list[dict[str, Any]], stores: dict[str, ActivationStore], path: Path) -> Path:
-    """Write the page for evaluated runs (rows as in the table) and the stores they were trained on."""
+def write(
+    rows: list[dict[str, Any]], seeds: list[dict[str, Any]], stores: dict[str, ActivationStore], path: Path
+) -> Path:
+    """Write the page for evaluated runs (rows as in the table), their means over seeds, and their stores."""
     template = Path(__file__).with_name("report.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["cell"] = _cell
+    environment.filters["with_interval"] = _with_interval
     with plt.rc_context(_STYLE):
         figures = [
-            (
-                "FVU against k",
-                "Lower is better; the mean predictor has 1.",
-                _figure(lambda a: _against_k(a, rows, "fvu")),
-            ),
-            (
-                "Cross-entropy with the coder spliced in",
-                "Nats per token; the dotted line is the untouched model.",
-                _figure(lambda a: _against_k(a, rows, "ce_spliced", "ce_clean")),
-            ),
-            ("Training curves", "Batch FVU against tokens seen.", _figure(lambda a: _curves(a, rows))),
+            (title, caption, _figure(lambda a, key=key, line=line: _against_k(a, seeds, key, line)))  # type: ignore[misc]
+            for key, (title, caption, line) in FRONTS.items()
+            if any(row.get(key) is not None for row in seeds)
+        ]
+        trained = [row for row in rows if (Path(row["run"]) / "metrics.jsonl").exists()]
+        shown = _one_seed(trained)
+        figures += [
+            ("Training curves", "Batch FVU against tokens seen; one seed.", _figure(lambda a: _curves(a, shown))),
             (
                 "How often latents fire",
                 f"Latents by the share of {rows[0]['n']:,} held-out tokens they fire on, silent ones left out.",
-                _figure(lambda a: _densities(a, rows)),
+                _figure(lambda a: _densities(a, shown)),
             ),
         ]
     page = environment.from_string(template).render(
         rows=rows,
-        columns=COLUMNS,
-        best={key: min(r[key] for r in rows) for key in ("fvu", "fvu_per_dim", "ce_spliced")},
+        seeds=seeds if len(seeds) < len(rows) else [],
+        columns={key: title for key, title in COLUMNS.items() if any(key in row for row in rows)},
+        seed_columns={
+            key: title for key, title in COLUMNS.items() if key != "seconds" and any(key in r for r in seeds)
+        },
+        best={key: min(r[key] for r in rows if r["kind"] not in ("neurons", "affine")) for key in BEST},
         figures=figures,
         stores=[_describe(store) for store in stores.values()],
         version=version("skipcoder"),
@@ -85,6 +130,11 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("_", " ")
+
+
+def _with_interval(row: dict[str, Any], key: str) -> str:
+    ends = row.get(f"{key}_ci")
+    return _cell(row.get(key)) if not ends else f"{_cell(row[key])} \u00b1 {(ends[1] - ends[0]) / 2:.2g}"
 
 
 def _describe(store: ActivationStore) -> dict[str, Any]:
@@ -117,26 +167,46 @@ def _figure(draw: Callable[[Axes], None]) -> str:
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
-def _by_kind(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    kinds = dict.fromkeys(row["kind"] for row in rows)
-    return {kind: sorted((r for r in rows if r["kind"] == kind), key=lambda r: r["k"]) for kind in kinds}
+def _one_seed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    first = min((row["seed"] for row in rows), default=0)
+    return [row for row in rows if row["seed"] == first]
 
 
-def _against_k(axes: Axes, rows: list[dict[str, Any]], key: str, baseline: str | None = None) -> None:
-    for kind, group in _by_kind(rows).items():
-        label = kind.replace("_", " ")
-        axes.plot([r["k"] for r in group], [r[key] for r in group], "o-", color=_COLOURS[kind], label=label)
-    ks = sorted({row["k"] for row in rows})
+def _against_k(axes: Axes, seeds: list[dict[str, Any]], key: str, baseline: str | None = None) -> None:
+    """A line for each kind and width, with 95 % intervals: over seeds, or with one seed over held-out rows."""
+    seeds = [row for row in seeds if row.get(key) is not None]
+    widths = sorted({row["width"] for row in seeds if row["kind"] not in ("neurons", "affine")})
+    lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in sorted(seeds, key=lambda row: row["k"]):
+        lines.setdefault((row["kind"], row["width"]), []).append(row)
+    ks = sorted({row["k"] for row in seeds if row["k"]})
+    for (kind, width), group in lines.items():
+        style: dict[str, Any] = {"color": _COLOURS[kind], "label": kind.replace("_", " ")}
+        if kind == "affine":
+            axes.axhline(group[0][key], linestyle="-.", **style)
+            continue
+        if len(widths) > 1 and width in widths:
+            style |= {
+                "linestyle": ("-", "--", ":", "-.")[widths.index(width) % 4],
+                "label": f"{style['label']}, {width:,}",
+            }
+        x, y = [r["k"] for r in group], [r[key] for r in group]
+        ends = [r.get(f"{key}_ci") or [r[key], r[key]] for r in group]
+        bars = [
+            [max(v - low, 0) for v, (low, _) in zip(y, ends, strict=True)],
+            [max(high - v, 0) for v, (_, high) in zip(y, ends, strict=True)],
+        ]
+        axes.errorbar(x, y, yerr=bars, marker="o", markersize=4, capsize=2, linewidth=1.4, elinewidth=1, **style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ks, [str(k) for k in ks])
     axes.minorticks_off()
     axes.margins(y=0.2)
     axes.set_xlabel("k")
     axes.set_ylabel(COLUMNS[key])
-    levels = {row[baseline] for row in rows} if baseline else set()
+    levels = {row[baseline] for row in seeds if baseline in row} if baseline else set()
     if len(levels) == 1:  # runs on different stores have no common line
-        axes.axhline(levels.pop(), color="#777", linestyle=":", label="model untouched")
-    axes.legend()
+        axes.axhline(levels.pop(), color="#777", linestyle=":")
+    axes.legend(fontsize=8)
 
 
 def _look(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 from skipcoder.evals.behaviour import summary
+from skipcoder.evals.bootstrap import MIN_ROWS
 from skipcoder.evals.metrics import ReconstructionMetrics
 from skipcoder.evals.passes import Part, Replace, TokenLosses, ablation, token_losses
 from skipcoder.evals.splice import Site
 from skipcoder.pipeline import model as models
 from skipcoder.pipeline.cache import model_config
 from skipcoder.pipeline.errors import UserError
-from skipcoder.pipeline.place import write_atomically
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer.coder import SparseCoder
 from skipcoder.trainer.stream import ActivationStream, TokenFilter
@@ -39,6 +39,8 @@ class Run:
     summary: dict[str, Any]
     coder: SparseCoder
     store_path: str
+    is_control: bool = False
+    """No trained coder, but something that answers as one (controls.py)."""
 
     @classmethod
     def open(cls, path: Path) -> "Run":
@@ -69,12 +71,20 @@ class Evaluator:
     """Evaluates runs of one store, several in one pass over its held-out units and in one over their rows with the
     model: `ce_tokens` of them, spread evenly."""
 
-    def __init__(self, store: ActivationStore, ce_tokens: int, batch_rows: int, device: str) -> None:
+    def __init__(
+        self, store: ActivationStore, ce_tokens: int, batch_rows: int, device: str, intervals: bool = True
+    ) -> None:
         self.store, self.batch_rows, self.device = store, batch_rows, device
         units = store.split("held_out")
         if not units:
             raise UserError(f"{store.place} has no finished held-out unit; finish the capture first")
         rows = np.concatenate([store.tokens(unit) for unit in units])
+        if intervals and min(ce_tokens // store.context, len(rows)) < MIN_ROWS:
+            raise UserError(
+                f"ce_tokens={ce_tokens} gives {min(ce_tokens // store.context, len(rows))} rows of {store.context} "
+                f"({len(rows)} are held out), too few for intervals; ask for {MIN_ROWS * store.context} or more, "
+                "capture more text, or set intervals=false"
+            )
         spread = np.linspace(0, len(rows) - 1, min(max(1, ce_tokens // store.context), len(rows))).astype(int)
         self.tokens_BT = torch.from_numpy(rows[spread]).long().to(device)
         self.row_numbers = torch.cat([torch.arange(*store.rows_of(unit)) for unit in units])
@@ -91,13 +101,20 @@ class Evaluator:
             )
         return models.load_causal_lm(cfg, self.device)
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        return models.load_tokenizer(model_config(self.store.attrs))
+
     def check(self, run: Run) -> None:
         """UserError if the run is of another capture."""
+        if run.coder.meta["hookpoint"] not in self.store.hookpoints:
+            raise UserError(f"{run.path} was trained on {run.coder.meta['hookpoint']}, which {self.store.place} lacks")
         if run.coder.meta["data"]["store_identity"] != self.store.attrs["identity_hash"]:
             raise UserError(f"{run.path} was trained on another capture than {self.store.place} now holds")
 
     def evaluate(self, runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
-        """All metrics of each run, as written to its evaluation.json; AT_ONCE runs at a time. `check` them first."""
+        """Reconstruction and behaviour of each run; AT_ONCE runs at a time. `check` them first."""
         for some in (runs[i : i + AT_ONCE] for i in range(0, len(runs), AT_ONCE)):
             begun = time.perf_counter()
             for run in some:
@@ -172,8 +189,3 @@ class Evaluator:
         tokens = self.tokens_BT.cpu().numpy().ravel()
         kept = filter.keep(np.arange(tokens.size), tokens, self.store.context, self.store.attrs["special_tokens"])
         return torch.from_numpy(~kept).view(self.tokens_BT.shape).to(self.device)
-
-
-def write_result(run: Run, result: dict[str, Any]) -> None:
-    """evaluation.json in the run directory."""
-    write_atomically(run.path / "evaluation.json", json.dumps(result, indent=2).encode())

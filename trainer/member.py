@@ -191,6 +191,8 @@ class Member:
             "kind": self.cfg.coder.kind.value,
             "k": self.cfg.coder.k,
             "width": self.cfg.coder.width,
+            "activation": self.cfg.coder.activation.value,
+            "side": self.cfg.coder.side.value,
             "hookpoint": self.hookpoint,
             "model": self.store.attrs["model"]["name"],
             "seed": self.cfg.seed,

@@ -163,7 +163,7 @@ def test_bad_runs_are_named(store: ActivationStore, sweep: Path, tmp_path: Path)
 
 def test_report_is_one_self_contained_page(rows: dict[str, dict[str, Any]], sweep: Path) -> None:
     page = (sweep / "report.html").read_text()
-    assert page.count("<svg") == 4 and page.count("<tr>") == 6
+    assert page.count("<svg") == 5 and page.count("<tr>") == 6
     for remote in ('src="', "@import", 'href="http'):
         assert remote not in page
     assert f"{rows['sae']['fvu']:.4g}" in page
@@ -189,4 +189,4 @@ def test_report_opens_in_a_browser_without_overflow(
          f"--window-size={width},900", "--dump-dom", probe.as_uri()],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    assert "<title>Wtrue S4 R5</title>" in done.stdout
+    assert "<title>Wtrue S5 R5</title>" in done.stdout

@@ -1,0 +1,70 @@
+"""Which evaluations are asked for, and every run's results of them."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from skipcoder.evals.config import EvaluateConfig, Task
+from skipcoder.evals.erasure import scr, tpp
+from skipcoder.evals.first_letter import first_letter
+from skipcoder.evals.probing import probing
+from skipcoder.evals.ravel import ravel
+from skipcoder.evals.run import Evaluator, Run
+from skipcoder.evals.texts import TextReader
+from skipcoder.pipeline.place import write_atomically
+
+AT_ONCE = 32
+"""Coders on the device together while texts are read."""
+
+
+def run_tasks(evaluator: Evaluator, runs: Sequence[Run], cfg: EvaluateConfig) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Each run with the results of one task, or of part of one, as they come."""
+    if Task.core in cfg.tasks:
+        yield from evaluator.evaluate(runs)
+    tasks = [task for task in cfg.tasks if task is not Task.core]
+    for hookpoint in dict.fromkeys(run.summary["hookpoint"] for run in runs):
+        of_it = [run for run in runs if run.summary["hookpoint"] == hookpoint]
+        for some in (of_it[i : i + AT_ONCE] for i in range(0, len(of_it), AT_ONCE)):
+            for run in some:
+                run.coder.to(evaluator.device)
+            for task in tasks:
+                begun = time.perf_counter()
+                results = _function(task, evaluator, hookpoint, cfg)(some)
+                seconds = round((time.perf_counter() - begun) / len(some), 2)
+                for run, result in zip(some, results, strict=True):
+                    yield run, result | {f"{task.value}_seconds": seconds}
+            for run in some:
+                run.coder.cpu()
+
+
+def _function(task: Task, evaluator: Evaluator, hookpoint: str, cfg: EvaluateConfig) -> Callable[[Sequence[Run]], Any]:
+    store = evaluator.store
+    reader = TextReader(
+        evaluator.model, evaluator.tokenizer, store.hookpoints[hookpoint], store.attrs["special_tokens"]
+    )
+    return {
+        Task.probing: lambda runs: probing(reader, runs, cfg.probing),
+        Task.absorption: lambda runs: first_letter(reader, runs, cfg.absorption),
+        Task.tpp: lambda runs: tpp(reader, runs, cfg.erasure),
+        Task.scr: lambda runs: scr(reader, runs, cfg.erasure),
+        Task.ravel: lambda runs: ravel(evaluator.model, reader, runs, cfg.ravel),
+    }[task]
+
+
+def record(run: Run, result: dict[str, Any]) -> dict[str, Any]:
+    """Add results to the run's evaluation.json, which keeps what other tasks found of these weights."""
+    file = run.path / "evaluation.json"
+    weights = hashlib.sha256((run.path / "checkpoint" / "coder.safetensors").read_bytes()).hexdigest()[:16]
+    found: dict[str, Any] = {}
+    if file.exists():
+        try:
+            found = json.loads(file.read_text())
+        except ValueError:
+            found = {}
+    if found.get("weights") != weights:
+        found = {}
+    result = found | result | {"weights": weights}
+    write_atomically(file, json.dumps(result, indent=2).encode())
+    return result
