@@ -14,10 +14,52 @@ from typing import Any
 import numpy as np
 import torch
 from skipcoder.evals.run import Run
-from torch import Tensor
+from skipcoder.pipeline.errors import UserError
+from skipcoder.trainer.coder import SparseCoder
+from skipcoder.trainer.config import Kind
+from torch import Tensor, nn
 
 COMMIT = "not SAEBench: skipcoder " + version("skipcoder")
 _NS = (2, 5, 10, 20, 50, 100, 500)
+
+
+class SaeBenchSAE(nn.Module):
+    """An SAE of ours as sae-bench's evaluations take one: dense codes, weights the other way round. `hook_name` is
+    TransformerLens' name of where it reads and writes, as blocks.10.hook_mlp_out."""
+
+    def __init__(self, coder: SparseCoder, model_name: str, hook_name: str, layer: int) -> None:
+        super().__init__()
+        if coder.cfg.kind is not Kind.sae:
+            raise UserError(f"sae-bench evaluates SAEs alone: it would compare a {coder.cfg.kind} with its own input")
+        from sae_bench.custom_saes.custom_sae_config import CustomSAEConfig
+
+        self.coder = coder
+        self.W_enc, self.W_dec = coder.W_enc.T, coder.W_dec
+        self.b_enc, self.b_dec = coder.b_enc, coder.b_dec
+        self.cfg = CustomSAEConfig(model_name, coder.d_in, coder.cfg.width, layer, hook_name, dtype="float32")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.coder.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32."""
+        return self.coder.W_dec.dtype
+
+    def encode(self, x: Tensor) -> Tensor:
+        """[..., M], mostly zeros."""
+        out = self.coder(x)
+        return out.values.new_zeros(*x.shape[:-1], self.coder.cfg.width).scatter_(-1, out.indices, out.values)
+
+    def decode(self, f: Tensor) -> Tensor:
+        """[..., D]."""
+        return f @ self.coder.W_dec + self.coder.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction."""
+        return self.decode(self.encode(x))
 
 
 def write(run: Run, row: dict[str, Any], folder: Path) -> list[Path]:
