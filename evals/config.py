@@ -24,7 +24,7 @@ def _at_least(config: object, least: int, *names: str) -> None:
     for name in names:
         if getattr(config, name) < least:
             section = type(config).__name__.removesuffix("Config").lower()
-            key = name if section == "evaluate" else f"{section}.{name}"
+            key = name if section in ("evaluate", "interpret") else f"{section}.{name}"
             raise UserError(f"{key}={getattr(config, name)}: must be at least {least}")
 
 
@@ -141,3 +141,104 @@ class EvaluateConfig:
         if not self.tasks:
             raise UserError(f"tasks=[]: name some of {', '.join(task.value for task in Task)}")
         _at_least(self, 1, "ce_tokens", "batch_rows")
+
+
+class Negatives(Enum):
+    random = "random"
+    cofiring = "cofiring"
+    similar = "similar"
+
+
+@dataclass
+class ExamplesConfig:
+    """The windows of text that show what a latent does."""
+
+    window: int = 32
+    """Tokens."""
+    train: int = 20
+    """Windows that the explainer sees."""
+    top_share: float = 0.5
+    """Of them, the share with the largest activations; the others come from all quantiles."""
+    test: int = 25
+    """Windows in which the latent fires, and as many in which it does not, that test an explanation."""
+    quantiles: int = 10
+    negatives: Negatives = Negatives.random
+    """random; cofiring: windows where latents fire that often fire with this one; similar: those of like words."""
+    neighbours: int = 5
+    pool: int = 2000
+    """Windows among which similar ones are looked for."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 2, "window", "test")
+        _at_least(self, 1, "train", "quantiles", "neighbours", "pool")
+        if not 0 <= self.top_share <= 1:
+            raise UserError(f"examples.top_share={self.top_share}: must be between 0 and 1")
+
+
+@dataclass
+class JudgeConfig:
+    """The language model that explains latents and scores explanations, behind OpenAI's chat API."""
+
+    base_url: str = "http://127.0.0.1:8000/v1"
+    """As in http://127.0.0.1:8000/v1 (vLLM) or https://openrouter.ai/api/v1."""
+    model: str = "???"
+    cache: str | None = None
+    """File that keeps all answers; null: judge.sqlite beside the run directories."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key."""
+    concurrency: int = 16
+    attempts: int = 6
+    timeout: float = 120.0
+    """Seconds for one answer."""
+    logprobs: bool = True
+    """Ask for the probabilities of answers, where the server gives them."""
+    price_in: float = 0.0
+    """Of a million tokens asked, and (price_out) answered."""
+    price_out: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "concurrency", "attempts")
+        if not self.base_url.startswith(("http://", "https://")):
+            raise UserError(f"judge.base_url={self.base_url}: must begin with http:// or https://")
+        if self.timeout <= 0:
+            raise UserError(f"judge.timeout={self.timeout}: must be positive")
+
+
+class Scorer(Enum):
+    detection = "detection"
+    fuzzing = "fuzzing"
+
+
+@dataclass
+class InterpretConfig:
+    """Explain latents with a judge, score the explanations, and make pages of them."""
+
+    run: str | None = None
+    """A run directory."""
+    runs: str | None = None
+    """A glob of run directories."""
+    latents: int | None = 100
+    """How many of each run, drawn evenly at random from those that fire; null: all."""
+    which: list[int] | None = None
+    """These latents instead."""
+    seed: int = 0
+    """Of the choice of latents."""
+    scorers: list[Scorer] = field(default_factory=lambda: [Scorer.detection, Scorer.fuzzing])
+    shown: int = 5
+    """Windows in one question."""
+    out: str | None = None
+    """With `runs`: a table NAME.json of all of them."""
+    pages: bool = True
+    """Write RUN/features/index.html."""
+    device: str | None = None
+    examples: ExamplesConfig = field(default_factory=ExamplesConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+
+    def __post_init__(self) -> None:
+        if (self.run is None) == (self.runs is None):
+            raise UserError("set either run=DIR or runs='GLOB'")
+        if self.latents is not None and self.latents < 1:
+            raise UserError(f"latents={self.latents}: must be at least 1, or null for all")
+        _at_least(self, 1, "shown")
+        if not self.scorers:
+            raise UserError("scorers=[]: name detection, fuzzing or both")

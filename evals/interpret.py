@@ -1,0 +1,99 @@
+"""Explain latents with a judge: `python evals/interpret.py run=DIR judge.base_url=URL judge.model=NAME latents=100`."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+from skipcoder.evals.config import InterpretConfig
+from skipcoder.pipeline import cli
+
+ConfigStore.instance().store(name="interpret_schema", node=InterpretConfig)
+
+
+def interpret(cfg: InterpretConfig) -> None:
+    """Explain and score latents of every chosen run, then write the pages."""
+    from skipcoder.evals.evaluate import find_runs
+    from skipcoder.evals.run import Run
+    from skipcoder.pipeline.place import write_atomically
+
+    paths = [Path(cfg.run)] if cfg.run else find_runs(cfg.runs or "")
+    runs = [Run.open(path) for path in paths]
+    rows = asyncio.run(_interpret_all(cfg, runs))
+    if cfg.out is not None:
+        write_atomically(Path(cfg.out), json.dumps(rows, indent=2).encode())
+        print(f"wrote {cfg.out}")
+
+
+async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> list[dict[str, Any]]:
+    from skipcoder.evals.interpretation import Interpreter
+    from skipcoder.evals.judge import Judge
+    from skipcoder.evals.latents import LatentIndex
+    from skipcoder.pipeline.cache import model_config
+    from skipcoder.pipeline.model import load_tokenizer
+    from skipcoder.pipeline.store import ActivationStore
+    from skipcoder.trainer.assemble import pick_device
+
+    device = pick_device(cfg.device, "device")
+    stores = {path: ActivationStore.open(path) for path in dict.fromkeys(run.store_path for run in runs)}
+    cache = Path(cfg.judge.cache) if cfg.judge.cache else runs[0].path.parent / "judge.sqlite"
+    rows = []
+    async with Judge(cfg.judge, cache) as judge:
+        await judge.check()
+        for run in runs:
+            store = stores[run.store_path]
+            index = LatentIndex(run, store)
+            if index.missing():
+                total = sum(b - a for units in index.missing() for a, b in map(store.unit_range, units))
+                with cli.progress("encoding", total) as advance:
+                    index.build(device, advance)
+            interpreter = Interpreter(index, load_tokenizer(model_config(store.attrs)), cfg, judge)
+            with cli.progress("latents", len(interpreter.chosen()), "latents") as advance:
+                summary = await interpreter.run(advance)
+            _say(run.path, summary)
+            rows.append({**run.summary, **summary, "run": str(run.path)})
+    return rows
+
+
+def _say(path: Path, summary: dict[str, Any]) -> None:
+    use = summary["use"]
+    print(
+        f"{path}: {summary['explained']} of {summary['latents']} latents explained; {use['requests']} requests, "
+        f"{use['cached']} answers from the cache, {use['failures']} failures, cost {use['cost']:.2f}"
+    )
+    for name in ("detection", "fuzzing", "shuffled_explanations"):
+        if name in summary:
+            score = summary[name]
+            facts = [f"{key} {_number(score[key], score[f'{key}_ci'])}" for key in ("balanced_accuracy", "f1", "auroc")]
+            print(f"  {name.replace('_', ' ')}: {', '.join(facts)}")
+    calibration = summary["calibration"]
+    accuracy = _number(calibration["balanced_accuracy"], calibration["balanced_accuracy_ci"])
+    print(f"  calibration, explanations known to be right: balanced_accuracy {accuracy}")
+    if not calibration["usable"]:
+        print(f"  WARNING: the judge {summary['judge']} is unusable: it fails on planted latents; scores say nothing")
+
+
+def _number(value: float | None, ci: list[float] | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else "")
+
+
+@hydra.main(version_base="1.3", config_path=cli.CONF, config_name="interpret")
+@cli.task
+def main(cfg: DictConfig) -> None:
+    """Hydra's entry."""
+    interpret(cli.typed(cfg, InterpretConfig))
+
+
+def cli_main() -> None:
+    """Console script `skipcoder-interpret`."""
+    sys.exit(cli.run(main))
+
+
+if __name__ == "__main__":
+    cli_main()
