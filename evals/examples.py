@@ -161,7 +161,7 @@ class ExampleMaker:
         rows = np.repeat(np.arange(len(both)), self.size)
         counts = scipy.sparse.coo_array((np.ones(len(rows)), (rows, self.tokens_WT[both].ravel()))).tocsr()
         features = TfidfTransformer().fit_transform(counts)
-        like = np.asarray(features[len(shown) :] @ features[: len(shown)].mean(0)).ravel()
+        like = features[len(shown) :] @ np.asarray(features[: len(shown)].mean(0)).ravel()
         return [int(pool[i]) for i in np.argsort(-like, kind="stable")[: self.cfg.test]]
 
     def _window(self, number: int, values: np.ndarray, kind: str) -> Window:

@@ -12,6 +12,9 @@ from omegaconf import DictConfig
 from skipcoder.evals.config import InterpretConfig
 from skipcoder.pipeline import cli
 
+MOST_COMPARED = 8
+"""Coders that each run's pages can be compared with."""
+
 ConfigStore.instance().store(name="interpret_schema", node=InterpretConfig)
 
 
@@ -41,7 +44,7 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> list[dict[str
     device = pick_device(cfg.device, "device")
     stores = {path: ActivationStore.open(path) for path in dict.fromkeys(run.store_path for run in runs)}
     cache = Path(cfg.judge.cache) if cfg.judge.cache else runs[0].path.parent / "judge.sqlite"
-    rows = []
+    rows, made = [], []
     async with Judge(cfg.judge, cache) as judge:
         await judge.check()
         for run in runs:
@@ -56,7 +59,24 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> list[dict[str
                 summary = await interpreter.run(advance)
             _say(run.path, summary)
             rows.append({**run.summary, **summary, "run": str(run.path)})
+            made.append(interpreter)
+    if cfg.pages:
+        _write_pages(made, stores)
     return rows
+
+
+def _write_pages(interpreters: list[Any], stores: dict[str, Any]) -> None:
+    from skipcoder.evals.pages import write_pages
+    from skipcoder.pipeline.cache import model_config
+    from skipcoder.pipeline.model import load_causal_lm
+
+    models = {path: load_causal_lm(model_config(store.attrs), "cpu") for path, store in stores.items()}
+    for one in interpreters:
+        run = one.index.run
+        others = [o.index.run for o in interpreters if o is not one][:MOST_COMPARED]
+        with cli.progress("pages", one.index.width, "latents") as advance:
+            page = write_pages(one.index, one.maker, one.tokenizer, models[run.store_path], others, advance)
+        print(f"wrote {page}")
 
 
 def _say(path: Path, summary: dict[str, Any]) -> None:
