@@ -181,7 +181,8 @@ class JudgeConfig:
 
     base_url: str = "http://127.0.0.1:8000/v1"
     """As in http://127.0.0.1:8000/v1 (vLLM) or https://openrouter.ai/api/v1."""
-    model: str = "???"
+    model: str | None = None
+    """As the server calls it; null: no judge, and pages without explanations."""
     cache: str | None = None
     """File that keeps all answers; null: judge.sqlite beside the run directories."""
     key_variable: str = "OPENAI_API_KEY"
@@ -230,6 +231,8 @@ class InterpretConfig:
     """With `runs`: a table NAME.json of all of them."""
     pages: bool = True
     """Write RUN/features/index.html."""
+    delphi: str | None = None
+    """Folder into which to write where latents fire as eai-delphi reads it; with `runs`, a folder in it for each."""
     device: str | None = None
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)

@@ -20,7 +20,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     """Evaluate every chosen run; with `out`, write the table and the report."""
     from skipcoder.evals import saebench
     from skipcoder.evals.run import Evaluator, Run
-    from skipcoder.evals.tasks import record, run_tasks
+    from skipcoder.evals.tasks import judged, record, run_tasks
     from skipcoder.pipeline.store import ActivationStore
     from skipcoder.trainer.assemble import pick_device
 
@@ -43,7 +43,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
             of_it, runs = of_it + controls, runs + controls
         for run, result in run_tasks(evaluator, of_it, cfg):
             if not run.is_control:
-                result = record(run, result)
+                result = record(run, result) | judged(run)
             rows[run.path] = {**run.summary, **rows.get(run.path, {}), **result, "run": str(run.path)}
             print(_line(rows[run.path]), flush=True)
     if cfg.saebench is not None:

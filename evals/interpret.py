@@ -33,6 +33,7 @@ def interpret(cfg: InterpretConfig) -> None:
 
 
 async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> list[dict[str, Any]]:
+    from skipcoder.evals.delphi import export
     from skipcoder.evals.interpretation import Interpreter
     from skipcoder.evals.judge import Judge
     from skipcoder.evals.latents import LatentIndex
@@ -46,7 +47,8 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> list[dict[str
     cache = Path(cfg.judge.cache) if cfg.judge.cache else runs[0].path.parent / "judge.sqlite"
     rows, made = [], []
     async with Judge(cfg.judge, cache) as judge:
-        await judge.check()
+        if cfg.judge.model is not None:
+            await judge.check()
         for run in runs:
             store = stores[run.store_path]
             index = LatentIndex(run, store)
@@ -55,11 +57,16 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> list[dict[str
                 with cli.progress("encoding", total) as advance:
                     index.build(device, advance)
             interpreter = Interpreter(index, load_tokenizer(model_config(store.attrs)), cfg, judge)
+            made.append(interpreter)
+            if cfg.delphi is not None:
+                export(index, Path(cfg.delphi) / (run.path.name if cfg.runs else ""))
+            if cfg.judge.model is None:
+                print(f"{run.path}: no judge.model is set, so nothing is explained")
+                continue
             with cli.progress("latents", len(interpreter.chosen()), "latents") as advance:
                 summary = await interpreter.run(advance)
             _say(run.path, summary)
             rows.append({**run.summary, **summary, "run": str(run.path)})
-            made.append(interpreter)
     if cfg.pages:
         _write_pages(made, stores)
     return rows

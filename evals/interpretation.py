@@ -150,6 +150,7 @@ class Interpreter:
         judge = self.judge
         summary: dict[str, Any] = {
             "settings": self.settings,
+            "weights": self.index.run.weights,
             "judge": self.cfg.judge.model,
             "latents": len(records),
             "explained": len(explained),

@@ -7,7 +7,6 @@ A part holds some units and is written whole or not at all, so building can be i
 has grown. Memory is that of one part. Legend: L entries, M latents, N tokens.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -41,15 +40,16 @@ class LatentIndex:
     """Reads what `build` wrote."""
 
     def __init__(self, run: Run, store: ActivationStore) -> None:
+        if not store.is_complete:
+            raise UserError(f"{store.place} is not complete; finish its capture first")
         self.run, self.store = run, store
         self.folder, self.width = run.path / "latents", run.coder.cfg.width
         self.parts = _parts(store)
 
     def identity(self) -> dict[str, str]:
         """What the index is of."""
-        weights = (self.run.path / "checkpoint" / "coder.safetensors").read_bytes()
         return {
-            "weights": hashlib.sha256(weights).hexdigest()[:16],
+            "weights": self.run.weights,
             "store": self.store.attrs["identity_hash"],
             "filter": repr(self.run.filter),
         }

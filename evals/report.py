@@ -56,6 +56,8 @@ COLUMNS = {
     "scr_20": "SCR 20",
     "ravel_disentangle": "RAVEL",
     "shared_latents": "shared by seeds",
+    "detection": "detection",
+    "fuzzing": "fuzzing",
     "seconds": "train s",
 }
 BEST = ("fvu", "fvu_per_dim", "ce_spliced")
@@ -99,6 +101,20 @@ def write(
             (title, caption, _figure(lambda a, key=key, line=line: _against_k(a, seeds, key, line)))  # type: ignore[misc]
             for key, (title, caption, line) in FRONTS.items()
             if any(row.get(key) is not None for row in seeds)
+        ]
+        figures += [
+            (
+                f"Interpretability: {scorer}",
+                "Balanced accuracy of the judge with the explanations, against FVU; 0.5 is chance. "
+                + (
+                    ""
+                    if all(row["judge_usable"] for row in judged)
+                    else "The judge failed its calibration: no evidence."
+                ),
+                _figure(lambda a, scorer=scorer: _against_fvu(a, judged, scorer)),  # type: ignore[misc]
+            )
+            for scorer in ("detection", "fuzzing")
+            if (judged := [row for row in rows if row.get(scorer) is not None])
         ]
         trained = [row for row in rows if (Path(row["run"]) / "metrics.jsonl").exists()]
         shown = _one_seed(trained)
@@ -206,6 +222,25 @@ def _against_k(axes: Axes, seeds: list[dict[str, Any]], key: str, baseline: str 
     levels = {row[baseline] for row in seeds if baseline in row} if baseline else set()
     if len(levels) == 1:  # runs on different stores have no common line
         axes.axhline(levels.pop(), color="#777", linestyle=":")
+    axes.legend(fontsize=8)
+
+
+def _against_fvu(axes: Axes, rows: list[dict[str, Any]], key: str) -> None:
+    """The paper's figure: a point for each coder, joined by k."""
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        group = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["fvu"])
+        x, y = [row["fvu"] for row in group], [row[key] for row in group]
+        ends = [row.get(f"{key}_ci") or [row[key], row[key]] for row in group]
+        bars = [
+            [v - low for v, (low, _) in zip(y, ends, strict=True)],
+            [high - v for v, (_, high) in zip(y, ends, strict=True)],
+        ]
+        axes.errorbar(
+            x, y, yerr=bars, fmt="o-", markersize=4, capsize=2, color=_COLOURS[kind], label=kind.replace("_", " ")
+        )
+    axes.axhline(0.5, color="#777", linestyle=":")
+    axes.set_xlabel("FVU")
+    axes.set_ylabel(f"{key}, balanced accuracy")
     axes.legend(fontsize=8)
 
 

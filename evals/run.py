@@ -1,6 +1,7 @@
 """Evaluate the coders of run directories on held-out units: reconstruction from the store, cross-entropy from the
 model. Runs of one store and hookpoint share the model, the clean and the ablated passes."""
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,6 +57,11 @@ class Run:
                 f"{path} is no finished run ({Path(error.filename).name} is missing); train it to its end"
             ) from None
         return cls(path, summary, coder, store)
+
+    @cached_property
+    def weights(self) -> str:
+        """A fingerprint of the coder's file."""
+        return hashlib.sha256((self.path / "checkpoint" / "coder.safetensors").read_bytes()).hexdigest()[:16]
 
     @property
     def filter(self) -> TokenFilter:

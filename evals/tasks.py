@@ -1,6 +1,5 @@
 """Which evaluations are asked for, and every run's results of them."""
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -55,8 +54,7 @@ def _function(task: Task, evaluator: Evaluator, hookpoint: str, cfg: EvaluateCon
 
 def record(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     """Add results to the run's evaluation.json, which keeps what other tasks found of these weights."""
-    file = run.path / "evaluation.json"
-    weights = hashlib.sha256((run.path / "checkpoint" / "coder.safetensors").read_bytes()).hexdigest()[:16]
+    file, weights = run.path / "evaluation.json", run.weights
     found: dict[str, Any] = {}
     if file.exists():
         try:
@@ -68,3 +66,19 @@ def record(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     result = found | result | {"weights": weights}
     write_atomically(file, json.dumps(result, indent=2).encode())
     return result
+
+
+def judged(run: Run) -> dict[str, Any]:
+    """What interpret.py found of these weights: `detection` and `fuzzing` (balanced accuracy) with their intervals, and
+    whether the judge could judge."""
+    try:
+        found = json.loads((run.path / "interpretation" / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    if found["weights"] != run.weights:
+        return {}
+    row: dict[str, Any] = {"judge": found["judge"], "judge_usable": found["calibration"]["usable"]}
+    for scorer in ("detection", "fuzzing"):
+        if scorer in found:
+            row |= {scorer: found[scorer]["balanced_accuracy"], f"{scorer}_ci": found[scorer]["balanced_accuracy_ci"]}
+    return row

@@ -111,7 +111,7 @@ function contexts(title, windows, words, largest) {
   }
   return [make("h2", { textContent: title }), windows.length ? box : make("p", { textContent: "none" })];
 }
-const chips = words => make("div", { className: "chips" }, ...words.map(word => make("span", { textContent: word })));
+const chips = words => make("div", { className: "chips" }, ...words.map(word => make("span", { textContent: word.replaceAll("\n", "\u21b5") })));
 const link = (i, text) => make("a", { href: "#latent/" + i, textContent: text });
 
 async function showLatent(i) {

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from skipcoder.evals.config import ExamplesConfig, InterpretConfig, JudgeConfig, Negatives
 from skipcoder.evals.examples import ExampleMaker
 from skipcoder.evals.interpret import interpret
@@ -165,6 +166,29 @@ def test_servers_without_schemas_or_probabilities(fresh: Path, store: Activation
     assert found["use"]["failures"] == 0
     use = found["use"]
     assert use["cost"] == pytest.approx((use["prompt_tokens"] * 1.0 + use["completion_tokens"] * 10.0) / 1e6)
+
+
+def test_pages_without_a_judge_and_delphis_form(store: ActivationStore, tmp_path: Path) -> None:
+    """delphi's files hold every firing once, in the order of the text, and tile the latents."""
+    training.train(config(store), tmp_path / "run")
+    interpret(InterpretConfig(run=str(tmp_path / "run"), examples=EXAMPLES, delphi=str(tmp_path / "delphi")))
+    assert (tmp_path / "run" / "features" / "index.html").exists()
+    index = LatentIndex(Run.open(tmp_path / "run"), store)
+    folder = tmp_path / "delphi" / "layers.1.mlp"
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: int(file.stem.split("_")[0]))
+    ends = [tuple(map(int, file.stem.split("_"))) for file in files]
+    assert ends[0][0] == 0 and ends[-1][1] == 63 and all(a[1] + 1 == b[0] for a, b in pairwise(ends)) and len(ends) == 5
+    for file, (first, last) in zip(files, ends, strict=True):
+        content = load_file(file)
+        assert content["locations"].dtype == np.uint16 and content["activations"].dtype == np.float16
+        assert (content["tokens"] == index.tokens).all() and content["tokens"].dtype == np.int64
+        for latent in range(first, last + 1):
+            mine = content["locations"][:, 2] == latent - first
+            place = content["locations"][mine].astype(np.int64)
+            assert (place[:, 0] * store.context + place[:, 1] == index.of(latent).position).all()
+            assert (content["activations"][mine] == index.of(latent).value.astype(np.float16)).all()
+    described = json.loads((folder / "config.json").read_text())
+    assert described["cache_ctx_len"] == store.context and described["n_splits"] == 5
 
 
 def test_no_server(fresh: Path) -> None:
