@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 STAMP := $(VENV)/.skipcoder-installed
 
-.PHONY: setup demo test test-slow soak lint typecheck gpu-check clean-demo
+.PHONY: setup demo paper test test-slow soak lint typecheck gpu-check clean-demo
 
 setup: $(STAMP)
 
@@ -21,6 +21,20 @@ demo: setup
 	$(BIN)/python trainer/train.py -m +experiment=demo store.path=$(DEMO)/store.zarr hydra.sweep.dir=$(DEMO)/train
 	$(BIN)/python evals/evaluate.py runs='$(DEMO)/train/*' out=$(DEMO)/summary.json
 	@echo "Open $(DEMO)/report.html"
+
+# The paper's comparison on SmolLM2 (docs/paper.md): two hookpoints, three seeds. Hours on a laptop; resumes.
+PAPER := runs/paper
+paper: setup
+	$(BIN)/python pipeline/cache.py store.path=$(PAPER)/store.zarr data.tokens=524288
+	$(BIN)/python trainer/train.py -m +experiment=paper-smollm2 store.path=$(PAPER)/store.zarr \
+		hydra.sweep.dir=$(PAPER)/train
+	$(BIN)/python evals/evaluate.py runs='$(PAPER)/train/*' out=$(PAPER)/summary.json \
+		tasks='[core,probing,tpp,scr]' controls='[neurons,affine]' ce_tokens=8192
+	$(BIN)/python pipeline/cache.py store.path=$(PAPER)/spelling.zarr data.tokens=262144 hookpoints='[layers.0.mlp]'
+	$(BIN)/python trainer/train.py -m +experiment=paper-smollm2 store.path=$(PAPER)/spelling.zarr \
+		hookpoint=layers.0.mlp coder.k=32 train.tokens=500000 hydra.sweep.dir=$(PAPER)/spelling
+	$(BIN)/python evals/evaluate.py runs='$(PAPER)/spelling/*' out=$(PAPER)/spelling.json tasks='[core,absorption]'
+	$(BIN)/python benchmarks/paper.py $(PAPER)/summary.seeds.json $(PAPER)/spelling.seeds.json
 
 clean-demo:
 	rm -rf $(DEMO)

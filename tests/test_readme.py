@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skipcoder.evals.evaluate
+import skipcoder.evals.interpret
 import skipcoder.pipeline.cache
 import skipcoder.trainer.train  # noqa: F401 (importing an entry point registers its schema)
 from hydra import compose, initialize_config_dir
-from skipcoder.evals.config import EvaluateConfig
+from skipcoder.evals.config import EvaluateConfig, InterpretConfig
 from skipcoder.pipeline.cli import typed
 from skipcoder.pipeline.config import CacheConfig, Codec
 from skipcoder.pipeline.store import ActivationStore
@@ -22,8 +23,9 @@ from tests.conftest import REPO
 from tests.trainer.test_run import config
 
 README = (REPO / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"python (?:pipeline|trainer|evals)/[^`\n]+", README)))
-SCHEMAS = {"cache": CacheConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+PAGES = [README, *(page.read_text() for page in sorted((REPO / "docs").glob("*.md")))]
+COMMANDS = sorted({c for page in PAGES for c in re.findall(r"python (?:pipeline|trainer|evals)/[^`\n]+", page)})
+SCHEMAS = {"cache": CacheConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "interpret": InterpretConfig}
 
 
 def test_there_are_commands() -> None:

@@ -58,7 +58,7 @@ def test_sweep_and_evaluation(folder: Path) -> None:
         *("train.tokens=250000", "train.batch_tokens=2048"),
     )
     out = folder / "summary.json"
-    command("evals/evaluate.py", f"runs={folder / 'sweep'}/*", f"out={out}", "ce_tokens=2048")
+    command("evals/evaluate.py", f"runs={folder / 'sweep'}/*", f"out={out}", "ce_tokens=512", "intervals=false")
     rows = {row["kind"]: row for row in json.loads(out.read_text())}
     assert all(row["fvu"] < 0.7 for row in rows.values())
     assert rows["skip_transcoder"]["fvu"] < rows["transcoder"]["fvu"]
@@ -111,7 +111,7 @@ def test_every_evaluation_on_real_texts(folder: Path) -> None:
     """Small numbers of each; what they must be is only what a trained model on real text cannot miss."""
     run = folder / "sweep" / "2"
     command(
-        *("evals/evaluate.py", f"run={run}", "tasks=[probing,absorption,tpp,scr,ravel]", "ce_tokens=2048"),
+        *("evals/evaluate.py", f"run={run}", "tasks=[probing,absorption,tpp,scr,ravel]", "intervals=false"),
         *("probing.datasets=[92_glue_sst2]", "probing.texts=120", "probing.tokens=24", "absorption.words=400"),
         *("erasure.texts=160", "erasure.tokens=16", "ravel.pairs=24", "ravel.steps=3", "ravel.batch=4"),
     )
