@@ -4,6 +4,7 @@ A planted latent fires on one frequent word; its explanation says so. A judge th
 from windows without it cannot score anything finer, and what it says of real latents is noise.
 """
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,13 +15,13 @@ from skipcoder.evals.scores import over_latents
 if TYPE_CHECKING:
     from skipcoder.evals.interpretation import Interpreter
 
-WORDS, WINDOWS = 8, 10
+WORDS, WINDOWS, MOST = 8, 10, 5000
 USABLE = 0.8
 """Balanced accuracy on planted latents below which a judge is called unusable."""
 
 
 async def calibrate(interpreter: "Interpreter") -> dict[str, Any]:
-    """Detection scores of planted latents, and whether the judge is usable."""
+    """Detection scores of planted latents, and whether the judge is usable (null: no latents could be planted)."""
     scores = []
     for number, (word, examples) in enumerate(planted(interpreter).items()):
         examples.latent = number
@@ -28,30 +29,38 @@ async def calibrate(interpreter: "Interpreter") -> dict[str, Any]:
         scores.append(answers.scores())
     found = over_latents(scores)
     accuracy = found["balanced_accuracy"]
-    return found | {"usable": accuracy is not None and accuracy >= USABLE}
+    usable = None if not scores else accuracy is not None and accuracy >= USABLE
+    return found | {"usable": usable}
 
 
 def planted(interpreter: "Interpreter") -> dict[str, Examples]:
-    """{word: windows with and without it}, of words that many windows hold and many do not."""
+    """{word: windows with and without it}, of frequent words. The word is looked for in the text, whole and in any
+    case, so that no window is wrong about it."""
     windows_WT, tokenizer = interpreter.maker.tokens_WT, interpreter.tokenizer
-    token, count = np.unique(windows_WT[:: max(1, len(windows_WT) // 5000)], return_counts=True)
-    found: dict[str, Examples] = {}
     rng = np.random.default_rng(0)
-    for t in token[np.argsort(-count, kind="stable")]:
-        word = tokenizer.decode([int(t)], clean_up_tokenization_spaces=False)
-        if not (word.strip().isalpha() and len(word.strip()) >= 4):
+    sample_WT = windows_WT[np.sort(rng.permutation(len(windows_WT))[:MOST])]
+    texts = tokenizer.batch_decode(sample_WT.tolist(), clean_up_tokenization_spaces=False)
+    lower = [text.lower() for text in texts]
+    token, count = np.unique(sample_WT, return_counts=True)
+    words = (tokenizer.decode([int(t)]).strip() for t in token[np.argsort(-count, kind="stable")])
+    found: dict[str, Examples] = {}
+    for word in words:
+        if not (word.isalpha() and len(word) >= 4) or word.lower() in {w.lower() for w in found}:
             continue
-        holds = (windows_WT == t).any(1)
-        if min(holds.sum(), (~holds).sum()) < WINDOWS:
+        whole = re.compile(rf"(?<![^\W_]){re.escape(word)}(?![^\W_])")
+        inside = np.array([whole.search(text) is not None for text in texts])
+        nowhere = np.array([word.lower() not in text for text in lower])
+        if min(inside.sum(), nowhere.sum()) < WINDOWS:
             continue
-        pick = {side: rng.choice(np.flatnonzero(holds == side), WINDOWS, replace=False) for side in (True, False)}
-        examples = Examples(0, int(holds.sum()), 1.0)
-        examples.test = [
-            Window(int(w), windows_WT[w], (windows_WT[w] == t).astype(np.float32), "planted") for w in pick[True]
-        ]
-        examples.negative = [
-            Window(int(w), windows_WT[w], np.zeros(windows_WT.shape[1], np.float32), "random") for w in pick[False]
-        ]
+        examples = Examples(0, int(inside.sum()), 1.0)
+        for which, kind in ((inside, "planted"), (nowhere, "random")):
+            chosen = rng.choice(np.flatnonzero(which), WINDOWS, replace=False)
+            silence = np.zeros(windows_WT.shape[1], np.float32)
+            made = [Window(int(w), sample_WT[w], silence, kind) for w in chosen]
+            if kind == "planted":
+                examples.test = made
+            else:
+                examples.negative = made
         found[word] = examples
         if len(found) == WORDS:
             break

@@ -185,6 +185,8 @@ class JudgeConfig:
     """As the server calls it; null: no judge, and pages without explanations."""
     cache: str | None = None
     """File that keeps all answers; null: judge.sqlite beside the run directories."""
+    embedding_model: str | None = None
+    """For the scorer `embedding`; null: `model`."""
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the key."""
     concurrency: int = 16
@@ -208,6 +210,7 @@ class JudgeConfig:
 class Scorer(Enum):
     detection = "detection"
     fuzzing = "fuzzing"
+    embedding = "embedding"
 
 
 @dataclass
@@ -244,4 +247,4 @@ class InterpretConfig:
             raise UserError(f"latents={self.latents}: must be at least 1, or null for all")
         _at_least(self, 1, "shown")
         if not self.scorers:
-            raise UserError("scorers=[]: name detection, fuzzing or both")
+            raise UserError("scorers=[]: name some of detection, fuzzing, embedding")

@@ -30,11 +30,11 @@ def export(index: LatentIndex, folder: Path, splits: int = 5) -> Path:
         value = np.concatenate([f.value for f in firing])
         if value.max(initial=0) > LARGEST:
             raise UserError(f"{index.run.path}: activations up to {value.max():.0f} do not fit delphi's float16")
-        rows, columns = position // context, position % context
-        locations = np.stack([rows, columns, latent], 1)
-        small = max(rows.max(initial=0), end - first, context) < 2**16
+        small = max(len(index.tokens), end - first, context) < 2**16
+        locations = np.empty((len(position), 3), np.uint16 if small else np.uint32)
+        locations[:, 0], locations[:, 1], locations[:, 2] = position // context, position % context, latent
         tensors = {
-            "locations": locations.astype(np.uint16 if small else np.uint32),
+            "locations": locations,
             "activations": value.astype(np.float16),
             "tokens": index.tokens.astype(np.int64),
         }

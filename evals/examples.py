@@ -59,11 +59,12 @@ class ExampleMaker:
         """What all of these latents need together: who fires with whom."""
         if self.cfg.negatives is not Negatives.cofiring:
             return
-        overlap = self.index.overlap(latents)
-        overlap[np.arange(len(latents)), latents] = 0
-        best = np.argsort(-overlap, axis=1, kind="stable")[:, : self.cfg.neighbours]
-        for latent, row, scores in zip(latents, best, overlap, strict=True):
-            self._neighbours[int(latent)] = [int(i) for i in row if scores[i] > 0]
+        for some in (latents[i : i + 256] for i in range(0, len(latents), 256)):
+            overlap = self.index.overlap(some)
+            overlap[np.arange(len(some)), some] = 0
+            for latent, scores in zip(some, overlap, strict=True):
+                best = np.argsort(-scores, kind="stable")[: self.cfg.neighbours]
+                self._neighbours[int(latent)] = [int(i) for i in best if scores[i] > 0]
 
     def of(self, latent: int) -> Examples:
         """The latent's examples, or the reason why it has none."""
@@ -84,26 +85,21 @@ class ExampleMaker:
         values = _values(firing, windows, self.size, self.context)
         found.train = [self._window(windows[i], values[i], kind) for i, kind in zip(train, kinds, strict=True)]
         found.test = [self._window(windows[i], values[i], "quantile") for i in test]
-        found.negative = self._negatives(latent, firing, windows[train], rng)
+        found.negative = self._negatives(latent, firing, windows[train], windows[test], rng)
         return found
 
-    def top(self, latent: int, count: int) -> list[Window]:
-        """The windows with the largest activations."""
-        firing = self.index.of(latent)
-        windows, largest = self._windows(firing)
-        order = np.argsort(-largest, kind="stable")[:count]
-        values = _values(firing, windows[order], self.size, self.context)
-        return [self._window(w, v, "top") for w, v in zip(windows[order], values, strict=True)]
-
-    def spread(self, latent: int, count: int) -> list[Window]:
-        """One window of each of `count` equal parts of the order by activation, the largest part first."""
-        firing = self.index.of(latent)
+    def shown(self, latent: int, firing: Firing, top: int, parts: int) -> tuple[list[Window], list[Window]]:
+        """For people to look at: the windows with the largest activations, and one of each of `parts` equal parts of
+        the order by activation, the largest part first."""
         windows, largest = self._windows(firing)
         order = np.argsort(-largest, kind="stable")
         rng = _rng(self.index.run.summary["hookpoint"], latent)
-        chosen = _quantiles(order, min(count, len(order)), count, rng)
+        spread = _quantiles(order, min(parts, len(order)), parts, rng)
+        chosen = np.concatenate([order[:top], spread])
         values = _values(firing, windows[chosen], self.size, self.context)
-        return [self._window(w, v, "quantile") for w, v in zip(windows[chosen], values, strict=True)]
+        kinds = ["top"] * len(order[:top]) + ["quantile"] * len(spread)
+        found = [self._window(w, v, kind) for w, v, kind in zip(windows[chosen], values, kinds, strict=True)]
+        return found[: len(order[:top])], found[len(order[:top]) :]
 
     def _windows(self, firing: Firing) -> tuple[np.ndarray, np.ndarray]:
         """(windows with an activation, without repeated text; the largest activation in each)."""
@@ -127,7 +123,9 @@ class ExampleMaker:
         rest = _quantiles(order[len(top) :], count - len(top), self.cfg.quantiles, rng)
         return np.concatenate([top, rest]), ["top"] * len(top) + ["quantile"] * len(rest)
 
-    def _negatives(self, latent: int, firing: Firing, shown: np.ndarray, rng: np.random.Generator) -> list[Window]:
+    def _negatives(
+        self, latent: int, firing: Firing, shown: np.ndarray, test: np.ndarray, rng: np.random.Generator
+    ) -> list[Window]:
         window, inside = self._window_of(firing.position)
         silent = np.ones(len(self.tokens_WT), dtype=bool)
         silent[np.unique(window[inside])] = False
@@ -144,7 +142,7 @@ class ExampleMaker:
         drawn = [kind.value] * len(chosen)
         pool = rng.permutation(np.flatnonzero(silent))[: 4 * count]  # random ones fill up what is lacking
         others = [int(w) for w in pool if w not in set(chosen)]
-        seen: set[bytes] = set()
+        seen = {self.tokens_WT[w].tobytes() for w in [*shown, *test]}  # a latent may fire on one copy of a text alone
         found: list[Window] = []
         for w, how in zip([*chosen, *others], [*drawn, *["random"] * len(others)], strict=True):
             text = self.tokens_WT[w].tobytes()

@@ -22,23 +22,20 @@ def interpret(cfg: InterpretConfig) -> None:
     """Explain and score latents of every chosen run, then write the pages."""
     from skipcoder.evals.evaluate import find_runs
     from skipcoder.evals.run import Run
-    from skipcoder.pipeline.place import write_atomically
 
     paths = [Path(cfg.run)] if cfg.run else find_runs(cfg.runs or "")
     runs = [Run.open(path) for path in paths]
-    rows = asyncio.run(_interpret_all(cfg, runs))
-    if cfg.out is not None:
-        write_atomically(Path(cfg.out), json.dumps(rows, indent=2).encode())
-        print(f"wrote {cfg.out}")
+    asyncio.run(_interpret_all(cfg, runs))
 
 
-async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> list[dict[str, Any]]:
+async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> None:
     from skipcoder.evals.delphi import export
     from skipcoder.evals.interpretation import Interpreter
     from skipcoder.evals.judge import Judge
     from skipcoder.evals.latents import LatentIndex
     from skipcoder.pipeline.cache import model_config
     from skipcoder.pipeline.model import load_tokenizer
+    from skipcoder.pipeline.place import write_atomically
     from skipcoder.pipeline.store import ActivationStore
     from skipcoder.trainer.assemble import pick_device
 
@@ -47,8 +44,6 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> list[dict[str
     cache = Path(cfg.judge.cache) if cfg.judge.cache else runs[0].path.parent / "judge.sqlite"
     rows, made = [], []
     async with Judge(cfg.judge, cache) as judge:
-        if cfg.judge.model is not None:
-            await judge.check()
         for run in runs:
             store = stores[run.store_path]
             index = LatentIndex(run, store)
@@ -59,7 +54,7 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> list[dict[str
             interpreter = Interpreter(index, load_tokenizer(model_config(store.attrs)), cfg, judge)
             made.append(interpreter)
             if cfg.delphi is not None:
-                export(index, Path(cfg.delphi) / (run.path.name if cfg.runs else ""))
+                export(index, Path(cfg.delphi) / ("_".join(run.path.parts[-2:]) if cfg.runs else ""))
             if cfg.judge.model is None:
                 print(f"{run.path}: no judge.model is set, so nothing is explained")
                 continue
@@ -67,9 +62,11 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> list[dict[str
                 summary = await interpreter.run(advance)
             _say(run.path, summary)
             rows.append({**run.summary, **summary, "run": str(run.path)})
+    if cfg.out is not None:
+        write_atomically(Path(cfg.out), json.dumps(rows, indent=2).encode())
+        print(f"wrote {cfg.out}")
     if cfg.pages:
         _write_pages(made, stores)
-    return rows
 
 
 def _write_pages(interpreters: list[Any], stores: dict[str, Any]) -> None:
@@ -92,15 +89,19 @@ def _say(path: Path, summary: dict[str, Any]) -> None:
         f"{path}: {summary['explained']} of {summary['latents']} latents explained; {use['requests']} requests, "
         f"{use['cached']} answers from the cache, {use['failures']} failures, cost {use['cost']:.2f}"
     )
-    for name in ("detection", "fuzzing", "shuffled_explanations"):
+    for name in ("detection", "fuzzing", "embedding", "shuffled_explanations"):
         if name in summary:
             score = summary[name]
             facts = [f"{key} {_number(score[key], score[f'{key}_ci'])}" for key in ("balanced_accuracy", "f1", "auroc")]
             print(f"  {name.replace('_', ' ')}: {', '.join(facts)}")
+    if use["failures"]:
+        print(f"  problems: {', '.join(f'{count} x {what}' for what, count in summary['problems'].items())}")
     calibration = summary["calibration"]
     accuracy = _number(calibration["balanced_accuracy"], calibration["balanced_accuracy_ci"])
     print(f"  calibration, explanations known to be right: balanced_accuracy {accuracy}")
-    if not calibration["usable"]:
+    if calibration["usable"] is None:
+        print("  the text holds too few frequent words to plant latents: whether the judge can judge is not known")
+    elif not calibration["usable"]:
         print(f"  WARNING: the judge {summary['judge']} is unusable: it fails on planted latents; scores say nothing")
 
 

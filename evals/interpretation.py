@@ -1,6 +1,6 @@
 """Explain the latents of one run and score the explanations, one small record for each latent.
 
-    RUN/interpretation/latents/00000012.json   explanation, answers and scores: written whole, once
+    RUN/interpretation/latents/00000012.json   explanation and scores
     RUN/interpretation/summary.json            means over latents, baselines, calibration, tokens and cost
 
 A record that was made with the same weights, examples, judge and scorers is kept, so an interrupted run goes on.
@@ -20,6 +20,7 @@ from skipcoder.evals.examples import ExampleMaker, Examples, Window
 from skipcoder.evals.judge import Judge
 from skipcoder.evals.latents import LatentIndex
 from skipcoder.evals.scores import Answers, over_latents
+from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.place import write_atomically
 
 
@@ -31,16 +32,19 @@ class Interpreter:
         self.maker = ExampleMaker(index, cfg.examples)
         self.folder = index.run.path / "interpretation"
         asked = {
-            **index.identity(), "examples": asdict(cfg.examples), "judge": [cfg.judge.base_url, cfg.judge.model],
+            **index.identity(), "examples": asdict(cfg.examples),
+            "judge": [cfg.judge.base_url, cfg.judge.model, cfg.judge.embedding_model, cfg.judge.logprobs],
             "scorers": cfg.scorers, "shown": cfg.shown,
         }  # fmt: skip
         self.settings = hashlib.sha256(json.dumps(asked, default=str, sort_keys=True).encode()).hexdigest()[:16]
-        self._words: dict[int, str] = {}
 
     def chosen(self) -> list[int]:
         """The latents that are looked at."""
         if self.cfg.which is not None:
-            return list(self.cfg.which)
+            wrong = [latent for latent in self.cfg.which if not 0 <= latent < self.index.width]
+            if wrong:
+                raise UserError(f"which={wrong}: {self.index.run.path} has latents 0 to {self.index.width - 1}")
+            return sorted(set(self.cfg.which))
         alive = np.flatnonzero(self.index.counts)
         if self.cfg.latents is None or self.cfg.latents >= len(alive):
             return alive.tolist()
@@ -50,7 +54,8 @@ class Interpreter:
     async def run(self, advance: Callable[..., object]) -> dict[str, Any]:
         """Everything; returns the summary. `advance` is told of latents done."""
         latents = self.chosen()
-        self.maker.prepare(np.array(latents))
+        before = self._use()
+        self.maker.prepare(np.array(latents, dtype=np.int64))
         calibrated = await calibration.calibrate(self)
         slots = asyncio.Semaphore(max(2, self.cfg.judge.concurrency // 4))  # windows are held for these alone
 
@@ -62,7 +67,11 @@ class Interpreter:
 
         records = await asyncio.gather(*(one(latent) for latent in latents))
         shuffled = await self._shuffled([record for record in records if record["explanation"]])
-        return self._summary(records, shuffled, calibrated)
+        summary = self._summary(records, shuffled, calibrated)
+        summary["use"] = {key: value - before[key] for key, value in self._use().items()}
+        summary["problems"] = self.judge.problems
+        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2).encode())
+        return summary
 
     def kept(self, latent: int) -> dict[str, Any] | None:
         """The latent's record, if it was made alike and is complete."""
@@ -74,7 +83,7 @@ class Interpreter:
 
     async def interpret(self, latent: int) -> dict[str, Any]:
         """Explain one latent and score the explanation."""
-        examples = self.maker.of(latent)
+        examples = await asyncio.to_thread(self.maker.of, latent)
         record: dict[str, Any] = {
             "latent": latent, "settings": self.settings, "firing": examples.firing, "largest": examples.largest,
             "explanation": None, "problem": examples.problem, "failed": 0, "scores": {},
@@ -97,6 +106,8 @@ class Interpreter:
 
     async def score(self, explanation: str, examples: Examples, scorer: Scorer) -> Answers:
         """The judge's answers to all test windows and negatives, shuffled, a few in each question."""
+        if scorer is Scorer.embedding:
+            return await self._embedded(explanation, examples)
         fuzzing = scorer is Scorer.fuzzing
         marks = [questions.marked(window) for window in examples.test] + questions.false_marks(examples)
         windows = examples.test + examples.negative
@@ -119,6 +130,21 @@ class Interpreter:
             found.probability += probability or [None] * len(part)
         return found
 
+    async def _embedded(self, explanation: str, examples: Examples) -> Answers:
+        """How near each window's embedding is to the explanation's, as a probability from 0 to 1."""
+        windows = examples.test + examples.negative
+        texts = [explanation, *("".join(self.strings(window)) for window in windows)]
+        vectors = await asyncio.gather(*(self.judge.embed(text) for text in texts))
+        found = Answers()
+        for i, vector in enumerate(vectors[1:]):
+            if vector is None or vectors[0] is None:
+                found.failed += 1
+                continue
+            a, b = np.array(vectors[0]), np.array(vector)
+            found.truth.append(int(i < len(examples.test)))
+            found.probability.append(float((1 + a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12)) / 2))
+        return found
+
     async def _classify(
         self, explanation: str, texts: Sequence[str], fuzzing: bool
     ) -> tuple[list[int] | None, list[float] | None]:
@@ -135,7 +161,8 @@ class Interpreter:
             return []
 
         async def one(latent: int, explanation: str) -> dict[str, Any]:
-            return (await self.score(explanation, self.maker.of(latent), Scorer.detection)).scores()
+            examples = await asyncio.to_thread(self.maker.of, latent)
+            return (await self.score(explanation, examples, Scorer.detection)).scores()
 
         others = [*records[1:], records[0]]
         some = list(zip(records, others, strict=True))[:50]
@@ -147,7 +174,6 @@ class Interpreter:
     ) -> dict[str, Any]:
         explained = [record for record in records if record["explanation"]]
         unexplained = [record for record in records if not record["explanation"]]
-        judge = self.judge
         summary: dict[str, Any] = {
             "settings": self.settings,
             "weights": self.index.run.weights,
@@ -163,20 +189,26 @@ class Interpreter:
             summary[scorer.value] = over_latents(scores)
         summary["shuffled_explanations"] = over_latents(shuffled)
         summary["always_no"] = {"balanced_accuracy": 0.5, "f1": 0.0}
-        summary["use"] = {
-            "requests": judge.requests, "cached": judge.cached, "retries": judge.retries,
-            "unreadable": judge.unreadable, "failures": judge.failures, "problems": judge.problems,
-            "prompt_tokens": judge.prompt_tokens, "completion_tokens": judge.completion_tokens, "cost": judge.cost,
-        }  # fmt: skip
-        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2).encode())
         return summary
 
+    def _use(self) -> dict[str, float]:
+        judge = self.judge
+        return {
+            "requests": judge.requests, "cached": judge.cached, "retries": judge.retries,
+            "unreadable": judge.unreadable, "failures": judge.failures, "prompt_tokens": judge.prompt_tokens,
+            "completion_tokens": judge.completion_tokens, "cost": judge.cost,
+        }  # fmt: skip
+
     def strings(self, window: Window) -> list[str]:
-        """The window's tokens as text."""
-        for token in window.tokens:
-            if int(token) not in self._words:
-                self._words[int(token)] = self.tokenizer.decode([int(token)], clean_up_tokenization_spaces=False)
-        return [self._words[int(token)] for token in window.tokens]
+        """What each token adds to the window's text: nothing, while it ends within a character."""
+        parts, before = [], ""
+        for end in range(1, len(window.tokens) + 1):
+            text = self.tokenizer.decode(window.tokens[:end].tolist(), clean_up_tokenization_spaces=False)
+            if text.endswith("\ufffd") and end < len(window.tokens):
+                text = before
+            parts.append(text[len(before) :])
+            before = text
+        return parts
 
     def _file(self, latent: int) -> Any:
         return self.folder / "latents" / f"{latent:08d}.json"

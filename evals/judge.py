@@ -21,7 +21,7 @@ from skipcoder.evals.config import JudgeConfig
 from skipcoder.pipeline.errors import UserError
 
 Message = dict[str, str]
-BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
+BUSY = (408, 409, 425, 429)
 UNREADABLE = "unreadable answer"
 READINGS = 3
 """How often a question is asked whose answer cannot be read."""
@@ -55,10 +55,13 @@ class Judge:
         self.prompt_tokens = self.completion_tokens = 0
         self.problems: dict[str, int] = {}
         self._cache_file = cache
-        self._offers_schema = True
+        self._offers = {"response_format": True, "logprobs": True}
+        self._checked, self._checking = False, asyncio.Lock()
 
     async def __aenter__(self) -> "Judge":
-        key = os.environ.get(self.cfg.key_variable, "")
+        key = os.environ.get(self.cfg.key_variable, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"the environment variable {self.cfg.key_variable} holds no key: letters out of ASCII")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=self.cfg.concurrency)
         self._client = httpx.AsyncClient(headers=headers, timeout=self.cfg.timeout, limits=limits)
@@ -77,11 +80,16 @@ class Judge:
         """Of the tokens used, by the configured prices (per million)."""
         return (self.prompt_tokens * self.cfg.price_in + self.completion_tokens * self.cfg.price_out) / 1e6
 
-    async def check(self) -> None:
-        """UserError if there is no such server or model."""
-        answer = await self.ask([{"role": "user", "content": "Say: ready"}], 4, lambda text: text)
-        if answer.problem is not None:
-            raise UserError(f"the judge at {self.cfg.base_url} does not answer: {answer.problem}")
+    async def _check(self) -> None:
+        """Before the first question that the cache does not answer: UserError if there is no such server or model."""
+        async with self._checking:
+            if self._checked:
+                return
+            body = {"model": self.cfg.model, "messages": [{"role": "user", "content": "Say: ready"}], "max_tokens": 4}
+            answer = await self._from_server(body)
+            if answer.problem is not None:
+                raise UserError(f"the judge at {self.cfg.base_url} does not answer: {answer.problem}")
+            self._checked = True
 
     async def ask(
         self,
@@ -100,12 +108,10 @@ class Judge:
             body |= {"logprobs": True, "top_logprobs": 5}
         if schema is not None:
             body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
-        key = hashlib.sha256(json.dumps([self.cfg.base_url, body], sort_keys=True).encode()).hexdigest()
-        row = self._answers.execute("select answer from answers where question = ?", (key,)).fetchone()
-        if row is not None:
-            self.cached += 1
-            kept = json.loads(row[0])
+        kept = self._kept(body)
+        if kept is not None:
             return Answer(kept["text"], kept["logprobs"], parse(kept["text"]))
+        await self._check()
         for reading in range(READINGS):
             async with self._slots:
                 answer = await self._from_server(body | ({"seed": reading} if reading else {}))
@@ -118,17 +124,85 @@ class Judge:
         else:
             answer.problem = UNREADABLE
         if answer.problem is None:
-            content = json.dumps({"text": answer.text, "logprobs": answer.logprobs})
-            with self._answers:
-                self._answers.execute("insert or replace into answers values (?, ?)", (key, content))
+            self._keep(body, {"text": answer.text, "logprobs": answer.logprobs})
         else:
-            self.failures += 1
-            self.problems[answer.problem] = self.problems.get(answer.problem, 0) + 1
+            self._count(answer.problem)
         return answer
 
+    async def embed(self, text: str) -> list[float] | None:
+        """The text's embedding, from the cache or the server; None where there is none."""
+        body = {"model": self.cfg.embedding_model or self.cfg.model, "input": text}
+        kept = self._kept(body)
+        if kept is not None:
+            return kept["embedding"]
+        await self._check()
+        async with self._slots:
+            response = await self._send("embeddings", body)
+        if isinstance(response, str) or response.status_code != 200:
+            self._count(response if isinstance(response, str) else _refusal(response))
+            return None
+        try:
+            embedding = [float(value) for value in response.json()["data"][0]["embedding"]]
+        except (ValueError, KeyError, IndexError, TypeError):
+            self._count("the server's answer is no embedding")
+            return None
+        self._keep(body, {"embedding": embedding})
+        return embedding
+
+    def _count_tokens(self, response: httpx.Response) -> None:
+        """And whether this is an answer at all: gateways in trouble send pages of HTML with a good status."""
+        try:
+            content = response.json()
+            assert content.get("data") or isinstance(content["choices"][0]["message"], dict)
+            usage = content.get("usage") or {}
+            self.prompt_tokens += int(usage.get("prompt_tokens") or 0)
+            self.completion_tokens += int(usage.get("completion_tokens") or 0)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError):
+            raise _BusyError("the server's answer is not that of a chat API") from None
+
+    def _kept(self, body: dict[str, Any]) -> dict[str, Any] | None:
+        row = self._answers.execute("select answer from answers where question = ?", (self._key(body),)).fetchone()
+        self.cached += row is not None
+        return None if row is None else json.loads(row[0])
+
+    def _keep(self, body: dict[str, Any], answer: dict[str, Any]) -> None:
+        with self._answers:
+            row = (self._key(body), json.dumps(answer))
+            self._answers.execute("insert or replace into answers values (?, ?)", row)
+
+    def _key(self, body: dict[str, Any]) -> str:
+        return hashlib.sha256(json.dumps([self.cfg.base_url, body], sort_keys=True).encode()).hexdigest()
+
+    def _count(self, problem: str) -> None:
+        self.failures += 1
+        self.problems[problem] = self.problems.get(problem, 0) + 1
+
     async def _from_server(self, body: dict[str, Any]) -> Answer:
-        if not self._offers_schema:
-            body = {name: value for name, value in body.items() if name != "response_format"}
+        lacking = {name for name, offered in self._offers.items() if not offered}
+        if "logprobs" in lacking:
+            lacking.add("top_logprobs")
+        body = {name: value for name, value in body.items() if name not in lacking}
+        response = await self._send("chat/completions", body)
+        if isinstance(response, str):
+            return Answer(problem=response)
+        if response.status_code in (400, 422):  # it may know no schemas, or give no probabilities
+            for name in ("response_format", "logprobs"):
+                if name in body:
+                    others = {key: value for key, value in body.items() if key not in (name, f"top_{name}")}
+                    answer = await self._from_server(others)
+                    if answer.problem is None:
+                        self._offers[name] = False
+                    return answer
+        if response.status_code != 200:
+            return Answer(problem=_refusal(response))
+        choice = response.json()["choices"][0]
+        content = choice["message"]["content"]
+        if isinstance(content, list):  # parts, as reasoning models give
+            content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
+        return Answer(content or "", (choice.get("logprobs") or {}).get("content") or [])
+
+    async def _send(self, path: str, body: dict[str, Any]) -> httpx.Response | str:
+        """The server's response, tried again while it is busy; or what went wrong."""
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self.cfg.attempts),
             wait=_pause,
@@ -139,34 +213,22 @@ class Judge:
             async for attempt in retrying:
                 with attempt:
                     self.retries += attempt.retry_state.attempt_number > 1
-                    response = await self._post(body)
+                    self.requests += 1
+                    response = await self._client.post(f"{self.cfg.base_url.rstrip('/')}/{path}", json=body)
+                    if response.status_code in BUSY or response.status_code >= 500:
+                        wait = response.headers.get("retry-after", "")
+                        raise _BusyError(f"HTTP {response.status_code}", float(wait) if wait.isdigit() else None)
+                    if response.status_code == 200:
+                        self._count_tokens(response)
         except _BusyError as error:
-            return Answer(problem=str(error))
-        except httpx.TransportError as error:
-            return Answer(problem=f"{type(error).__name__}: {error}".strip(": "))
-        if response.status_code == 400 and "response_format" in body:
-            self._offers_schema = False
-            return await self._from_server(body)
-        if response.status_code != 200:
-            return Answer(problem=f"HTTP {response.status_code}: {response.text[:200]}")
-        try:
-            content = response.json()
-            choice = content["choices"][0]
-            usage = content.get("usage") or {}
-            self.prompt_tokens += usage.get("prompt_tokens", 0)
-            self.completion_tokens += usage.get("completion_tokens", 0)
-            logprobs = (choice.get("logprobs") or {}).get("content") or []
-            return Answer(choice["message"]["content"] or "", logprobs)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            return Answer(problem="the server's answer is not that of a chat API")
-
-    async def _post(self, body: dict[str, Any]) -> httpx.Response:
-        self.requests += 1
-        response = await self._client.post(f"{self.cfg.base_url.rstrip('/')}/chat/completions", json=body)
-        if response.status_code in BUSY:
-            wait = response.headers.get("retry-after", "")
-            raise _BusyError(f"HTTP {response.status_code}", float(wait) if wait.isdigit() else None)
+            return str(error)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            return f"{type(error).__name__}: {error}".strip(": ")
         return response
+
+
+def _refusal(response: httpx.Response) -> str:
+    return f"HTTP {response.status_code}: {response.text[:200]}"
 
 
 def _pause(state: tenacity.RetryCallState) -> float:

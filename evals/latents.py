@@ -42,6 +42,7 @@ class LatentIndex:
     def __init__(self, run: Run, store: ActivationStore) -> None:
         if not store.is_complete:
             raise UserError(f"{store.place} is not complete; finish its capture first")
+        run.check(store)
         self.run, self.store = run, store
         self.folder, self.width = run.path / "latents", run.coder.cfg.width
         self.parts = _parts(store)
@@ -51,12 +52,17 @@ class LatentIndex:
         return {
             "weights": self.run.weights,
             "store": self.store.attrs["identity_hash"],
+            "content": self.store.content,
             "filter": repr(self.run.filter),
         }
 
     def missing(self) -> list[list[int]]:
-        """Units of each part that is not there."""
-        return [units for units in self.parts if not self._file(units).exists()]
+        """Units of each part that is not there, or is of other weights or text."""
+        try:
+            known = json.loads((self.folder / "identity.json").read_text()) == self.identity()
+        except (OSError, ValueError):
+            known = False
+        return [units for units in self.parts if not known or not self._file(units).exists()]
 
     def build(self, device: str, advance: Callable[[int], object] = lambda tokens: None) -> None:
         """Encode what is missing; `advance` is told of tokens done."""
@@ -74,6 +80,7 @@ class LatentIndex:
             starts = np.searchsorted(latent[order], np.arange(self.width + 1)).astype(np.int64)
             tensors = {"starts": starts, "position": position[order], "value": value[order]}
             write_atomically(self._file(units), save(tensors))
+        coder.cpu()
         kept = {self._file(units).name for units in self.parts}
         for file in self.folder.glob("*-*.safetensors"):  # parts of a store before it grew
             if file.name not in kept:
@@ -99,8 +106,8 @@ class LatentIndex:
         token = np.unique(position, return_inverse=True)[1]
         shape = (int(token.max(initial=-1)) + 1, self.width)
         fires = scipy.sparse.csc_array((np.ones(len(token), np.float32), token, starts), shape=shape)
-        both = (fires[:, latents].T @ fires).toarray()
-        counts = np.diff(starts)
+        both = (fires[:, latents].T @ fires).toarray()  # float32 [len(latents), M]: ask for some hundred at a time
+        counts = np.diff(starts).astype(np.float32)
         return both / np.maximum(counts[latents][:, None] + counts[None] - both, 1)
 
     @cached_property
@@ -116,11 +123,10 @@ class LatentIndex:
         return [(file.get_tensor("starts"), file) for file in files]
 
     def _claim(self) -> None:
-        file, ours = self.folder / "identity.json", self.identity()
-        if file.exists() and json.loads(file.read_text()) != ours:
-            for part in self.folder.glob("*-*.safetensors"):  # of other weights: made anew
+        if len(self.missing()) == len(self.parts):
+            for part in self.folder.glob("*-*.safetensors"):  # of other weights or other text: made anew
                 part.unlink()
-        write_atomically(file, json.dumps(ours, indent=2).encode())
+        write_atomically(self.folder / "identity.json", json.dumps(self.identity(), indent=2).encode())
 
     def _file(self, units: list[int]) -> Path:
         return self.folder / f"{units[0]:08d}-{units[-1]:08d}.safetensors"

@@ -38,7 +38,7 @@ def write_pages(
     """Write the site. `model`: for the tokens that a latent promotes; `others`: coders to compare with, whose pages are
     written, too."""
     run = index.run
-    site = run.path / "features"
+    final, site = run.path / "features", run.path / "features.partial"
     shutil.rmtree(site, ignore_errors=True)
     shutil.copytree(TEMPLATE, site)
     (site / "data").mkdir()
@@ -51,7 +51,7 @@ def write_pages(
         for latent in range(first, min(first + CHUNK, index.width)):
             firing = index.of(latent)
             largest = float(firing.value.max(initial=0))
-            shown = {"top": maker.top(latent, TOP), "quantiles": maker.spread(latent, QUANTILES)}
+            shown = dict(zip(("top", "quantiles"), maker.shown(latent, firing, TOP, QUANTILES), strict=True))
             used.update(int(token) for windows in shown.values() for window in windows for token in window.tokens)
             part.append({
                 "n": len(firing.value), "largest": largest,
@@ -68,7 +68,9 @@ def write_pages(
         latent_M1, cosine_M1 = nearest_latents(run.coder.W_dec, other.coder.W_dec, 1)
         match = {"latent": latent_M1[:, 0].tolist(), "cosine": [round(c, 3) for c in cosine_M1[:, 0].tolist()]}
         _write(site, f"match-{number}", match)
-    return site / "index.html"
+    shutil.rmtree(final, ignore_errors=True)
+    site.rename(final)
+    return final / "index.html"
 
 
 @torch.no_grad()
@@ -102,7 +104,7 @@ def _final_gain(model: Any, width: int) -> Tensor:
 @torch.no_grad()
 def nearest_latents(a_ME: Tensor, b_ME: Tensor, count: int, same: bool = False) -> tuple[Tensor, Tensor]:
     """(latents of b [M, count], cosines) nearest to each of a; `same`: a latent is not its own neighbour."""
-    a, b = (nn.functional.normalize(w.detach().float(), dim=1) for w in (a_ME, b_ME))
+    a, b = (nn.functional.normalize(w.detach().float().to(a_ME.device), dim=1) for w in (a_ME, b_ME))
     if a.shape[1] != b.shape[1]:
         return torch.zeros(len(a), count, dtype=torch.long), torch.zeros(len(a), count)
     found = []
@@ -116,13 +118,15 @@ def nearest_latents(a_ME: Tensor, b_ME: Tensor, count: int, same: bool = False) 
 
 def _table(index: LatentIndex, others: Sequence[Run]) -> dict[str, Any]:
     run, summary = index.run, index.run.summary
-    folder = run.path / "interpretation"
-    records = [json.loads(file.read_text()) for file in sorted((folder / "latents").glob("*.json"))]
     columns: dict[str, list] = {name: [None] * index.width for name in ("explanation", "detection", "fuzzing")}
-    for record in records:
+    judged = _judged(run)
+    for file in sorted((run.path / "interpretation" / "latents").glob("*.json")) if judged else []:
+        record = json.loads(file.read_text())
+        if record["settings"] != judged["settings"]:
+            continue
         columns["explanation"][record["latent"]] = record["explanation"]
-        for scorer, scores in record["scores"].items():
-            columns[scorer][record["latent"]] = scores["balanced_accuracy"]
+        for scorer in columns.keys() & record["scores"].keys():
+            columns[scorer][record["latent"]] = record["scores"][scorer]["balanced_accuracy"]
     tokens = index.tokens.size
     facts = f"{summary['kind'].replace('_', ' ')}, k {summary['k']}, {index.width:,} latents, {tokens:,} tokens of text"
     evaluation = run.path / "evaluation.json"
@@ -131,10 +135,8 @@ def _table(index: LatentIndex, others: Sequence[Run]) -> dict[str, Any]:
     if run.coder.W_skip is not None:
         facts += f"; the skip carries {_skip_share(index):.0%} of the squared length"
     warning = None
-    if (folder / "summary.json").exists():
-        judged = json.loads((folder / "summary.json").read_text())
-        if not judged["calibration"]["usable"]:
-            warning = f"The judge {judged['judge']} failed on planted latents: the scores on these pages say nothing."
+    if judged and not judged["calibration"]["usable"]:
+        warning = f"The judge {judged['judge']} failed on planted latents: the scores on these pages say nothing."
     return {
         "title": f"{summary['model']} {summary['hookpoint']}, {run.path.name}", "facts": facts, "warning": warning,
         "chunk": CHUNK, "density": [float(f"{n / tokens:.3g}") for n in index.counts], **columns,
@@ -145,13 +147,25 @@ def _table(index: LatentIndex, others: Sequence[Run]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _judged(run: Run) -> dict[str, Any]:
+    """The last interpretation of these weights."""
+    try:
+        found = json.loads((run.path / "interpretation" / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if found["weights"] == run.weights else {}
+
+
 @torch.no_grad()
 def _skip_share(index: LatentIndex) -> float:
     """Of the squared lengths of what skip and latents give, apart, the skip's share; over 1,024 tokens."""
     run, store = index.run, index.store
     start, stop = store.unit_range(store.units[0])
-    x = store.activations(run.summary["hookpoint"], run.site("read").side, start, min(start + 1024, stop))
-    coder = run.coder.cpu()
+    stop = min(start + 1024, stop)
+    x = store.activations(run.summary["hookpoint"], run.site("read").side, start, stop)
+    flat = store.read("index", start, stop).astype(np.int64)
+    kept = run.filter.keep(flat, index.tokens.ravel()[flat], store.context, store.attrs["special_tokens"])
+    x, coder = x[torch.from_numpy(kept)], run.coder
     affine = coder.skip_only(x)
     latents, skip = coder(x).y_hat - affine, affine - coder.b_dec
     return float(skip.square().sum() / (skip.square().sum() + latents.square().sum()))

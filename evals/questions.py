@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -96,16 +97,25 @@ def read_answers(text: str, count: int) -> list[int] | None:
 def read_probabilities(logprobs: Sequence[dict[str, Any]], count: int) -> list[float] | None:
     """P(1) of each answer, from the alternatives that the judge weighed; None where they cannot be told."""
     found = []
-    for token in logprobs:
-        if token.get("token", "").strip(" [],\n") not in ("0", "1"):
-            continue
-        mass = {"0": 0.0, "1": 0.0}
-        for other in token.get("top_logprobs") or [token]:
-            digit = other["token"].strip(" [],\n")
-            if digit in mass:
-                mass[digit] += math.exp(other["logprob"])
-        found.append(mass["1"] / sum(mass.values()) if sum(mass.values()) else 0.5)
-    return found if len(found) == count else None
+    try:
+        for token in logprobs:
+            if _digit(token) is None:
+                continue
+            mass = {"0": 0.0, "1": 0.0}
+            for other in token.get("top_logprobs") or [token]:
+                digit = _digit(other)
+                if digit is not None:
+                    mass[digit] += math.exp(other["logprob"])
+            found.append(mass["1"] / sum(mass.values()) if sum(mass.values()) else 0.5)
+    except (KeyError, TypeError, AttributeError, OverflowError):
+        return None
+    return found if len(found) == count and all(map(math.isfinite, found)) else None
+
+
+def _digit(token: dict[str, Any]) -> str | None:
+    """The answer that a token of the judge's holds, whatever brackets or signs of a space come with it."""
+    text = token["token"].strip(" []{},\n\u0120\u2581")
+    return text if text in ("0", "1") else None
 
 
 def marked(window: Window) -> np.ndarray:
@@ -115,14 +125,12 @@ def marked(window: Window) -> np.ndarray:
 
 
 def with_marks(tokens: Sequence[str], marks: np.ndarray) -> str:
-    """The text with runs of marked tokens between << and >>."""
-    text, inside = "", False
-    for token, mark in zip(tokens, marks, strict=True):
-        if mark != inside:
-            text += "<<" if mark else ">>"
-            inside = bool(mark)
-        text += token
-    return text + (">>" if inside else "")
+    """The text with runs of marked tokens between << and >>; the text's own << and >> become other quotes."""
+    text = ""
+    for mark, run in groupby(zip(marks, tokens, strict=True), key=lambda pair: bool(pair[0])):
+        part = "".join(token for _, token in run).replace("<<", "\u2039\u2039").replace(">>", "\u203a\u203a")
+        text += f"<<{part}>>" if mark else part
+    return text
 
 
 def false_marks(examples: Examples) -> list[np.ndarray]:

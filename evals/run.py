@@ -58,6 +58,13 @@ class Run:
             ) from None
         return cls(path, summary, coder, store)
 
+    def check(self, store: ActivationStore) -> None:
+        """UserError if the run is of another capture than the store holds."""
+        if self.coder.meta["hookpoint"] not in store.hookpoints:
+            raise UserError(f"{self.path} was trained on {self.coder.meta['hookpoint']}, which {store.place} lacks")
+        if self.coder.meta["data"]["store_identity"] != store.attrs["identity_hash"]:
+            raise UserError(f"{self.path} was trained on another capture than {store.place} now holds")
+
     @cached_property
     def weights(self) -> str:
         """A fingerprint of the coder's file."""
@@ -114,10 +121,7 @@ class Evaluator:
 
     def check(self, run: Run) -> None:
         """UserError if the run is of another capture."""
-        if run.coder.meta["hookpoint"] not in self.store.hookpoints:
-            raise UserError(f"{run.path} was trained on {run.coder.meta['hookpoint']}, which {self.store.place} lacks")
-        if run.coder.meta["data"]["store_identity"] != self.store.attrs["identity_hash"]:
-            raise UserError(f"{run.path} was trained on another capture than {self.store.place} now holds")
+        run.check(self.store)
 
     def evaluate(self, runs: Sequence[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
         """Reconstruction and behaviour of each run; AT_ONCE runs at a time. `check` them first."""

@@ -21,13 +21,14 @@ class Answers:
 
     def scores(self) -> dict[str, float | int | None]:
         """Balanced accuracy, F1 and AUROC (by probabilities; null where the judge gives none)."""
-        truth, said = np.array(self.truth, bool), np.array(self.said, bool)
+        truth, said = np.array(self.truth, bool), np.array(self.said or [0] * len(self.truth), bool)
         found: dict[str, float | int | None] = {"n": len(truth), "failed": self.failed}
         if truth.all() or not truth.any():  # nothing, or only one side, was answered
             return found | {"balanced_accuracy": None, "f1": None, "auroc": None}
-        right = (truth & said).sum()
-        found["balanced_accuracy"] = float(((said[truth]).mean() + (~said[~truth]).mean()) / 2)
-        found["f1"] = float(2 * right / (truth.sum() + said.sum()))
+        found |= {"balanced_accuracy": None, "f1": None}
+        if self.said:  # embeddings say how near, not whether
+            found["balanced_accuracy"] = float(((said[truth]).mean() + (~said[~truth]).mean()) / 2)
+            found["f1"] = float(2 * (truth & said).sum() / (truth.sum() + said.sum()))
         sure = None not in self.probability and len(self.probability) == len(truth)
         found["auroc"] = float(roc_auc_score(truth, np.array(self.probability, float))) if sure else None
         return found

@@ -24,7 +24,7 @@ def run_tasks(evaluator: Evaluator, runs: Sequence[Run], cfg: EvaluateConfig) ->
         yield from evaluator.evaluate(runs)
     tasks = [task for task in cfg.tasks if task is not Task.core]
     for hookpoint in dict.fromkeys(run.summary["hookpoint"] for run in runs):
-        of_it = [run for run in runs if run.summary["hookpoint"] == hookpoint]
+        of_it = [run for run in runs if run.summary["hookpoint"] == hookpoint and run.coder.cfg.k]  # not affine
         for some in (of_it[i : i + AT_ONCE] for i in range(0, len(of_it), AT_ONCE)):
             for run in some:
                 run.coder.to(evaluator.device)

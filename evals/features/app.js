@@ -34,7 +34,7 @@ function list(columns, count, order, href) {
     for (const [i, node] of rows) if (i < first || i >= last) { node.remove(); rows.delete(i); }
     for (let i = first; i < last; i++) {
       if (rows.has(i)) continue;
-      const row = make("a", { className: "row grid" + (i === chosen ? " chosen" : ""), href: href(order[i]), tabIndex: -1, role: "row" });
+      const row = make("a", { className: "row grid" + (i === chosen ? " chosen" : ""), href: href(order[i]), tabIndex: -1, role: "row", id: "row-" + i });
       row.style.top = i * HEIGHT + "px";
       for (const c of columns) row.append(make("span", { textContent: c.show(order[i]), className: c.wide ? "wide" : "", role: "gridcell" }));
       rows.set(i, row);
@@ -48,15 +48,17 @@ function list(columns, count, order, href) {
     if ((chosen + 1) * HEIGHT > view.scrollTop + view.clientHeight) view.scrollTop = (chosen + 1) * HEIGHT - view.clientHeight;
     draw();
     rows.get(chosen)?.classList.add("chosen");
+    view.setAttribute("aria-activedescendant", "row-" + chosen);
   }
   view.addEventListener("scroll", draw);
+  new ResizeObserver(draw).observe(view);
   view.addEventListener("keydown", event => {
     const page = Math.floor(view.clientHeight / HEIGHT);
     const step = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -order.length, End: order.length }[event.key];
     if (step) { choose(chosen + step); event.preventDefault(); }
     if (event.key === "Enter" && chosen >= 0) location.hash = href(order[chosen]);
   });
-  return { view, show(next) { order = next; chosen = -1; rows.forEach(n => n.remove()); rows.clear(); space.style.cssText = `height:${order.length * HEIGHT}px`; view.scrollTop = 0; draw(); }, draw };
+  return { view, show(next) { order = next; chosen = -1; rows.forEach(n => n.remove()); rows.clear(); view.setAttribute("aria-rowcount", order.length); space.style.cssText = `height:${order.length * HEIGHT}px`; view.scrollTop = 0; draw(); }, draw };
 }
 
 const state = { search: "", sort: "latent", down: false };
@@ -95,7 +97,6 @@ function showTable() {
   const notes = table.warning ? [make("p", { className: "warning", textContent: table.warning })] : [];
   main.replaceChildren(...notes, make("p", { textContent: table.facts }), search, found, head, rows.view);
   update();
-  addEventListener("resize", rows.draw);
 }
 
 function contexts(title, windows, words, largest) {
@@ -116,7 +117,9 @@ const link = (i, text) => make("a", { href: "#latent/" + i, textContent: text })
 
 async function showLatent(i) {
   if (!(i >= 0 && i < table.density.length)) return main.replaceChildren(make("p", { textContent: "There is no latent of this number." }));
+  const asked = location.hash;
   const [part, words] = await Promise.all([chunk("latents-" + Math.floor(i / table.chunk)), chunk("words")]);
+  if (location.hash !== asked) return; // gone elsewhere meanwhile
   const it = part[i % table.chunk];
   const title = make("h2", { textContent: `Latent ${i}` });
   const step = make("p", {}, ...(i ? [link(i - 1, "previous"), " "] : []), ...(i + 1 < table.density.length ? [link(i + 1, "next")] : []));
@@ -139,8 +142,9 @@ async function showCompare(other) {
   pick.onchange = () => { location.hash = "#compare/" + pick.value; };
   main.replaceChildren(make("p", { textContent: table.others.length ? "Each latent beside the other coder's nearest, by decoder cosine." : "These pages were made for one coder alone; make them for a sweep (runs='GLOB') to compare." }), pick);
   if (!other) return;
-  const it = table.others[Number(other)], match = await chunk("match-" + other), mine = table;
+  const asked = location.hash, it = table.others[Number(other)], match = await chunk("match-" + other), mine = table;
   if (!it.table) { await load(it.path + "/data/table.js"); it.table = window.skipcoderTable; window.skipcoderTable = mine; }
+  if (location.hash !== asked) return;
   const theirs = it.table, shared = match.cosine.filter(c => c >= 0.7).length / match.cosine.length;
   const rows = list([
     { show: i => String(i) }, { show: i => table.explanation[i] ?? "" }, { show: i => String(match.latent[i]) },
@@ -161,7 +165,7 @@ function route() {
 addEventListener("hashchange", route);
 addEventListener("keydown", event => {
   const at = /^#latent\/(\d+)$/.exec(location.hash);
-  if (event.target.matches("input, select")) return;
+  if (event.target.matches("input, select") || event.ctrlKey || event.metaKey || event.altKey) return;
   if (at && event.key === "j") location.hash = "#latent/" + (Number(at[1]) + 1);
   if (at && event.key === "k" && at[1] > 0) location.hash = "#latent/" + (at[1] - 1);
   if (event.key === "/") { document.querySelector("input[type=search]")?.focus(); event.preventDefault(); }

@@ -45,6 +45,13 @@ class Oracle:
                 truth.append(int(word[1] in self.holds[excerpt]))
         return {"honest": truth, "inverted": [1 - t for t in truth], "constant": [0] * len(truth)}[self.mood]
 
+    def embedding(self, text: str) -> list[float]:
+        """One dimension for each word that is known; an explanation has its word's."""
+        words = sorted({word for held in self.holds.values() for word in held})
+        explained = re.fullmatch(r"The word '(.*?)'\.", text)
+        held = {explained[1]} if explained else self.holds[text]
+        return [float(word in held) for word in words]
+
     def reply(self, body: dict[str, Any]) -> dict[str, Any]:
         """As a chat API replies."""
         system, user = body["messages"][0]["content"], body["messages"][-1]["content"]
@@ -80,6 +87,8 @@ class Oracle:
                 oracle.requests["all"] += 1
                 oracle.bodies.append(body)
                 oracle.keys.add(self.headers.get("Authorization"))
+                if self.path.endswith("/embeddings"):
+                    return self.answer(json.dumps({"data": [{"embedding": oracle.embedding(body["input"])}]}), 200)
                 content, status = json.dumps(oracle.reply(body)), 200
                 if not oracle.schemas and "response_format" in body:
                     content, status = '{"error": "response_format is not supported"}', 400
@@ -102,6 +111,9 @@ class Oracle:
                     elif fault == "hang up":
                         self.close_connection = True
                         return
+                self.answer(content, status)
+
+            def answer(self, content: str, status: int) -> None:
                 try:
                     self.send_response(status)
                     self.send_header("Content-Type", "application/json")

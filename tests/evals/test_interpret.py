@@ -1,6 +1,7 @@
 """The whole command against judges whose answers are known, on latents whose meaning is known."""
 
 import json
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from skipcoder.evals.config import ExamplesConfig, InterpretConfig, JudgeConfig, Negatives
+from skipcoder.evals.config import ExamplesConfig, InterpretConfig, JudgeConfig, Negatives, Scorer
 from skipcoder.evals.examples import ExampleMaker
 from skipcoder.evals.interpret import interpret
 from skipcoder.evals.latents import LatentIndex
@@ -52,7 +53,12 @@ def frequent_words(index: LatentIndex) -> list[int]:
     tokenizer = AutoTokenizer.from_pretrained(index.store.attrs["model"]["id"])
     token, count = np.unique(index.tokens, return_counts=True)
     order = token[np.argsort(-count, kind="stable")]
-    words = [int(t) for t in order if tokenizer.decode([int(t)]).strip().isalpha()]
+    # Calibration's own words have four letters or more.
+    words = [
+        int(t)
+        for t in order
+        if tokenizer.decode([int(t)]).strip().isalpha() and len(tokenizer.decode([int(t)]).strip()) < 4
+    ]
     seen: dict[str, int] = {}
     for word in words:  # "re" and " re" would be one word to the oracle
         seen.setdefault(tokenizer.decode([word]).strip(), word)
@@ -64,12 +70,15 @@ def teach(oracle: Oracle, run: Path, store: ActivationStore) -> None:
     strings = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in range(400)]
     planted = {strings[word].strip(): word for word in frequent_words(LatentIndex(Run.open(run), store))}
     for window in ExampleMaker(LatentIndex(Run.open(run), store), EXAMPLES).tokens_WT:
-        tokens = {int(t) for t in window}
-        words = {strings[t].strip() for t in tokens}
         # A planted latent is one token: the same letters in another token are another matter.
-        oracle.holds["".join(strings[int(t)] for t in window)] = {
-            w for w in words if w not in planted or planted[w] in tokens
+        tokens, text = {int(t) for t in window}, tokenizer.decode(window.tolist())
+        held = {word for word, token in planted.items() if token in tokens}
+        held |= {
+            word
+            for long in re.findall(r"[^\W_]{4,}", text)
+            for word in (long, long.lower(), long.upper(), long.title())
         }
+        oracle.holds[text.replace("<<", "\u2039\u2039").replace(">>", "\u203a\u203a")] = held
 
 
 def asked(run: Path, url: str, **more: Any) -> InterpretConfig:
@@ -191,6 +200,18 @@ def test_pages_without_a_judge_and_delphis_form(store: ActivationStore, tmp_path
     assert described["cache_ctx_len"] == store.context and described["n_splits"] == 5
 
 
+def test_embeddings_of_an_oracle_rank_the_windows(fresh: Path, store: ActivationStore) -> None:
+    oracle = Oracle()
+    teach(oracle, fresh, store)
+    with oracle.serving() as url:
+        interpret(asked(fresh, url, scorers=[Scorer.embedding]))
+        found = outcome(fresh)
+        assert found["embedding"]["auroc"] == 1 and found["embedding"]["balanced_accuracy"] is None
+        before = oracle.requests["all"]
+        interpret(asked(fresh, url, scorers=[Scorer.embedding]))
+        assert oracle.requests["all"] == before
+
+
 def test_no_server(fresh: Path) -> None:
     cfg = asked(fresh, "http://127.0.0.1:9/v1")
     cfg.judge.attempts = 1
@@ -252,6 +273,7 @@ def test_windows_are_disjoint_distinct_and_the_latents_own(
         assert [w.number for w in alone.of(latent).test] == [w.number for w in found.test]
     if kind is not Negatives.random:
         assert any(window.kind == kind.value for window in maker.of(0).negative)
-    largest = [window.activations.max() for window in maker.top(0, 5)]
+    top, spread = maker.shown(0, index.of(0), 5, 5)
+    largest = [window.activations.max() for window in top]
     assert largest == sorted(largest, reverse=True) and largest[0] == index.of(0).value.max()
-    assert len({window.number for window in maker.spread(0, 5)}) == 5
+    assert len({window.number for window in spread}) == 5

@@ -52,9 +52,11 @@ def site(store: ActivationStore, lm: Any, tmp_path_factory: pytest.TempPathFacto
     latents.mkdir(parents=True)
     for latent, text, score in ((3, "comments about zebras " + HOSTILE, 0.9), (busiest, "everything", 0.6)):
         scores = {"detection": {"balanced_accuracy": score}, "fuzzing": {"balanced_accuracy": None}}
-        record = {"latent": latent, "explanation": text, "scores": scores}
+        record = {"latent": latent, "settings": "these", "explanation": text, "scores": scores}
         (latents / f"{latent:08d}.json").write_text(json.dumps(record))
-    summary = {"judge": "weak", "calibration": {"usable": False}}
+    stale = {"latent": 5, "settings": "others", "explanation": "of another judge", "scores": {}}
+    (latents / f"{5:08d}.json").write_text(json.dumps(stale))
+    summary = {"judge": "weak", "settings": "these", "weights": runs[0].weights, "calibration": {"usable": False}}
     (latents.parent / "summary.json").write_text(json.dumps(summary))
     for run, others in ((runs[0], [runs[1]]), (runs[1], [runs[0]])):
         index = LatentIndex(run, store)
@@ -88,6 +90,7 @@ def test_search_sort_open_and_compare(site: Path, browser: Any, width: int) -> N
 
     assert page.get_by_text("failed on planted latents").is_visible() and fits()
     assert page.get_by_role("status").inner_text() == "64 of 64 latents"
+    assert page.get_by_text("of another judge").count() == 0
     page.get_by_label("search").fill("ZEBRAS")
     assert page.get_by_role("status").inner_text() == "1 of 64 latents"
     page.locator(".row").click()
