@@ -211,6 +211,7 @@ class Scorer(Enum):
     detection = "detection"
     fuzzing = "fuzzing"
     embedding = "embedding"
+    simulation = "simulation"
 
 
 @dataclass
@@ -247,4 +248,4 @@ class InterpretConfig:
             raise UserError(f"latents={self.latents}: must be at least 1, or null for all")
         _at_least(self, 1, "shown")
         if not self.scorers:
-            raise UserError("scorers=[]: name some of detection, fuzzing, embedding")
+            raise UserError(f"scorers=[]: name some of {', '.join(s.value for s in Scorer)}")

@@ -89,10 +89,11 @@ def _say(path: Path, summary: dict[str, Any]) -> None:
         f"{path}: {summary['explained']} of {summary['latents']} latents explained; {use['requests']} requests, "
         f"{use['cached']} answers from the cache, {use['failures']} failures, cost {use['cost']:.2f}"
     )
-    for name in ("detection", "fuzzing", "embedding", "shuffled_explanations"):
+    for name in ("detection", "fuzzing", "embedding", "simulation", "shuffled_explanations"):
         if name in summary:
             score = summary[name]
-            facts = [f"{key} {_number(score[key], score[f'{key}_ci'])}" for key in ("balanced_accuracy", "f1", "auroc")]
+            keys = [key for key in ("balanced_accuracy", "f1", "auroc", "correlation") if key in score]
+            facts = [f"{key} {_number(score[key], score[f'{key}_ci'])}" for key in keys]
             print(f"  {name.replace('_', ' ')}: {', '.join(facts)}")
     if use["failures"]:
         print(f"  problems: {', '.join(f'{count} x {what}' for what, count in summary['problems'].items())}")

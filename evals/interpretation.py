@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from skipcoder.evals import calibration, questions
+from skipcoder.evals import calibration, questions, simulation
 from skipcoder.evals.config import InterpretConfig, Scorer
 from skipcoder.evals.examples import ExampleMaker, Examples, Window
 from skipcoder.evals.judge import Judge
@@ -97,7 +97,10 @@ class Interpreter:
             record |= {"explanation": answer.value, "problem": answer.problem, "failed": int(answer.value is None)}
             if answer.value is not None:
                 for scorer in self.cfg.scorers:
-                    scores = (await self.score(answer.value, examples, scorer)).scores()
+                    if scorer is Scorer.simulation:
+                        scores = await self._simulated(answer.value, examples)
+                    else:
+                        scores = (await self.score(answer.value, examples, scorer)).scores()
                     record["scores"][scorer.value] = scores
                     record["failed"] += scores["failed"]
         self._file(latent).parent.mkdir(parents=True, exist_ok=True)
@@ -144,6 +147,20 @@ class Interpreter:
             found.truth.append(int(i < len(examples.test)))
             found.probability.append(float((1 + a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12)) / 2))
         return found
+
+    async def _simulated(self, explanation: str, examples: Examples) -> dict[str, Any]:
+        """Correlation of the judge's guesses with the activations in test windows and negatives."""
+        windows = examples.test + examples.negative
+
+        async def one(window: Window) -> list[float] | None:
+            tokens = self.strings(window)
+            found = await self.judge.prompt_logprobs(simulation.prompt(explanation, tokens), simulation.ALTERNATIVES)
+            return None if found is None else simulation.guesses(found, len(tokens))
+
+        guessed = await asyncio.gather(*(one(window) for window in windows))
+        pairs = [(w.activations, g) for w, g in zip(windows, guessed, strict=True) if g is not None]
+        found = simulation.correlation(*zip(*pairs, strict=True)) if pairs else None
+        return {"n": len(pairs), "failed": len(windows) - len(pairs), "correlation": found}
 
     async def _classify(
         self, explanation: str, texts: Sequence[str], fuzzing: bool

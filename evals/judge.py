@@ -153,12 +153,32 @@ class Judge:
         """And whether this is an answer at all: gateways in trouble send pages of HTML with a good status."""
         try:
             content = response.json()
-            assert content.get("data") or isinstance(content["choices"][0]["message"], dict)
+            assert content.get("data") or isinstance(content["choices"][0], dict)
             usage = content.get("usage") or {}
             self.prompt_tokens += int(usage.get("prompt_tokens") or 0)
             self.completion_tokens += int(usage.get("completion_tokens") or 0)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError):
             raise _BusyError("the server's answer is not that of a chat API") from None
+
+    async def prompt_logprobs(self, prompt: str, alternatives: int) -> list[dict[str, Any] | None] | None:
+        """Of each token of the prompt, what the judge would have said there (vLLM); None where the server tells not."""
+        body = {"model": self.cfg.model, "prompt": prompt, "max_tokens": 1, "prompt_logprobs": alternatives}
+        kept = self._kept(body)
+        if kept is not None:
+            return kept["prompt_logprobs"]
+        await self._check()
+        async with self._slots:
+            response = await self._send("completions", body)
+        if isinstance(response, str) or response.status_code != 200:
+            self._count(response if isinstance(response, str) else _refusal(response))
+            return None
+        choice = response.json()["choices"][0]
+        found = choice.get("prompt_logprobs") if isinstance(choice, dict) else None
+        if not isinstance(found, list):
+            self._count("the server gives no log-probabilities of prompts")
+            return None
+        self._keep(body, {"prompt_logprobs": found})
+        return found
 
     def _kept(self, body: dict[str, Any]) -> dict[str, Any] | None:
         row = self._answers.execute("select answer from answers where question = ?", (self._key(body),)).fetchone()
@@ -196,7 +216,7 @@ class Judge:
         if response.status_code != 200:
             return Answer(problem=_refusal(response))
         choice = response.json()["choices"][0]
-        content = choice["message"]["content"]
+        content = (choice.get("message") or {}).get("content")
         if isinstance(content, list):  # parts, as reasoning models give
             content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
         return Answer(content or "", (choice.get("logprobs") or {}).get("content") or [])

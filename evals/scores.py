@@ -37,7 +37,9 @@ class Answers:
 def over_latents(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over latents with 95 % intervals (latents resampled); null below eight."""
     found: dict[str, Any] = {"latents": len(scores), "failed": sum(score["failed"] for score in scores)}
-    for key in ("balanced_accuracy", "f1", "auroc"):
+    for key in ("balanced_accuracy", "f1", "auroc", "correlation"):
+        if scores and key not in scores[0]:
+            continue
         values = np.array([score[key] for score in scores if score[key] is not None])
         found[key] = float(values.mean()) if len(values) else None
         found[f"{key}_ci"] = of_mean(values) if len(values) else None

@@ -52,6 +52,22 @@ class Oracle:
         held = {explained[1]} if explained else self.holds[text]
         return [float(word in held) for word in words]
 
+    def completion(self, body: dict[str, Any]) -> dict[str, Any]:
+        """As vLLM answers with prompt_logprobs: it sees 8 on the explained word, 0 elsewhere."""
+        assert body["prompt_logprobs"] == 15
+        word = re.search(r"The word '(.*?)'\.", body["prompt"])
+        assert word is not None
+        found: list[dict[str, Any] | None] = [None]
+        for line in body["prompt"].split("\n\n")[-1].splitlines():
+            token = line.rsplit("\t", 1)[0]
+            number = "8" if token.strip() == word[1] else "0"
+            found.append({"5": {"decoded_token": token, "logprob": -9.0}})
+            found.append({"6": {"decoded_token": "\t", "logprob": -0.1}})
+            guess = {"decoded_token": number, "logprob": -0.1}
+            found.append({"7": {"decoded_token": "unknown", "logprob": -20.0}, "8": guess})
+            found.append({"9": {"decoded_token": "\n", "logprob": -0.1}})
+        return {"choices": [{"text": " ", "prompt_logprobs": found if self.logprobs else None}]}
+
     def reply(self, body: dict[str, Any]) -> dict[str, Any]:
         """As a chat API replies."""
         system, user = body["messages"][0]["content"], body["messages"][-1]["content"]
@@ -89,6 +105,8 @@ class Oracle:
                 oracle.keys.add(self.headers.get("Authorization"))
                 if self.path.endswith("/embeddings"):
                     return self.answer(json.dumps({"data": [{"embedding": oracle.embedding(body["input"])}]}), 200)
+                if self.path.endswith("/completions") and "prompt" in body:
+                    return self.answer(json.dumps(oracle.completion(body)), 200)
                 content, status = json.dumps(oracle.reply(body)), 200
                 if not oracle.schemas and "response_format" in body:
                     content, status = '{"error": "response_format is not supported"}', 400

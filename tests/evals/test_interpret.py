@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from skipcoder.evals import simulation
 from skipcoder.evals.config import ExamplesConfig, InterpretConfig, JudgeConfig, Negatives, Scorer
 from skipcoder.evals.examples import ExampleMaker
 from skipcoder.evals.interpret import interpret
@@ -210,6 +211,33 @@ def test_embeddings_of_an_oracle_rank_the_windows(fresh: Path, store: Activation
         before = oracle.requests["all"]
         interpret(asked(fresh, url, scorers=[Scorer.embedding]))
         assert oracle.requests["all"] == before
+
+
+def test_simulation_reads_what_the_judge_would_have_said(fresh: Path, store: ActivationStore) -> None:
+    oracle = Oracle()
+    teach(oracle, fresh, store)
+    with oracle.serving() as url:
+        interpret(asked(fresh, url, scorers=[Scorer.simulation]))
+    found = outcome(fresh)["simulation"]
+    assert found["latents"] == LATENTS and found["failed"] == 0
+    assert found["correlation"] > 0.8  # activations are 1 to 7 where the oracle always says 8
+    assert found["correlation_ci"][0] < found["correlation"] < found["correlation_ci"][1]
+    oracle.logprobs = False  # as most servers: nothing is scored, and that is said
+    with oracle.serving() as url:
+        interpret(asked(fresh, url, scorers=[Scorer.simulation]))
+    found = outcome(fresh)
+    assert found["simulation"]["correlation"] is None and found["simulation"]["failed"] == 10 * LATENTS
+    assert found["problems"] == {"the server gives no log-probabilities of prompts": 10 * LATENTS}
+
+
+def test_guesses_are_means_over_what_the_judge_weighs() -> None:
+    tab = {"1": {"decoded_token": "\t", "logprob": 0.0}}
+    half = {str(i): {"decoded_token": t, "logprob": float(np.log(0.5))} for i, t in enumerate(("unknown", " 10", "4"))}
+    none = {"1": {"decoded_token": "unknown", "logprob": 0.0}}
+    assert simulation.guesses([None, tab, half, tab, none], 2) == [7.0, 0.0]
+    assert simulation.guesses([None, tab, half], 2) is None
+    line = simulation.prompt("x", ["a\n", "b"]).splitlines()[-2:]
+    assert line == ["a\\n\tunknown", "b\tunknown"]
 
 
 def test_no_server(fresh: Path) -> None:
