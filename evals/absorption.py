@@ -83,7 +83,11 @@ def split_latents(codes_WM: scipy.sparse.csr_array, is_letter_W: np.ndarray) -> 
     """The latents that a letter is split into: those with the largest positive weights in an L1 probe, one after the
     other while each adds SPLIT_GAIN to the F1 (cross-validated); and the F1 with 1, 2, ... of them. Empty if no latent
     has a positive weight."""
-    fires = np.flatnonzero(np.diff(codes_WM.tocsc().indptr) >= 5)
+    # The same coder with smaller codes and a larger decoder must give the same.
+    codes_WM = codes_WM / np.sqrt(np.square(codes_WM.data).mean()) if codes_WM.nnz else codes_WM
+    fires = np.flatnonzero(np.diff(codes_WM.tocsc().indptr) >= 5).astype(np.int32)
+    if not len(fires):
+        return [], []
     probe = LogisticRegression(
         C=1 / (L1 * len(is_letter_W)), l1_ratio=1.0, solver="liblinear", class_weight="balanced", random_state=0
     ).fit(codes_WM[:, fires], is_letter_W)

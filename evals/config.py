@@ -89,7 +89,7 @@ class RavelConfig:
     """Disentanglement of cities' attributes."""
 
     pairs: int = 200
-    """For each attribute, and as many that ask for others; 70 % teach the mask."""
+    """For each attribute, and as many that ask for others; 70 % of them, of 70 % of the cities, teach the mask."""
     steps: int = 60
     batch: int = 16
 

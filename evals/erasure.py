@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse
+import torch
 from skipcoder.evals import labelled
 from skipcoder.evals.bootstrap import interval, of_mean
 from skipcoder.evals.config import ErasureConfig
@@ -32,16 +33,22 @@ LEAST = 1e-3
 def tpp(reader: TextReader, runs: Sequence[Run], cfg: ErasureConfig) -> list[dict[str, Any]]:
     """Of each run, all of one hookpoint: `tpp_N` for each N and the classes it is a mean of."""
     data = labelled.find(cfg.tpp_data)
+    data, rows = labelled.distinct(data, reader.tokens(data.texts, cfg.tokens))
     places = labelled.balanced(data.labels, cfg.texts, data.name)
-    labels, half = data.labels[places], len(places) // 2
+    # Each class half and half, in turn.
+    order = np.argsort(data.labels[places], kind="stable")
+    places = np.concatenate([places[order[0::2]], places[order[1::2]]])
+    labels, half = data.labels[places], len(places[order[0::2]])
+    if np.bincount(labels[half:], minlength=len(data.classes)).min() < 8:
+        raise UserError(f"tpp: {data.name} gives too few texts of a class; raise erasure.texts or take fewer classes")
     results = []
-    for run, y_TE, f_TM in _read(reader, runs, [data.texts[i] for i in places], cfg.tokens):
+    for run, y_TE, f_TM in _read(reader, runs, [rows[i] for i in places]):
         effects, probes = [], []
         for c in range(len(data.classes)):
             probe = _probe(y_TE[:half], labels[:half] == c)
             probes.append(probe)
             more_M = _difference(f_TM[:half], labels[:half] == c).clip(min=0)
-            effects.append(more_M * (_W_dec(run) @ probe.coef_[0]))
+            effects.append(more_M * _along(run, probe))
         right_TC = _right(probes, y_TE[half:], labels[half:])
         result: dict[str, Any] = {"tpp_texts": len(places) - half, "tpp_classes": data.classes}
         for n in _counts(cfg.ablate, run):
@@ -59,17 +66,21 @@ def tpp(reader: TextReader, runs: Sequence[Run], cfg: ErasureConfig) -> list[dic
 def scr(reader: TextReader, runs: Sequence[Run], cfg: ErasureConfig) -> list[dict[str, Any]]:
     """Of each run: `scr_N` for each N, of the attribute that the other spoils more; null where neither does."""
     texts, attributes_T2 = two_attributes(cfg)
-    cells = attributes_T2 @ [2, 1]
-    test, balanced, biased = _scr_split(cells, cfg.texts)
+    cells = labelled.Labelled("scr", texts, attributes_T2 @ [2, 1], ["0", "1", "2", "3"])
+    cells, rows = labelled.distinct(cells, reader.tokens(cells.texts, cfg.tokens))
+    test, balanced, biased = _scr_split(cells.labels, cfg.texts)
+    read = np.unique(np.concatenate([test, balanced, biased]))
+    attributes_T2 = np.stack([cells.labels[read] // 2, cells.labels[read] % 2], 1)
+    test, balanced, biased = (np.searchsorted(read, places) for places in (test, balanced, biased))
     results = []
-    for run, y_TE, f_TM in _read(reader, runs, texts, cfg.tokens):
+    for run, y_TE, f_TM in _read(reader, runs, [rows[i] for i in read]):
         found = []
         for wanted, spurious in ((0, 1), (1, 0)):
             label = attributes_T2[:, wanted]
             spoilt, oracle = _probe(y_TE[biased], label[biased]), _probe(y_TE[balanced], label[balanced])
             unwanted = _probe(y_TE[balanced], attributes_T2[balanced, spurious])
             more_M = _difference(f_TM[balanced], attributes_T2[balanced, spurious] == 1)
-            effect_M = np.abs(more_M * (_W_dec(run) @ unwanted.coef_[0]))
+            effect_M = np.abs(more_M * _along(run, unwanted))
             before = spoilt.predict(y_TE[test]) == label[test]
             best = oracle.predict(y_TE[test]) == label[test]
             after = {
@@ -106,8 +117,8 @@ def two_attributes(cfg: ErasureConfig) -> tuple[list[str], np.ndarray]:
 
 
 def _scr_split(cells: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Places of the test texts (all four cells alike), of a balanced and of a biased half of the others: the latter
-    only where the attributes agree."""
+    """Places of the test texts (all four cells alike), and of two training sets, one balanced, one biased: only where
+    the attributes agree. They may overlap each other, not the test texts."""
     places = labelled.balanced(cells, count, "scr")
     groups = [places[cells[places] == cell] for cell in range(4)]
     each = min(map(len, groups)) // 2
@@ -117,14 +128,14 @@ def _scr_split(cells: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, n
     balanced = np.concatenate([group[each : 2 * each] for group in groups])
     used = set(test.tolist())
     agree = np.array([place for place in np.flatnonzero((cells == 0) | (cells == 3)) if place not in used])
-    return test, balanced, agree[labelled.balanced(cells[agree], len(agree), "scr biased")]
+    return test, balanced, agree[labelled.balanced(cells[agree], count, "scr biased")]
 
 
-def _read(reader: TextReader, runs: Sequence[Run], texts: list[str], most: int) -> Any:
-    batches = list(reader.read(reader.tokens(texts, most)))
-    y = {side: pool_dense(batches, side, len(texts)) for side in ("input", "output")}
+def _read(reader: TextReader, runs: Sequence[Run], rows: list[list[int]]) -> Any:
+    batches = list(reader.read(rows))
+    y = {side: pool_dense(batches, side, len(rows)) for side in ("input", "output")}
     for run in runs:
-        yield run, y[run.site("write").side], pooled(run.coder, batches, run.site("read").side, len(texts))
+        yield run, y[run.site("write").side], pooled(run.coder, batches, run.site("read").side, len(rows))
 
 
 def _probe(y_TE: np.ndarray, is_it_T: np.ndarray) -> LogisticRegression:
@@ -135,8 +146,10 @@ def _probe(y_TE: np.ndarray, is_it_T: np.ndarray) -> LogisticRegression:
     return probe
 
 
-def _W_dec(run: Run) -> np.ndarray:  # noqa: N802
-    return run.coder.W_dec.detach().double().cpu().numpy()
+def _along(run: Run, probe: LogisticRegression) -> np.ndarray:
+    """[M]: each decoder row along the probe's direction."""
+    W_dec_ME = run.coder.W_dec.detach()
+    return (W_dec_ME @ torch.from_numpy(probe.coef_[0]).to(W_dec_ME)).double().cpu().numpy()
 
 
 def _difference(f_TM: scipy.sparse.csr_array, is_it_T: np.ndarray) -> np.ndarray:
@@ -147,7 +160,9 @@ def _difference(f_TM: scipy.sparse.csr_array, is_it_T: np.ndarray) -> np.ndarray
 def _ablated(y_TE: np.ndarray, f_TM: scipy.sparse.csr_array, effect_M: np.ndarray, n: int, run: Run) -> np.ndarray:
     chosen = np.argsort(-effect_M, kind="stable")[:n]
     chosen = chosen[effect_M[chosen] > 0]
-    return y_TE - f_TM[:, chosen] @ _W_dec(run)[chosen] if len(chosen) else y_TE
+    if not len(chosen):
+        return y_TE
+    return y_TE - f_TM[:, chosen] @ run.coder.W_dec.detach()[torch.from_numpy(chosen)].double().cpu().numpy()
 
 
 def _right(probes: Sequence[LogisticRegression], y_TE: np.ndarray, labels: np.ndarray) -> np.ndarray:

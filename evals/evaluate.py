@@ -9,7 +9,7 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
-from skipcoder.evals.config import EvaluateConfig
+from skipcoder.evals.config import EvaluateConfig, Task
 from skipcoder.pipeline import cli
 from skipcoder.pipeline.errors import UserError
 
@@ -18,9 +18,10 @@ ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 
 def evaluate(cfg: EvaluateConfig) -> None:
     """Evaluate every chosen run; with `out`, write the table and the report."""
-    from skipcoder.evals import saebench
+    from skipcoder.evals import labelled, saebench
     from skipcoder.evals.run import Evaluator, Run
     from skipcoder.evals.tasks import judged, record, run_tasks
+    from skipcoder.evals.together import sets_of
     from skipcoder.pipeline.store import ActivationStore
     from skipcoder.trainer.assemble import pick_device
 
@@ -30,9 +31,15 @@ def evaluate(cfg: EvaluateConfig) -> None:
     evaluators: dict[str, Evaluator] = {}
     for path in dict.fromkeys(run.store_path for run in runs):
         store = ActivationStore.open(path)
-        evaluators[path] = Evaluator(store, cfg.ce_tokens, cfg.batch_rows, device, cfg.intervals)
+        evaluators[path] = Evaluator(
+            store, cfg.ce_tokens, cfg.batch_rows, device, cfg.intervals and Task.core in cfg.tasks
+        )
     for run in runs:
         evaluators[run.store_path].check(run)
+    if cfg.together:
+        sets_of(runs)
+    if {Task.probing, Task.tpp, Task.scr} & set(cfg.tasks):
+        labelled.bundled()
     rows: dict[Path, dict[str, Any]] = {}
     for path, evaluator in evaluators.items():
         of_it = [run for run in runs if run.store_path == path]
@@ -44,13 +51,15 @@ def evaluate(cfg: EvaluateConfig) -> None:
         for run, result in run_tasks(evaluator, of_it, cfg):
             if not run.is_control:
                 result = record(run, result) | judged(run)
-            rows[run.path] = {**run.summary, **rows.get(run.path, {}), **result, "run": str(run.path)}
+            names = {"run": str(run.path), "configuration": run.configuration}
+            rows[run.path] = {**run.summary, **rows.get(run.path, {}), **result, **names}
             print(_line(rows[run.path]), flush=True)
     if cfg.saebench is not None:
         for run in runs:
             if not run.is_control:
                 saebench.write(run, rows[run.path], Path(cfg.saebench))
     if cfg.out is not None:
+        runs = [run for run in runs if run.path in rows]  # the affine map takes part in core alone
         table = [rows[run.path] for run in runs]
         _write_tables(cfg, Path(cfg.out), table, runs, evaluators)
 
@@ -78,10 +87,11 @@ def _write_tables(
         _write_json(rows, wrote[-1])
         for row in rows:
             print(f"{len(row['hookpoints'])} MLPs spliced at once: {_line(row)}")
-    if "fvu" in table[0]:
+    if all("fvu" in row for row in table):
         report.write(table, seeds, {path: evaluator.store for path, evaluator in evaluators.items()}, wrote[3])
     else:
-        wrote.remove(wrote[3])  # a report is about reconstruction first
+        wrote.remove(out.with_name("report.html"))
+        print("no report: it shows reconstruction first, and not all of these runs have been evaluated with task core")
     print(f"wrote {', '.join(map(str, wrote))}")
 
 

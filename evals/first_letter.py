@@ -13,14 +13,14 @@ from skipcoder.evals.run import Run
 from skipcoder.evals.texts import TextReader
 from skipcoder.pipeline.errors import UserError
 
-_WORD = re.compile(r" [A-Za-z]{2,}")
+_WORD = re.compile(r"[\u0120\u2581 ][A-Za-z]{2,}")
+"""A space, as byte-level and SentencePiece vocabularies write it, and a word."""
 
 
 def vocabulary(tokenizer: Any) -> dict[int, str]:
     """{token: word} of the tokens that are a space and a word of the Latin alphabet."""
-    ids = range(len(tokenizer))
-    texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
-    return {i: text.strip() for i, text in zip(ids, texts, strict=True) if _WORD.fullmatch(text)}
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return {i: piece[1:] for i, piece in enumerate(pieces) if piece is not None and _WORD.fullmatch(piece)}
 
 
 def prompts(reader: TextReader, words: dict[int, str], chosen: Sequence[int], examples: int) -> list[list[int]]:
@@ -75,7 +75,7 @@ def _codes(run: Run, x_WD: torch.Tensor) -> tuple[scipy.sparse.csr_array, np.nda
     values, indices = out.values.double().cpu().numpy(), out.indices.cpu().numpy()
     word = np.broadcast_to(np.arange(len(values))[:, None], values.shape)
     active = values != 0
-    where = (word[active], indices[active])
+    where = (word[active].astype(np.int32), indices[active].astype(np.int32))  # liblinear takes no others
     codes = scipy.sparse.coo_array((values[active], where), shape=(len(values), run.coder.cfg.width)).tocsr()
     skip = run.coder.W_skip
     return codes, None if skip is None else (x_WD @ skip.T).double().cpu().numpy()

@@ -53,6 +53,20 @@ def find(name: str) -> Labelled:
     return load(bundled()[name], name)
 
 
+def distinct(data: Labelled, rows: Sequence[list[int]]) -> tuple[Labelled, list[list[int]]]:
+    """Only the first of the texts whose tokens (as cut) are the same, and none of those whose labels contradict: the
+    same text must not stand in training and in test."""
+    first: dict[tuple[int, ...], int] = {}
+    contradictory: set[int] = set()
+    for place, row in enumerate(rows):
+        before = first.setdefault(tuple(row), place)
+        if data.labels[before] != data.labels[place]:
+            contradictory.add(before)
+    kept = [place for place in first.values() if place not in contradictory and len(rows[place]) > 1]
+    texts = [data.texts[place] for place in kept]
+    return data._replace(texts=texts, labels=data.labels[kept]), [rows[place] for place in kept]
+
+
 def load(path: Path, name: str | None = None, target: str = "target") -> Labelled:
     """Texts in column `prompt`, labels in column `target`."""
     texts = [str(text) for text in _column(path, "prompt")]

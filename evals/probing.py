@@ -36,6 +36,7 @@ def probing(reader: TextReader, runs: Sequence[Run], cfg: ProbingConfig) -> list
         data = labelled.find(name)
         if len(data.classes) != 2:
             raise UserError(f"probing.datasets: {name} has {len(data.classes)} classes; probing wants two")
+        data, rows = labelled.distinct(data, reader.tokens(data.texts, cfg.tokens))
         places = labelled.balanced(data.labels, cfg.texts, name)
         split = int(len(places) * TRAIN_SHARE)
         labels = data.labels[places]
@@ -44,7 +45,7 @@ def probing(reader: TextReader, runs: Sequence[Run], cfg: ProbingConfig) -> list
                 f"probing: {name} gives only {len(places)} texts; it needs both classes in training and test"
             )
         task = Task(labels[:split], labels[split:], cfg.ks, name)
-        batches = list(reader.read(reader.tokens([data.texts[i] for i in places], cfg.tokens)))
+        batches = list(reader.read([rows[i] for i in places]))
         dense = {side: pool_dense(batches, side, len(places)) for side in ("input", "output")}
         shared = {"dense_x": task.dense(dense["input"]), "dense_y": task.dense(dense["output"])}
         shared |= {f"y_dims_{key}": value for key, value in task.sparse(dense["output"]).items()}

@@ -6,6 +6,7 @@ often the model then says the other city's attribute; `isolation`: how often pro
 answer; their mean is the disentanglement. As a baseline all of y is exchanged.
 
 The cities are our own small table (ravel_cities.csv); those prompts count that the model answers rightly by itself.
+Some cities teach the mask, others test it; intervals resample cities.
 Legend: B pairs, T positions, K latents, E width.
 """
 
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from skipcoder.evals.bootstrap import of_mean
+from skipcoder.evals.bootstrap import interval
 from skipcoder.evals.config import RavelConfig
 from skipcoder.evals.run import Run
 from skipcoder.evals.splice import Site, splice
@@ -116,8 +117,14 @@ class Patch:
         if mask_M is None:
             new_BE = torch.stack([row[2] for row in source])
         else:
-            values = torch.stack([torch.cat([s[0], -b[0]]) for b, s in zip(base, source, strict=True)])
-            indices = torch.stack([torch.cat([s[1], b[1]]) for b, s in zip(base, source, strict=True)])
+            # Of different lengths for batchtopk and jumprelu; a value of 0 adds nothing.
+            values, indices = (
+                nn.utils.rnn.pad_sequence(columns, batch_first=True)
+                for columns in (
+                    [torch.cat([s[0], -b[0]]) for b, s in zip(base, source, strict=True)],
+                    [torch.cat([s[1], b[1]]) for b, s in zip(base, source, strict=True)],
+                )
+            )
             parts = (values * mask_M[indices])[:, :, None] * self.run.coder.W_dec[indices]
             new_BE = y_BE + parts.sum(1)
         return _last_logits(self.model, [pair.base for pair in pairs], self.run.site("write"), new_BE)
@@ -126,21 +133,24 @@ class Patch:
 def ravel(model: nn.Module, reader: TextReader, runs: Sequence[Run], cfg: RavelConfig) -> list[dict[str, Any]]:
     """Of each run: `ravel_cause`, `ravel_isolation`, `ravel_disentangle` (means over attributes); of y."""
     prompts = known_prompts(model, reader)
+    cities = np.random.default_rng(0).permutation(sorted({prompt.city for prompt in prompts}))
+    taught = set(cities[: int(len(cities) * TRAIN_SHARE)])
     sets = {}
     for attribute in PROMPTS:
-        cause, isolation = pairs_of(prompts, attribute, cfg.pairs)
-        if min(len(cause), len(isolation)) >= LEAST:
-            sets[attribute] = (cause, isolation)
+        train = pairs_of([p for p in prompts if p.city in taught], attribute, int(cfg.pairs * TRAIN_SHARE))
+        test = pairs_of(
+            [p for p in prompts if p.city not in taught], attribute, cfg.pairs - int(cfg.pairs * TRAIN_SHARE)
+        )
+        if min(map(len, (*train, *test))) >= LEAST:
+            sets[attribute] = (train, test)
     if not sets:
         raise UserError(f"ravel: the model answers only {len(prompts)} of the prompts; it knows too few cities")
     results = []
     for run in runs:
         patch = Patch(run, model, reader)
         rows = []
-        for attribute, (cause, isolation) in sets.items():
-            ends = [int(len(some) * TRAIN_SHARE) for some in (cause, isolation)]
-            mask_M = _learn(patch, cause[: ends[0]], isolation[: ends[1]], cfg)
-            test = cause[ends[0] :], isolation[ends[1] :]
+        for attribute, (train, test) in sets.items():
+            mask_M = _learn(patch, *train, cfg)
             rows.append({"attribute": attribute, "latents": int(mask_M.sum()), **_score(patch, *test, mask_M, "")})
             rows[-1] |= _score(patch, *test, None, "_dense")
         results.append(_summary(rows, len(prompts)))
@@ -173,12 +183,16 @@ def _score(
         said = [patch.logits(some[i : i + 32], mask_M).argmax(-1).cpu().numpy() for i in range(0, len(some), 32)]
         return np.concatenate(said) == [getattr(pair, of).answer for pair in some]
 
+    def by_city(right: np.ndarray, some: list[Pair]) -> list[float] | None:
+        city = np.unique([pair.base.city for pair in some], return_inverse=True)[1]
+        return interval(np.divide, np.bincount(city, right), np.bincount(city).astype(float))
+
     caused, kept = share(cause, "source"), share(isolation, "base")
     return {
         f"cause{suffix}": float(caused.mean()),
-        f"cause{suffix}_ci": of_mean(caused),
+        f"cause{suffix}_ci": by_city(caused, cause),
         f"isolation{suffix}": float(kept.mean()),
-        f"isolation{suffix}_ci": of_mean(kept),
+        f"isolation{suffix}_ci": by_city(kept, isolation),
         f"pairs{suffix}": len(cause) + len(isolation),
     }
 

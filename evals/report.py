@@ -60,6 +60,8 @@ COLUMNS = {
     "fuzzing": "fuzzing",
     "seconds": "train s",
 }
+TELLING = ("hookpoint", "activation", "side")
+"""What tells runs apart beside kind, width and k, where it differs."""
 BEST = ("fvu", "fvu_per_dim", "ce_spliced")
 FRONTS = {
     "fvu": ("FVU", "Lower is better; the mean predictor has 1.", None),
@@ -129,7 +131,8 @@ def write(
     page = environment.from_string(template).render(
         rows=rows,
         seeds=seeds if len(seeds) < len(rows) else [],
-        columns={key: title for key, title in COLUMNS.items() if any(key in row for row in rows)},
+        columns={key: key for key in TELLING if len({row.get(key) for row in rows}) > 1}
+        | {key: title for key, title in COLUMNS.items() if any(key in row for row in rows)},
         seed_columns={
             key: title for key, title in COLUMNS.items() if key != "seconds" and any(key in r for r in seeds)
         },
@@ -192,12 +195,17 @@ def _against_k(axes: Axes, seeds: list[dict[str, Any]], key: str, baseline: str 
     """A line for each kind and width, with 95 % intervals: over seeds, or with one seed over held-out rows."""
     seeds = [row for row in seeds if row.get(key) is not None]
     widths = sorted({row["width"] for row in seeds if row["kind"] not in ("neurons", "affine")})
-    lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    lines: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    telling = [key for key in TELLING if len({row.get(key) for row in seeds}) > 1]
     for row in sorted(seeds, key=lambda row: row["k"]):
-        lines.setdefault((row["kind"], row["width"]), []).append(row)
+        apart = ", ".join(str(row[key]) for key in telling if row.get(key) is not None)
+        lines.setdefault((row["kind"], row["width"], apart), []).append(row)
     ks = sorted({row["k"] for row in seeds if row["k"]})
-    for (kind, width), group in lines.items():
-        style: dict[str, Any] = {"color": _COLOURS[kind], "label": kind.replace("_", " ")}
+    for (kind, width, apart), group in lines.items():
+        style: dict[str, Any] = {
+            "color": _COLOURS[kind],
+            "label": " ".join(filter(None, (kind.replace("_", " "), apart))),
+        }
         if kind == "affine":
             axes.axhline(group[0][key], linestyle="-.", **style)
             continue

@@ -58,6 +58,16 @@ class Run:
             ) from None
         return cls(path, summary, coder, store)
 
+    @cached_property
+    def configuration(self) -> str:
+        """A fingerprint of all that was asked of the training but its seed and its place."""
+        if self.is_control:
+            return str(self.path)
+        asked = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
+        assert isinstance(asked, dict)
+        text = json.dumps({key: value for key, value in asked.items() if key not in ("seed", "run")}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
     def check(self, store: ActivationStore) -> None:
         """UserError if the run is of another capture than the store holds."""
         if self.coder.meta["hookpoint"] not in store.hookpoints:

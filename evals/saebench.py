@@ -34,9 +34,13 @@ class SaeBenchSAE(nn.Module):
         from sae_bench.custom_saes.custom_sae_config import CustomSAEConfig
 
         self.coder = coder
-        self.W_enc, self.W_dec = coder.W_enc.T, coder.W_dec
-        self.b_enc, self.b_dec = coder.b_enc, coder.b_dec
+        self.W_dec, self.b_enc, self.b_dec = coder.W_dec, coder.b_enc, coder.b_dec
         self.cfg = CustomSAEConfig(model_name, coder.d_in, coder.cfg.width, layer, hook_name, dtype="float32")
+
+    @property
+    def W_enc(self) -> Tensor:  # noqa: N802
+        """[D, M]."""
+        return self.coder.W_enc.T
 
     @property
     def device(self) -> torch.device:
@@ -51,7 +55,7 @@ class SaeBenchSAE(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """[..., M], mostly zeros."""
         out = self.coder(x)
-        return out.values.new_zeros(*x.shape[:-1], self.coder.cfg.width).scatter_(-1, out.indices, out.values)
+        return out.values.new_zeros(*x.shape[:-1], self.coder.cfg.width).scatter_add_(-1, out.indices, out.values)
 
     def decode(self, f: Tensor) -> Tensor:
         """[..., D]."""

@@ -17,14 +17,14 @@ SHARED = 0.7
 MOST = 8192
 """Latents that are matched; the matching takes time by their cube."""
 
-_SAME = ("hookpoint", "kind", "k", "width", "activation", "side", "train_tokens", "model")
+_NAMES = ("hookpoint", "kind", "k", "width", "activation", "side", "train_tokens", "model", "configuration")
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> list[list[int]]:
-    """Places of rows that differ by their seed alone."""
-    found: dict[tuple, list[int]] = {}
+    """Places of rows whose configurations differ by their seed alone."""
+    found: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
-        found.setdefault(tuple(str(row.get(key)) for key in _SAME), []).append(place)
+        found.setdefault(row["configuration"], []).append(place)
     return list(found.values())
 
 
@@ -43,7 +43,7 @@ def over_seeds(rows: Sequence[dict[str, Any]], runs: Sequence[Run | None]) -> li
     table = []
     for places in groups(rows):
         first = rows[places[0]]
-        result: dict[str, Any] = {key: first[key] for key in _SAME if key in first} | {"seeds": len(places)}
+        result: dict[str, Any] = {key: first[key] for key in _NAMES if key in first} | {"seeds": len(places)}
         for key, value in first.items():
             if isinstance(value, float) and key != "seconds" and all(rows[i].get(key) is not None for i in places):
                 values = np.array([rows[i][key] for i in places])

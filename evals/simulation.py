@@ -3,8 +3,8 @@
 The judge reads a window one token a line, each line ending in a tab and an activation from 0 to 10 that is not shown.
 What it would have written there is in the log-probabilities of its *prompt*, which vLLM gives (`prompt_logprobs`) and
 most other servers do not. A guess is the mean over the numbers that the judge weighs; the score is the correlation of
-guesses with the true activations over all test windows, in which the latent fires or not (Bills et al. 2023, in delphi's
-form). Tested with a server that answers as vLLM does, not with vLLM.
+guesses with the true activations over all test windows, in which the latent fires or not (Bills et al. 2023, in
+delphi's form). Tested with a server that answers as vLLM does, not with vLLM.
 """
 
 import math

@@ -12,10 +12,11 @@ from skipcoder.evals.probing import probing
 from skipcoder.evals.ravel import ravel
 from skipcoder.evals.run import Evaluator, Run
 from skipcoder.evals.texts import TextReader
+from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.place import write_atomically
 
-AT_ONCE = 32
-"""Coders on the device together while texts are read."""
+BYTES_AT_ONCE = 8 * 2**30
+"""Of coders on the device together while texts are read."""
 
 
 def run_tasks(evaluator: Evaluator, runs: Sequence[Run], cfg: EvaluateConfig) -> Iterator[tuple[Run, dict[str, Any]]]:
@@ -25,12 +26,18 @@ def run_tasks(evaluator: Evaluator, runs: Sequence[Run], cfg: EvaluateConfig) ->
     tasks = [task for task in cfg.tasks if task is not Task.core]
     for hookpoint in dict.fromkeys(run.summary["hookpoint"] for run in runs):
         of_it = [run for run in runs if run.summary["hookpoint"] == hookpoint and run.coder.cfg.k]  # not affine
-        for some in (of_it[i : i + AT_ONCE] for i in range(0, len(of_it), AT_ONCE)):
+        each = max(4 * sum(p.numel() for p in run.coder.state_dict().values()) for run in of_it) if of_it else 1
+        at_once = max(1, BYTES_AT_ONCE // each)
+        for some in (of_it[i : i + at_once] for i in range(0, len(of_it), at_once)):
             for run in some:
                 run.coder.to(evaluator.device)
             for task in tasks:
                 begun = time.perf_counter()
-                results = _function(task, evaluator, hookpoint, cfg)(some)
+                try:
+                    results = _function(task, evaluator, hookpoint, cfg)(some)
+                except UserError as error:  # of this model or text; what else was asked is not lost
+                    print(f"{task.value}: {error}")
+                    results = [{f"{task.value}_problem": str(error)} for _ in some]
                 seconds = round((time.perf_counter() - begun) / len(some), 2)
                 for run, result in zip(some, results, strict=True):
                     yield run, result | {f"{task.value}_seconds": seconds}

@@ -12,6 +12,7 @@ import scipy.sparse
 import torch
 from skipcoder.pipeline.capture import capture
 from skipcoder.pipeline.hookpoints import Hookpoint
+from skipcoder.pipeline.tokens import bos_of
 from skipcoder.trainer.coder import CoderOutput
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ class TextReader:
         self.trunk = getattr(model, "base_model", model)
         self.hookpoint = Hookpoint("it", facts["read"], facts["write"])
         self.tokenizer, self.special, self.batch_tokens = tokenizer, list(special), batch_tokens
-        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        ends = (bos_of(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id)
         self.first = next((token for token in ends if token is not None), self.special[0] if self.special else 0)
 
     def tokens(self, texts: Sequence[str], most: int | None = None) -> list[list[int]]:

@@ -15,21 +15,29 @@ _SAME = ("kind", "k", "width", "activation", "side", "seed")
 def spliced_together(evaluator: Evaluator, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """For each set of runs that differ by their hookpoint alone: cross-entropy and KL with all of them spliced, all
     ablated, all reduced to their skips."""
-    sets: dict[tuple, list[Run]] = {}
-    for run in runs:
-        sets.setdefault(tuple(str(run.summary.get(key)) for key in _SAME), []).append(run)
     rows = []
-    for some in sets.values():
-        for a, b in combinations(some, 2):
-            if a.summary["hookpoint"] == b.summary["hookpoint"]:
-                raise UserError(f"together=true: {a.path} and {b.path} replace the same MLP; narrow runs=")
+    for some in sets_of(runs):
         parts: dict[tuple, list[Part]] = {}
         for run in some:
             run.coder.to(evaluator.device)
             for name, (_, part) in evaluator.replacements(run).items():
                 parts.setdefault((name,), []).append(part)
         losses = evaluator.losses(parts)
+        for run in some:
+            run.coder.cpu()
         row = {key: some[0].summary[key] for key in _SAME if key in some[0].summary}
         row["hookpoints"] = [run.summary["hookpoint"] for run in some]
         rows.append(row | summary(losses[None], {key[0]: found for key, found in losses.items() if key is not None}))
     return rows
+
+
+def sets_of(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that differ by their hookpoint alone; UserError where two of them replace the same MLP."""
+    sets: dict[tuple, list[Run]] = {}
+    for run in runs:
+        sets.setdefault((run.store_path, *(str(run.summary.get(key)) for key in _SAME)), []).append(run)
+    for some in sets.values():
+        for a, b in combinations(some, 2):
+            if a.summary["hookpoint"] == b.summary["hookpoint"]:
+                raise UserError(f"together=true: {a.path} and {b.path} replace the same MLP; narrow runs=")
+    return list(sets.values())

@@ -76,6 +76,9 @@ def test_split_latents_are_found_and_counted() -> None:
     codes[is_letter, 7] = 3  # one latent tells it all
     codes[:, 20:] = RNG.random((1000, 30)) < 0.1
     assert split_latents(scipy.sparse.csr_array(codes), is_letter)[0] == [7]
+    for scale in (1e-3, 1e3):  # the same coder, its decoder the other way
+        assert split_latents(scipy.sparse.csr_array(scale * codes), is_letter)[0] == [7]
+    assert split_latents(scipy.sparse.csr_array((1000, 50)), is_letter) == ([], [])
     halves = np.flatnonzero(is_letter)
     codes[:, 7] = 0
     codes[halves[::2], 7] = 3

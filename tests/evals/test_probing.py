@@ -1,10 +1,12 @@
 """Probing of planted features, and the labelled texts."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.sparse
+import torch
 from skipcoder.evals import erasure, labelled
 from skipcoder.evals.config import ErasureConfig, ProbingConfig
 from skipcoder.evals.probing import Task, chosen
@@ -60,6 +62,14 @@ def test_bundled_data_are_the_113_binary_tasks_of_sae_probes() -> None:
     assert not np.array_equal(places, labelled.balanced(data.labels, 200, "another"))
 
 
+def test_the_same_text_is_not_in_training_and_in_test() -> None:
+    """Cut alike is the same; of contradictory labels nothing stays, nor of a text without a token."""
+    data = labelled.Labelled("d", list("abcdef"), np.array([0, 1, 0, 1, 0, 1]), ["n", "y"])
+    rows = [[0, 5], [0, 6], [0, 5], [0, 7], [0, 7], [0]]
+    kept, cut = labelled.distinct(data, rows)
+    assert kept.texts == ["a", "b"] and kept.labels.tolist() == [0, 1] and cut == [[0, 5], [0, 6]]
+
+
 def test_csv_of_the_user(tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
     path.write_text('prompt,target,spurious\n"a, b\nc",yes,1\nd,no,0\ne,yes,1\n')
@@ -77,34 +87,41 @@ def test_csv_of_the_user(tmp_path: Path) -> None:
         labelled.find("mine")
 
 
-def planted_erasure(monkeypatch: pytest.MonkeyPatch, labels: np.ndarray, latent_of: np.ndarray) -> None:
+def planted_erasure(monkeypatch: pytest.MonkeyPatch, labels: np.ndarray, latent_of: np.ndarray) -> Any:
     """Every text's y is that of its latents, with a little noise; latent i writes along dimension i."""
     W_dec = np.eye(12)
 
     class FakeRun:
         class coder:  # noqa: N801
+            W_dec = torch.eye(12, dtype=torch.float64)
+
             class cfg:  # noqa: N801
                 width = 12
 
-    def read(reader: object, runs: list, texts: list, most: int):
+    def read(reader: object, runs: list, rows: list):
         rng = np.random.default_rng(1)
         codes = 0.05 * rng.random((len(labels), 12))
         for column in latent_of.T:
             codes[np.arange(len(labels)), column] += 3
-        kept = [int(text) for text in texts]
+        kept = [row[1] for row in rows]
         yield FakeRun, codes[kept] @ W_dec, scipy.sparse.csr_array(codes[kept])
 
     monkeypatch.setattr(erasure, "_read", read)
-    monkeypatch.setattr(erasure, "_W_dec", lambda run: W_dec)
+
+    class FakeReader:
+        def tokens(self, texts: list[str], most: int) -> list[list[int]]:
+            return [[0, int(text)] for text in texts]
+
+    return FakeReader()
 
 
 def test_tpp_of_planted_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ablating a class' one latent takes its probe from right to always-no (balanced accuracy 1/2) and no other's."""
     labels = np.arange(300) % 3
-    planted_erasure(monkeypatch, labels, labels[:, None])
+    reader = planted_erasure(monkeypatch, labels, labels[:, None])
     data = labelled.Labelled("toy", [str(i) for i in range(300)], labels, ["a", "b", "c"])
     monkeypatch.setattr(labelled, "find", lambda name: data)
-    (found,) = erasure.tpp(None, [None], ErasureConfig(texts=300, ablate=[2, 50]))  # type: ignore[arg-type,list-item]
+    (found,) = erasure.tpp(reader, [None], ErasureConfig(texts=300, ablate=[2, 50]))  # type: ignore[arg-type,list-item]
     assert found["tpp_2"] == pytest.approx(0.5, abs=0.05)
     assert found["tpp_2_ci"][0] <= found["tpp_2"] <= found["tpp_2_ci"][1]
     assert "tpp_50" not in found  # more latents than there are
@@ -115,9 +132,9 @@ def test_scr_of_a_planted_shortcut(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     attributes = rng.integers(0, 2, (800, 2))
     latents = np.stack([attributes[:, 0], 2 + attributes[:, 1], 2 + attributes[:, 1]], 1)
-    planted_erasure(monkeypatch, attributes, latents)
+    reader = planted_erasure(monkeypatch, attributes, latents)
     monkeypatch.setattr(erasure, "two_attributes", lambda cfg: ([str(i) for i in range(800)], attributes))
-    (found,) = erasure.scr(None, [None], ErasureConfig(texts=800, ablate=[2]))  # type: ignore[arg-type,list-item]
+    (found,) = erasure.scr(reader, [None], ErasureConfig(texts=800, ablate=[2]))  # type: ignore[arg-type,list-item]
     assert found["scr_accuracy_oracle"] > 0.99
     assert found["scr_accuracy_biased"] < 0.9
     assert found["scr_2"] > 0.9

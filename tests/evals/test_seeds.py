@@ -17,9 +17,17 @@ def test_the_same_latents_in_another_order_and_length_are_all_shared() -> None:
 
 
 def test_means_and_intervals_over_seeds() -> None:
-    same = {"hookpoint": "h", "kind": "sae", "k": 4, "width": 8, "activation": "topk", "side": "output"}
+    same = {
+        "hookpoint": "h",
+        "kind": "sae",
+        "k": 4,
+        "width": 8,
+        "activation": "topk",
+        "side": "output",
+        "configuration": "a",
+    }
     rows = [{**same, "seed": seed, "fvu": fvu} for seed, fvu in enumerate((0.1, 0.2, 0.3))]
-    rows.append({**same, "k": 8, "seed": 0, "fvu": 0.5, "fvu_ci": [0.4, 0.6]})
+    rows.append({**same, "k": 8, "configuration": "b", "seed": 0, "fvu": 0.5, "fvu_ci": [0.4, 0.6]})
     assert groups(rows) == [[0, 1, 2], [3]]
     three, one = over_seeds(rows, [None] * 4)
     assert three["seeds"] == 3 and three["fvu"] == pytest.approx(0.2)

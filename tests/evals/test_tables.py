@@ -158,7 +158,16 @@ def test_bad_input_is_named(sweep: Path, store: ActivationStore) -> None:
     run.coder.meta["hookpoint"] = "layers.9.mlp"
     with pytest.raises(UserError, match=r"trained on layers.9.mlp, which .* lacks"):
         Evaluator(store, 128, 4, "cpu").check(run)
-    with pytest.raises(UserError, match="the vocabulary holds only"):
-        evaluate(EvaluateConfig(run=str(sweep / "6"), tasks=[Task.absorption], ce_tokens=128))
-    with pytest.raises(UserError, match="knows too few cities"):
-        evaluate(EvaluateConfig(run=str(sweep / "6"), tasks=[Task.ravel], ce_tokens=128))
+
+
+def test_a_task_that_the_model_cannot_do_loses_nothing_else(sweep: Path, capsys: pytest.CaptureFixture) -> None:
+    out = sweep / "few.json"
+    evaluate(
+        EvaluateConfig(
+            runs=str(sweep / "6"), out=str(out), tasks=[Task.absorption, Task.ravel, Task.core], ce_tokens=128,
+            controls=[Control.affine],
+        )
+    )  # fmt: skip
+    (row,) = read(out)
+    assert row["fvu"] < 1 and "knows too few cities" in row["ravel_problem"]
+    assert "vocabulary holds only" in row["absorption_problem"] and "absorption: " in capsys.readouterr().out
