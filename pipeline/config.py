@@ -46,6 +46,9 @@ class ModelConfig:
     """Name of the GGUF file inside `id`, when the weights are not safetensors."""
     dtype: Dtype = Dtype.bfloat16
     attention: str = "sdpa"
+    shuffle: int | None = None
+    """Seed with which the entries of every weight matrix are permuted: a control, a model that has learned nothing but
+    whose weights are distributed as they were."""
     hookpoints: list[str] = field(default_factory=list)
     """Default hookpoints of this model: module names, globs allowed (`layers.*.mlp`)."""
     write_modules: dict[str, str] = field(default_factory=dict)

@@ -1,6 +1,7 @@
 """Find, fingerprint and load language models and their tokenizers (transformers does the work)."""
 
 import contextlib
+import hashlib
 import importlib.util
 import logging
 from collections.abc import Iterable, Iterator
@@ -58,6 +59,7 @@ def identity(cfg: ModelConfig) -> dict[str, Any]:
         "fingerprint": content,  # weights, configuration and tokenizer files alike
         "dtype": cfg.dtype.value,
         "attention": cfg.attention,
+        **({} if cfg.shuffle is None else {"shuffle": cfg.shuffle}),
     }
 
 
@@ -142,7 +144,24 @@ def _load(auto_class: Any, cfg: ModelConfig, device: str, config: Any) -> "torch
         attn_implementation=cfg.attention,
         **options,
     )
-    return model.to(device).eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
+    if cfg.shuffle is not None:
+        _shuffle(model, cfg.shuffle)
+    return model.to(device)
+
+
+def _shuffle(model: "torch.nn.Module", seed: int) -> None:
+    """Permute the entries of every matrix, by its name, so that a part of the model is shuffled as the whole is."""
+    import torch
+
+    for name, weight in model.named_parameters():
+        if weight.ndim >= 2:
+            key = name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
+            generator = torch.Generator().manual_seed(
+                int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:7])
+            )
+            order = torch.randperm(weight.numel(), generator=generator)
+            weight.copy_(weight.flatten()[order].view_as(weight))
 
 
 def _config(cfg: ModelConfig) -> Any:
