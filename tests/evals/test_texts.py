@@ -10,11 +10,13 @@ from skipcoder.evals.erasure import scr, tpp
 from skipcoder.evals.probing import probing
 from skipcoder.evals.ravel import Pair, Patch, Prompt
 from skipcoder.evals.run import Run
+from skipcoder.evals.saebench import SaeBenchSAE
 from skipcoder.evals.texts import Pooled, TextReader, pool_dense
+from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer import bank as training
 from skipcoder.trainer.coder import CoderOutput
-from skipcoder.trainer.config import Kind
+from skipcoder.trainer.config import Activation, CoderConfig, Kind
 
 from tests.trainer.test_run import config
 
@@ -127,3 +129,27 @@ def test_exchanged_latents_reach_the_logits(reader: TextReader, run: Run, lm: An
     handle.remove()
     assert not torch.equal(wanted, plain)
     torch.testing.assert_close(patch.logits([pair], torch.ones(64)), wanted, rtol=0.05, atol=0.05)
+
+
+def test_coders_with_varying_numbers_of_latents(
+    reader: TextReader, store: ActivationStore, lm: Any, tmp_path: Any
+) -> None:
+    """batchtopk pads its codes with zeros of latent 0; neither RAVEL nor sae-bench's form may take them for real."""
+    cfg = config(store, Kind.sae)
+    cfg.coder = CoderConfig(kind=Kind.sae, k=4, width=64, activation=Activation.batchtopk)
+    training.train(cfg, tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    x = store.activations("layers.1.mlp", "output", 0, 64).float()
+    sae = SaeBenchSAE(run.coder, "tiny", "blocks.1.hook_mlp_out", 1)
+    assert (run.coder(x).values == 0).any()
+    torch.testing.assert_close(sae(x), run.coder(x).y_hat, rtol=1e-5, atol=1e-5)
+    assert sae.W_enc.shape == (24, 64) and sae.cfg.d_sae == 64
+    prompts = [Prompt(t, "kind", reader.tokens([t])[0], at=4, answer=0) for t in (TEXTS[2], TEXTS[0], TEXTS[2][2:])]
+    pairs = [Pair(prompts[0], prompts[1]), Pair(prompts[1], prompts[2])]
+    patch = Patch(run, lm, reader)
+    together = patch.logits(pairs, torch.ones(64))
+    for row, pair in zip(together, pairs, strict=True):
+        torch.testing.assert_close(row, patch.logits([pair], torch.ones(64))[0], rtol=0.05, atol=0.05)
+    with pytest.raises(UserError, match="sae-bench evaluates SAEs alone"):
+        run.coder.cfg.kind = Kind.transcoder
+        SaeBenchSAE(run.coder, "tiny", "blocks.1.hook_mlp_out", 1)
