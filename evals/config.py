@@ -212,6 +212,7 @@ class Scorer(Enum):
     fuzzing = "fuzzing"
     embedding = "embedding"
     simulation = "simulation"
+    intervention = "intervention"
 
 
 @dataclass

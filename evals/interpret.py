@@ -9,7 +9,7 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
-from skipcoder.evals.config import InterpretConfig
+from skipcoder.evals.config import InterpretConfig, Scorer
 from skipcoder.pipeline import cli
 
 MOST_COMPARED = 8
@@ -41,6 +41,7 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> None:
 
     device = pick_device(cfg.device, "device")
     stores = {path: ActivationStore.open(path) for path in dict.fromkeys(run.store_path for run in runs)}
+    models = Models(stores, device)
     cache = Path(cfg.judge.cache) if cfg.judge.cache else runs[0].path.parent / "judge.sqlite"
     rows, made = [], []
     async with Judge(cfg.judge, cache) as judge:
@@ -51,7 +52,8 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> None:
                 total = sum(b - a for units in index.missing() for a, b in map(store.unit_range, units))
                 with cli.progress("encoding", total) as advance:
                     index.build(device, advance)
-            interpreter = Interpreter(index, load_tokenizer(model_config(store.attrs)), cfg, judge)
+            model = models[run.store_path] if Scorer.intervention in cfg.scorers else None
+            interpreter = Interpreter(index, load_tokenizer(model_config(store.attrs)), cfg, judge, model)
             made.append(interpreter)
             if cfg.delphi is not None:
                 export(index, Path(cfg.delphi) / ("_".join(run.path.parts[-2:]) if cfg.runs else ""))
@@ -66,15 +68,27 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> None:
         write_atomically(Path(cfg.out), json.dumps(rows, indent=2).encode())
         print(f"wrote {cfg.out}")
     if cfg.pages:
-        _write_pages(made, stores)
+        _write_pages(made, models)
 
 
-def _write_pages(interpreters: list[Any], stores: dict[str, Any]) -> None:
+class Models(dict):
+    """{path of a store: its language model}, loaded when it is asked for."""
+
+    def __init__(self, stores: dict[str, Any], device: str) -> None:
+        super().__init__()
+        self.stores, self.device = stores, device
+
+    def __missing__(self, path: str) -> Any:
+        from skipcoder.pipeline.cache import model_config
+        from skipcoder.pipeline.model import load_causal_lm
+
+        self[path] = load_causal_lm(model_config(self.stores[path].attrs), self.device)
+        return self[path]
+
+
+def _write_pages(interpreters: list[Any], models: "Models") -> None:
     from skipcoder.evals.pages import write_pages
-    from skipcoder.pipeline.cache import model_config
-    from skipcoder.pipeline.model import load_causal_lm
 
-    models = {path: load_causal_lm(model_config(store.attrs), "cpu") for path, store in stores.items()}
     for one in interpreters:
         run = one.index.run
         others = [o.index.run for o in interpreters if o is not one][:MOST_COMPARED]
@@ -89,7 +103,7 @@ def _say(path: Path, summary: dict[str, Any]) -> None:
         f"{path}: {summary['explained']} of {summary['latents']} latents explained; {use['requests']} requests, "
         f"{use['cached']} answers from the cache, {use['failures']} failures, cost {use['cost']:.2f}"
     )
-    for name in ("detection", "fuzzing", "embedding", "simulation", "shuffled_explanations"):
+    for name in ("detection", "fuzzing", "embedding", "simulation", "intervention", "shuffled_explanations"):
         if name in summary:
             score = summary[name]
             keys = [key for key in ("balanced_accuracy", "f1", "auroc", "correlation") if key in score]

@@ -14,9 +14,11 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import torch
 from skipcoder.evals import calibration, questions, simulation
 from skipcoder.evals.config import InterpretConfig, Scorer
 from skipcoder.evals.examples import ExampleMaker, Examples, Window
+from skipcoder.evals.intervention import Steering
 from skipcoder.evals.judge import Judge
 from skipcoder.evals.latents import LatentIndex
 from skipcoder.evals.scores import Answers, over_latents
@@ -27,8 +29,18 @@ from skipcoder.pipeline.place import write_atomically
 class Interpreter:
     """Explains and scores latents of one run."""
 
-    def __init__(self, index: LatentIndex, tokenizer: Any, cfg: InterpretConfig, judge: Judge) -> None:
+    def __init__(
+        self,
+        index: LatentIndex,
+        tokenizer: Any,
+        cfg: InterpretConfig,
+        judge: Judge,
+        model: torch.nn.Module | None = None,
+    ) -> None:
+        """`model`: the language model, for the scorer `intervention`."""
         self.index, self.tokenizer, self.cfg, self.judge = index, tokenizer, cfg, judge
+        self.steering = None if model is None else Steering(model, index.run)
+        self._steering_lock = asyncio.Lock()
         self.maker = ExampleMaker(index, cfg.examples)
         self.folder = index.run.path / "interpretation"
         asked = {
@@ -111,6 +123,8 @@ class Interpreter:
         """The judge's answers to all test windows and negatives, shuffled, a few in each question."""
         if scorer is Scorer.embedding:
             return await self._embedded(explanation, examples)
+        if scorer is Scorer.intervention:
+            return await self._steered(explanation, examples)
         fuzzing = scorer is Scorer.fuzzing
         marks = [questions.marked(window) for window in examples.test] + questions.false_marks(examples)
         windows = examples.test + examples.negative
@@ -148,6 +162,27 @@ class Interpreter:
             found.probability.append(float((1 + a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12)) / 2))
         return found
 
+    async def _steered(self, explanation: str, examples: Examples) -> Answers:
+        """In which of two continuations was the latent strengthened? Half of the time it is the second."""
+        assert self.steering is not None
+        async with self._steering_lock:  # the model has hooks on while it is steered
+            pairs = await asyncio.to_thread(self.steering.pairs, examples)
+        second = np.random.default_rng(examples.latent).permutation(np.arange(len(pairs)) % 2).tolist()
+        texts = [[self.tokenizer.decode(tokens) for tokens in pair] for pair in pairs]
+        shown = [(p, a, b) if last else (p, b, a) for (p, a, b), last in zip(texts, second, strict=True)]
+        found = Answers()
+        for start in range(0, len(shown), self.cfg.shown):
+            part = slice(start, start + self.cfg.shown)
+            count = len(shown[part])
+            said, probability = await self._answers(questions.choose(explanation, shown[part]), count)
+            if said is None:
+                found.failed += count
+                continue
+            found.truth += second[part]
+            found.said += said
+            found.probability += probability or [None] * count
+        return found
+
     async def _simulated(self, explanation: str, examples: Examples) -> dict[str, Any]:
         """Correlation of the judge's guesses with the activations in test windows and negatives."""
         windows = examples.test + examples.negative
@@ -165,11 +200,16 @@ class Interpreter:
     async def _classify(
         self, explanation: str, texts: Sequence[str], fuzzing: bool
     ) -> tuple[list[int] | None, list[float] | None]:
-        count = len(texts)
+        return await self._answers(questions.classify(explanation, texts, fuzzing), len(texts))
+
+    async def _answers(self, messages: list[dict[str, str]], count: int) -> tuple[list[int] | None, list[float] | None]:
         answer = await self.judge.ask(
-            questions.classify(explanation, texts, fuzzing), 20 + 6 * count,
-            lambda text: questions.read_answers(text, count), questions.classify_schema(count), logprobs=True,
-        )  # fmt: skip
+            messages,
+            20 + 6 * count,
+            lambda text: questions.read_answers(text, count),
+            questions.classify_schema(count),
+            logprobs=True,
+        )
         return answer.value, questions.read_probabilities(answer.logprobs, count)
 
     async def _shuffled(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -53,6 +53,24 @@ def classify(explanation: str, excerpts: Sequence[str], fuzzing: bool) -> list[M
     return [{"role": "system", "content": system}, {"role": "user", "content": shown}]
 
 
+_CHOOSE = (
+    "A feature of a language model is described by this explanation:\n{explanation}\n\n"
+    "The model wrote two continuations of each numbered excerpt. For one of them the feature was made stronger. Decide "
+    "which: 0 for the first, 1 for the second. "
+    'Answer with JSON that holds one number for each excerpt, in their order: {{"answers": [{zeros}]}}'
+)
+
+
+def choose(explanation: str, excerpts: Sequence[tuple[str, str, str]]) -> list[Message]:
+    """Ask which of two continuations (text, first, second) the feature was strengthened for."""
+    system = _CHOOSE.format(explanation=explanation, zeros=", ".join("0" * len(excerpts)))
+    shown = "\n\n".join(
+        f"Excerpt {number}: {text}\nFirst: {first}\nSecond: {second}"
+        for number, (text, first, second) in enumerate(excerpts, 1)
+    )
+    return [{"role": "system", "content": system}, {"role": "user", "content": shown}]
+
+
 EXPLAIN_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"explanation": {"type": "string"}},

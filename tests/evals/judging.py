@@ -25,6 +25,7 @@ class Oracle:
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self.chance = random.Random(0)
+        self.pushed = ""
 
     def explanation(self, user: str) -> str:
         """The word that is marked most often."""
@@ -35,6 +36,9 @@ class Oracle:
         """Whether each excerpt fits the explanation."""
         word = re.search(r"The word '(.*?)'\.", system)
         assert word is not None, system
+        if "continuations" in system:  # the steered one holds the token that was pushed
+            pairs = re.findall(r"First: (.*?)\nSecond: (.*?)(?=\n\nExcerpt|\Z)", user, re.DOTALL)
+            return [int(second.count(self.pushed) > first.count(self.pushed)) for first, second in pairs]
         excerpts = re.split(r"(?:^|\n\n)Excerpt \d+: ", user)[1:]
         truth = []
         for excerpt in excerpts:

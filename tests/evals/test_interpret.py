@@ -14,11 +14,13 @@ from skipcoder.evals import simulation
 from skipcoder.evals.config import ExamplesConfig, InterpretConfig, JudgeConfig, Negatives, Scorer
 from skipcoder.evals.examples import ExampleMaker
 from skipcoder.evals.interpret import interpret
+from skipcoder.evals.intervention import Steering
 from skipcoder.evals.latents import LatentIndex
 from skipcoder.evals.run import Run
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer import bank as training
+from skipcoder.trainer import checkpoint
 from skipcoder.trainer.config import Kind
 from transformers import AutoTokenizer
 
@@ -228,6 +230,32 @@ def test_simulation_reads_what_the_judge_would_have_said(fresh: Path, store: Act
     found = outcome(fresh)
     assert found["simulation"]["correlation"] is None and found["simulation"]["failed"] == 10 * LATENTS
     assert found["problems"] == {"the server gives no log-probabilities of prompts": 10 * LATENTS}
+
+
+def test_steered_continuations_are_told_from_plain_ones(fresh: Path, store: ActivationStore, lm: Any) -> None:
+    """Decoder rows that raise one token's logit: the oracle looks for that token. The strength is the same in nats for
+    rows of any length, and nothing changes before the prompt's end."""
+    run = Run.open(fresh)
+    tokenizer = AutoTokenizer.from_pretrained(store.attrs["model"]["id"])
+    unembed = lm.get_output_embeddings().weight.float() * lm.base_model.norm.weight.float()
+    run.coder.W_dec[:] = 100 * unembed[300]
+    checkpoint.save_coder(run.coder, fresh / "checkpoint")
+    index = LatentIndex(Run.open(fresh), store)
+    (index.folder / "identity.json").write_text(json.dumps(index.identity()))
+    oracle = Oracle()
+    teach(oracle, fresh, store)
+    oracle.pushed = tokenizer.decode([300])
+    with oracle.serving() as url:
+        interpret(asked(fresh, url, scorers=[Scorer.intervention]))
+    found = outcome(fresh)["intervention"]
+    assert found["latents"] == LATENTS and found["failed"] == 0 and found["balanced_accuracy"] > 0.8
+    steering = Steering(lm, index.run)
+    prompts = [[5, 9, 30, 77], [8, 3, 99, 12, 61, 7]]
+    short, long = (steering.strength(prompts, factor * unembed[300]) * factor for factor in (0.1, 10.0))
+    assert short == pytest.approx(long, rel=0.2)
+    plain, steered = (steering._next(prompts, vector).log_softmax(-1) for vector in (None, long * unembed[300]))
+    assert float((plain.exp() * (plain - steered)).sum(-1).mean()) == pytest.approx(0.5, rel=0.15)
+    assert steering.continued(prompts, 0 * unembed[300]) == steering.continued(prompts, None)
 
 
 def test_guesses_are_means_over_what_the_judge_weighs() -> None:
