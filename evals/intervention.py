@@ -2,8 +2,8 @@
 
 At the last token of a prompt and everywhere behind it, s W_dec_i is added to what the MLP writes. s is chosen so that
 the next-token distribution moves by KL_NATS on average, the same for every latent and coder: a coder with longer
-decoder rows gains nothing. The prompts are test windows up to the first token on which the latent fires. (After Paulo et al.,
-arXiv 2410.13928, who ask another model for the likelihood of the explanation; here the judge chooses.)
+decoder rows gains nothing. The prompts are test windows up to the first token on which the latent fires. (After Paulo
+et al., arXiv 2410.13928, who ask another model for the likelihood of the explanation; here the judge chooses.)
 
 Legend: B prompts, E width of y, V vocabulary.
 """
