@@ -111,7 +111,7 @@ def write(
                 + (
                     ""
                     if all(row["judge_usable"] for row in judged)
-                    else "The judge failed its calibration: no evidence."
+                    else "The judge did not pass its calibration: no evidence."
                 ),
                 _figure(lambda a, scorer=scorer: _against_fvu(a, judged, scorer)),  # type: ignore[misc]
             )
