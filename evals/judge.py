@@ -153,11 +153,12 @@ class Judge:
         """And whether this is an answer at all: gateways in trouble send pages of HTML with a good status."""
         try:
             content = response.json()
-            assert content.get("data") or isinstance(content["choices"][0], dict)
+            if not content.get("data") and not isinstance(content["choices"][0], dict):
+                raise TypeError
             usage = content.get("usage") or {}
             self.prompt_tokens += int(usage.get("prompt_tokens") or 0)
             self.completion_tokens += int(usage.get("completion_tokens") or 0)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError):
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             raise _BusyError("the server's answer is not that of a chat API") from None
 
     async def prompt_logprobs(self, prompt: str, alternatives: int) -> list[dict[str, Any] | None] | None:

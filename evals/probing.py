@@ -44,7 +44,7 @@ def probing(reader: TextReader, runs: Sequence[Run], cfg: ProbingConfig) -> list
             raise UserError(
                 f"probing: {name} gives only {len(places)} texts; it needs both classes in training and test"
             )
-        task = Task(labels[:split], labels[split:], cfg.ks, name)
+        task = Task(labels[:split], labels[split:], cfg.ks)
         batches = list(reader.read([rows[i] for i in places]))
         dense = {side: pool_dense(batches, side, len(places)) for side in ("input", "output")}
         shared = {"dense_x": task.dense(dense["input"]), "dense_y": task.dense(dense["output"])}
@@ -65,7 +65,7 @@ def probing(reader: TextReader, runs: Sequence[Run], cfg: ProbingConfig) -> list
 
 
 def chosen(cfg: ProbingConfig) -> list[str]:
-    """Names of the data sets: all, those asked for, or DEFAULT of them spread over the list."""
+    """Names of the data sets: all, those asked for, or `count` of them spread over the list."""
     names = labelled.binary_names() if cfg.datasets is None or cfg.datasets == ["all"] else cfg.datasets
     if cfg.datasets is None:
         return [names[i] for i in np.linspace(0, len(names) - 1, cfg.count).astype(int)]
@@ -75,8 +75,8 @@ def chosen(cfg: ProbingConfig) -> list[str]:
 class Task:
     """One data set's labels, for features whose rows are its training texts, then its test texts."""
 
-    def __init__(self, train: np.ndarray, test: np.ndarray, ks: Sequence[int], seed: str) -> None:
-        self.train, self.test, self.ks, self.seed = train, test, ks, seed
+    def __init__(self, train: np.ndarray, test: np.ndarray, ks: Sequence[int]) -> None:
+        self.train, self.test, self.ks = train, test, ks
 
     def sparse(self, features: Any, permuted: bool = False) -> dict[str, float]:
         """`k1`, `k1_auc`, ...: probes on the k columns that differ most between the classes in training."""

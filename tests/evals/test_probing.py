@@ -18,7 +18,7 @@ LABELS = np.arange(TRAIN + TEST) % 2
 
 
 def task(ks: tuple[int, ...] = (1, 2)) -> Task:
-    return Task(LABELS[:TRAIN], LABELS[TRAIN:], ks, "it")
+    return Task(LABELS[:TRAIN], LABELS[TRAIN:], ks)
 
 
 def noise() -> np.ndarray:
@@ -31,9 +31,7 @@ def test_a_planted_latent_is_found_and_permuted_labels_are_at_chance() -> None:
     found = task().sparse(scipy.sparse.csr_array(features))
     assert found["k1"] > 0.97 and found["k1_auc"] > 0.99
     assert found == task().sparse(features)  # sparse or not
-    permuted = [
-        Task(RNG.permutation(LABELS[:TRAIN]), LABELS[TRAIN:], (1,), "").sparse(noise())["k1"] for _ in range(20)
-    ]
+    permuted = [Task(RNG.permutation(LABELS[:TRAIN]), LABELS[TRAIN:], (1,)).sparse(noise())["k1"] for _ in range(20)]
     # 20 x 200 independent guesses: a standard deviation of 0.008
     assert np.mean(permuted) == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(20 * TEST))
     assert abs(task().sparse(features, permuted=True)["k1"] - 0.5) < 0.2
