@@ -1,6 +1,5 @@
 """Evaluate trained coders: `python evals/evaluate.py run=DIR`, or `runs='GLOB' out=FILE` for a sweep."""
 
-import glob
 import json
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from skipcoder.evals.config import EvaluateConfig, Task
 from skipcoder.pipeline import cli
-from skipcoder.pipeline.errors import UserError
 
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 
@@ -24,6 +22,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     from skipcoder.evals.together import sets_of
     from skipcoder.pipeline.store import ActivationStore
     from skipcoder.trainer.assemble import pick_device
+    from skipcoder.trainer.checkpoint import find_runs
 
     paths = [Path(cfg.run)] if cfg.run else find_runs(cfg.runs or "")
     runs = [Run.open(path) for path in paths]
@@ -105,16 +104,6 @@ def _write_parquet(table: list[dict[str, Any]], path: Path) -> None:
 
     columns = dict.fromkeys(key for row in table for key in row)  # not all kinds have all
     pq.write_table(pa.table({key: [row.get(key) for row in table] for key in columns}), path)
-
-
-def find_runs(pattern: str) -> list[Path]:
-    """Run directories that the glob matches, in natural order; UserError where there is none."""
-    from natsort import natsorted
-
-    found = [Path(p) for p in natsorted(glob.glob(pattern)) if (Path(p) / "config.yaml").is_file()]
-    if not found:
-        raise UserError(f"runs={pattern!r} matches no run directory (one that holds config.yaml)")
-    return found
 
 
 _SHOWN = {

@@ -20,8 +20,8 @@ ConfigStore.instance().store(name="interpret_schema", node=InterpretConfig)
 
 def interpret(cfg: InterpretConfig) -> None:
     """Explain and score latents of every chosen run, then write the pages."""
-    from skipcoder.evals.evaluate import find_runs
     from skipcoder.evals.run import Run
+    from skipcoder.trainer.checkpoint import find_runs
 
     paths = [Path(cfg.run)] if cfg.run else find_runs(cfg.runs or "")
     runs = [Run.open(path) for path in paths]
@@ -48,10 +48,7 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> None:
         for run in runs:
             store = stores[run.store_path]
             index = LatentIndex(run, store)
-            if index.missing():
-                total = sum(b - a for units in index.missing() for a, b in map(store.unit_range, units))
-                with cli.progress("encoding", total) as advance:
-                    index.build(device, advance)
+            index.ensure(device)
             model = models[run.store_path] if Scorer.intervention in cfg.scorers else None
             interpreter = Interpreter(index, load_tokenizer(model_config(store.attrs)), cfg, judge, model)
             made.append(interpreter)

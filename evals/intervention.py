@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from skipcoder.evals.examples import Examples
 from skipcoder.evals.run import Run
-from skipcoder.evals.splice import splice
+from skipcoder.evals.sites import replacing
 from torch import Tensor, nn
 
 KL_NATS, TOLERANCE, STEPS = 0.5, 0.1, 12
@@ -75,5 +75,5 @@ class Steering:
         first = last if starts is None else torch.tensor(starts, device=self.device) - 1
         before_BT = torch.arange(tokens.shape[1], device=self.device) < first[:, None]
         write = self.run.site("write")
-        with splice(self.model, write, write, lambda y: y.float() + vector_E, before_BT):
+        with replacing(self.model, write, write, lambda y: y.float() + vector_E, before_BT):
             return self.model(tokens, use_cache=False).logits[batch, last].float()

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save
 from skipcoder.evals.run import Run
+from skipcoder.pipeline import cli
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.place import write_atomically
 from skipcoder.pipeline.store import ActivationStore
@@ -85,6 +86,13 @@ class LatentIndex:
         for file in self.folder.glob("*-*.safetensors"):  # parts of a store before it grew
             if file.name not in kept:
                 file.unlink()
+
+    def ensure(self, device: str) -> None:
+        """Encode what is missing, with a bar."""
+        if units := [unit for part in self.missing() for unit in part]:
+            total = sum(b - a for a, b in map(self.store.unit_range, units))
+            with cli.progress("encoding", total) as advance:
+                self.build(device, advance)
 
     def of(self, latent: int) -> Firing:
         """Everywhere that the latent fires."""

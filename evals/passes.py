@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from skipcoder.evals.splice import Site, splice
+from skipcoder.evals.sites import Site, replacing
 from torch import Tensor, nn
 
 Replace = Callable[[Tensor], Tensor]
@@ -64,7 +64,7 @@ def token_losses(
                 stack.enter_context(_handing_out(below[key], outputs))
                 for part in parts:
                     keep = None if part.keep_BT is None else part.keep_BT[rows]
-                    stack.enter_context(splice(model, part.read, part.write, part.replace, keep))
+                    stack.enter_context(replacing(model, part.read, part.write, part.replace, keep))
                 found[key].append(_losses(_logits(model, tokens), clean, tokens))
     return {
         key: TokenLosses(*(torch.cat(losses) for losses in zip(*batches, strict=True)))

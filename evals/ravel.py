@@ -20,7 +20,7 @@ import torch
 from skipcoder.evals.bootstrap import interval
 from skipcoder.evals.config import RavelConfig
 from skipcoder.evals.run import Run
-from skipcoder.evals.splice import Site, splice
+from skipcoder.evals.sites import Site, replacing
 from skipcoder.evals.texts import TextReader
 from skipcoder.pipeline.errors import UserError
 from torch import Tensor, nn
@@ -226,5 +226,5 @@ def _last_logits(
         new[rows, at] = new_BE
         return new.view_as(y_ND)
 
-    with splice(model, write, write, exchange, keep_BT):
+    with replacing(model, write, write, exchange, keep_BT):
         return model(tokens, use_cache=False).logits[rows, last]

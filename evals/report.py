@@ -23,7 +23,7 @@ _COLOURS = {
     "neurons": "#6b6f76",
     "affine": "#3a8f5c",
 }
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "skipcoder",
     "font.family": "sans-serif",
@@ -98,7 +98,7 @@ def write(
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["cell"] = _cell
     environment.filters["with_interval"] = _with_interval
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figures = [
             (title, caption, _figure(lambda a, key=key, line=line: _against_k(a, seeds, key, line)))  # type: ignore[misc]
             for key, (title, caption, line) in FRONTS.items()
@@ -120,14 +120,15 @@ def write(
         ]
         trained = [row for row in rows if (Path(row["run"]) / "metrics.jsonl").exists()]
         shown = _one_seed(trained)
-        figures += [
-            ("Training curves", "Batch FVU against tokens seen; one seed.", _figure(lambda a: _curves(a, shown))),
-            (
-                "How often latents fire",
-                f"Latents by the share of {rows[0]['n']:,} held-out tokens they fire on, silent ones left out.",
-                _figure(lambda a: _densities(a, shown)),
-            ),
-        ]
+        if shown:
+            figures += [
+                ("Training curves", "Batch FVU against tokens seen; one seed.", _figure(lambda a: curves(a, shown))),
+                (
+                    "How often latents fire",
+                    f"Latents by the share of {rows[0]['n']:,} held-out tokens they fire on, silent ones left out.",
+                    _figure(lambda a: densities(a, shown)),
+                ),
+            ]
     page = environment.from_string(template).render(
         rows=rows,
         seeds=seeds if len(seeds) < len(rows) else [],
@@ -262,7 +263,8 @@ def _look(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _curves(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def curves(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Training FVU of runs against tokens."""
     for row in rows:
         lines = [json.loads(line) for line in (Path(row["run"]) / "metrics.jsonl").read_text().splitlines()]
         axes.plot(
@@ -277,7 +279,8 @@ def _curves(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.legend(fontsize=8)
 
 
-def _densities(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def densities(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Histograms of firing densities, as ReconstructionMetrics gives them."""
     occupied: list[float] = []
     for row in rows:
         edges, counts = row["density_histogram"]["log10_edges"], row["density_histogram"]["latents"]

@@ -17,7 +17,7 @@ from skipcoder.evals.behaviour import summary
 from skipcoder.evals.bootstrap import MIN_ROWS
 from skipcoder.evals.metrics import ReconstructionMetrics
 from skipcoder.evals.passes import Part, Replace, TokenLosses, ablation, token_losses
-from skipcoder.evals.splice import Site
+from skipcoder.evals.sites import Site
 from skipcoder.pipeline import model as models
 from skipcoder.pipeline.cache import model_config
 from skipcoder.pipeline.errors import UserError

@@ -1,81 +1,175 @@
-"""Replace what a model's module takes or gives while the model runs.
+"""Run a language model with coders in place of its MLPs: read latents, edit them, see what they do.
 
-Legend: B rows, T positions, D read width, E written width.
+    with skipcoder.splice(model, {"layers.10.mlp": coder}) as spliced:
+        spliced["layers.10.mlp"].ablate(7)
+        model.generate(**inputs)
+
+Legend: B rows, T positions, N = B T tokens, K active latents, M latents, E written width.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from skipcoder.pipeline.capture import argument, first_tensor
+from skipcoder.evals.sites import Site, replacing
+from skipcoder.trainer.coder import SparseCoder
+from skipcoder.trainer.config import Kind
 from torch import Tensor, nn
 
+Edit = Callable[[Tensor], Tensor]
 
-class Site(NamedTuple):
-    """A place in a model: the input or the output of a module (named as in the model without its head)."""
 
-    module: str
-    side: str
+class Spliced:
+    """A coder in a model: what its latents were in the last forward pass, and how they are edited in the next."""
+
+    values: Tensor
+    """[B, T, K] activations in the last forward pass, before edits."""
+    indices: Tensor
+    """int64 [B, T, K] the latents."""
+    y_hat: Tensor
+    """[N, E] what was written, edits included."""
+
+    def __init__(self, coder: SparseCoder) -> None:
+        self.coder = coder
+        self.edits: list[tuple[int, Edit]] = []
+
+    def edit(self, latent: int, function: Edit) -> None:
+        """From now on the latent's activation v [N] (0 where it does not fire) becomes function(v)."""
+        if not 0 <= latent < self.coder.cfg.width:
+            raise ValueError(f"latent {latent}: this coder has latents 0 to {self.coder.cfg.width - 1}")
+        self.edits.append((latent, function))
+
+    def ablate(self, *latents: int) -> None:
+        """Switch latents off."""
+        for latent in latents:
+            self.edit(latent, torch.zeros_like)
+
+    def scale(self, latent: int, factor: float) -> None:
+        """Multiply its activation."""
+        self.edit(latent, lambda v: factor * v)
+
+    def add(self, latent: int, amount: float) -> None:
+        """Add to its activation, also where it does not fire: steering along its decoder direction."""
+        self.edit(latent, lambda v: v + amount)
+
+    def set(self, latent: int, value: float) -> None:
+        """Hold it at a value everywhere."""
+        self.edit(latent, lambda v: torch.full_like(v, value))
+
+    def clear(self) -> None:
+        """Forget all edits."""
+        self.edits.clear()
+
+    def of(self, latent: int) -> Tensor:
+        """[B, T] its activation in the last forward pass, before edits."""
+        return self._of(latent, self.values, self.indices)
+
+    def attribution(self, scalar: Tensor) -> Tensor:
+        """[B, T, K] of a scalar of the last forward pass (as a logit): d scalar / d activation x activation, the share
+        of each latent to first order, all paths from this MLP on included."""
+        (gradient,) = torch.autograd.grad(scalar, self.y_hat, retain_graph=True)
+        lead = self.values.shape[:2]
+        directions = self.coder.W_dec[self.indices]
+        return self.values.detach() * torch.einsum("bte,btke->btk", gradient.view(*lead, -1), directions)
+
+    def _of(self, latent: int, values: Tensor, indices: Tensor) -> Tensor:
+        return (values * (indices == latent)).sum(-1)
+
+    def _run(self, x_ND: Tensor, shape: tuple[int, int], delta_only: bool) -> Tensor:
+        codes = self.coder.encode(x_ND)
+        values_NK, indices_NK = codes.padded()
+        self.values, self.indices = values_NK.view(*shape, -1), indices_NK.view(*shape, -1)
+        y_hat = self.coder.decode(codes, x_ND)
+        delta = torch.zeros_like(y_hat)
+        # Adding to the output what an edit changes is exact, as the decoder is linear, and works for silent latents.
+        change: dict[int, Tensor] = {}
+        for latent, function in self.edits:
+            before = self._of(latent, values_NK, indices_NK)
+            now = before + change.get(latent, torch.zeros_like(before))
+            change[latent] = function(now) - before
+        for latent, change_N in change.items():
+            delta = delta + change_N[:, None] * self.coder.W_dec[latent]
+        self.y_hat = delta if delta_only else y_hat + delta
+        if torch.is_grad_enabled() and not self.y_hat.requires_grad:
+            self.y_hat.requires_grad_()
+        return self.y_hat
 
 
 @contextmanager
 def splice(
     model: nn.Module,
-    read: Site,
-    write: Site,
-    replace: Callable[[Tensor], Tensor],
-    keep_BT: Tensor | None = None,
-) -> Iterator[None]:
-    """While active, what passes `write` becomes replace(what passed `read`).
+    coders: Mapping[str, SparseCoder],
+    *,
+    keep_error: bool = False,
+    first_positions: int | None = None,
+    special_tokens: Collection[int] | None = None,
+) -> Iterator[dict[str, Spliced]]:
+    """While active, `coders` stand in for the MLPs of the hookpoints that they are named by; works with generate().
 
-    `replace` maps [N, D] to [N, E]. Positions where `keep_BT` is True pass unchanged.
+    `keep_error`: the model's own output stays, and only what edits change is added. Positions that a coder was not
+    trained on pass unreplaced: the first ones of each row (`first_positions`; None: as in its training) and those of
+    `special_tokens` (token ids; None: begin, end and padding of the model, if its training left special ones out).
+    Raises ValueError for a hookpoint that the model lacks and for coders of other widths.
     """
-    modules = dict(getattr(model, "base_model", model).named_modules())
-    for site in (read, write):
-        if site.module not in modules:
-            raise ValueError(f"this model has no module {site.module!r}; was the coder trained on another model?")
-    seen: list[Tensor] = []
-
-    def remember(value: Tensor) -> None:
-        seen.append(value.reshape(-1, value.shape[-1]))
-
-    def replacement(original: Tensor) -> Tensor:
-        new = replace(seen.pop()).to(original.dtype).view_as(original)
-        if keep_BT is None:
-            return new
-        return torch.where(keep_BT.reshape(*original.shape[:-1], 1), original, new)
-
-    handles = [
-        _hook(modules[read.module], read.side, remember),
-        _hook(modules[write.module], write.side, replacement),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    spliced = {name: Spliced(coder) for name, coder in coders.items()}
+    now = _Positions()
+    with ExitStack() as stack:
+        trunk = getattr(model, "base_model", model)
+        stack.callback(trunk.register_forward_pre_hook(now.see, with_kwargs=True).remove)
+        for name, one in spliced.items():
+            kept = one.coder.meta.get("data", {}).get("filter", {})
+            first = first_positions if first_positions is not None else kept.get("first_positions", 0)
+            special = special_tokens
+            if special is None:
+                special = _special(model) if kept.get("special_tokens") else ()
+            stack.enter_context(
+                replacing(
+                    model,
+                    *_sites(name, one.coder),
+                    lambda x, one=one: one._run(x.float(), now.shape, keep_error),  # type: ignore[misc]
+                    lambda first=first, special=special: now.excluded(first, special),  # type: ignore[misc]
+                    adds=keep_error,
+                )
+            )
+        yield spliced
 
 
-def _hook(module: nn.Module, side: str, act: Callable[[Tensor], Tensor | None]) -> Any:
-    """Call `act` on a module's input or output; what it returns, unless None, takes the place."""
-    if side == "input":
+class _Positions:
+    """Where in their rows the tokens of the forward pass under way stand: generate() hands the model one at a time."""
 
-        def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-            old = argument(args, kwargs)
-            new = act(old)
-            if new is None:
-                return None
-            if args:
-                return (new, *args[1:]), kwargs
-            return args, {key: new if value is old else value for key, value in kwargs.items()}
+    def see(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A forward pass begins."""
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        like = tokens if tokens is not None else kwargs["inputs_embeds"][..., 0]
+        self.tokens_BT, (b, t) = tokens, like.shape
+        self.shape = (b, t)
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if isinstance(mask, Tensor) and mask.ndim == 2:  # padding on the left counts for nothing
+            self.position_BT = (mask.long().cumsum(1) - 1)[:, -t:]
+        else:
+            past = int(cache.get_seq_length()) if cache is not None else 0
+            self.position_BT = torch.arange(past, past + t, device=like.device).expand(b, t)
 
-        return module.register_forward_pre_hook(before, with_kwargs=True)
+    def excluded(self, first: int, special: Collection[int]) -> Tensor:
+        """bool [B, T]."""
+        keep = self.position_BT < first
+        if special and self.tokens_BT is not None:
+            keep = keep | torch.isin(self.tokens_BT, torch.tensor(sorted(special), device=keep.device))
+        return keep
 
-    def after(_: nn.Module, args: tuple, output: Any) -> Any:
-        new = act(first_tensor(output))
-        if new is None:
-            return None
-        return new if isinstance(output, Tensor) else type(output)((new, *output[1:]))
 
-    return module.register_forward_hook(after)
+def _special(model: nn.Module) -> list[int]:
+    found: set[int] = set()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(model.config, name, None)
+        found |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return sorted(found)
+
+
+def _sites(name: str, coder: SparseCoder) -> tuple[Site, Site]:
+    """As the coder was trained, if it was for this hookpoint; else the sides of the module of that name."""
+    if coder.meta.get("hookpoint") == name:
+        return Site(**coder.meta["read"]), Site(**coder.meta["write"])
+    read = "output" if coder.cfg.kind is Kind.sae else "input"
+    return Site(name, read), Site(name, "output")

@@ -13,6 +13,8 @@ if (_root / "pyproject.toml").is_file():
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from skipcoder.evals.export import push_to_hub as push_to_hub
+    from skipcoder.evals.splice import splice as splice
     from skipcoder.pipeline.store import ActivationStore as ActivationStore
     from skipcoder.trainer.coder import SparseCoder as SparseCoder
     from skipcoder.trainer.stream import ActivationStream as ActivationStream
@@ -21,8 +23,10 @@ _PUBLIC = {
     "ActivationStore": "skipcoder.pipeline.store",
     "ActivationStream": "skipcoder.trainer.stream",
     "SparseCoder": "skipcoder.trainer.coder",
+    "push_to_hub": "skipcoder.evals.export",
+    "splice": "skipcoder.evals.splice",
 }
-__all__ = ["ActivationStore", "ActivationStream", "SparseCoder"]
+__all__ = ["ActivationStore", "ActivationStream", "SparseCoder", "push_to_hub", "splice"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """What a run is built from: the device, the store, a learner that starts from the store's statistics."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from skipcoder.trainer.stream import ActivationStream, TokenFilter
 
 def open_store(cfg: TrainConfig) -> ActivationStore:
     """The complete store that the configuration means; its path is written into the configuration."""
-    cfg.store.path = _store_path(cfg)
+    cfg.store.path = store_path(cfg.store.path)
     store = ActivationStore.open(cfg.store.path)
     if not store.is_complete:
         raise UserError(
@@ -89,34 +90,37 @@ def pick_device(asked: str | None, key: str = "train.device") -> str:
 
 def provenance(store: ActivationStore, hookpoint: str, learner: Learner) -> dict[str, Any]:
     """Where a coder came from and where it attaches, for coder.json."""
+    meta = attachment(store, hookpoint, learner.sides, token_filter(learner.cfg))
+    scales = {"input": learner.scales.s_in, "output": learner.scales.s_out, "folded": True}
+    data = meta.pop("data") | {"train_tokens": learner.tokens}
+    return {**meta, "scales": scales, "data": data, "seed": learner.cfg.seed}
+
+
+def attachment(store: ActivationStore, hookpoint: str, sides: tuple[str, str], kept: TokenFilter) -> dict[str, Any]:
+    """Where a coder that reads and writes these sides of a store's hookpoint attaches to its model."""
     facts = store.hookpoints[hookpoint]
     site = {
         "input": {"module": facts["read"], "side": "input"},
         "output": {"module": facts["write"], "side": "output"},
     }
-    read, write = learner.sides
+    read, write = sides
     return {
         "model": store.attrs["identity"]["model"],
         "hookpoint": hookpoint,
         "read": site[read],
         "write": site[write],
-        "scales": {"input": learner.scales.s_in, "output": learner.scales.s_out, "folded": True},
         "data": {
             "store_identity": store.attrs["identity_hash"],
             "source": store.attrs["data"],
-            "train_tokens": learner.tokens,
-            "filter": {
-                "first_positions": learner.cfg.stream.first_positions,
-                "special_tokens": learner.cfg.stream.special_tokens,
-            },
+            "filter": asdict(kept),
         },
-        "seed": learner.cfg.seed,
     }
 
 
-def _store_path(cfg: TrainConfig) -> str:
-    if cfg.store.path is not None:
-        return cfg.store.path
+def store_path(asked: str | None) -> str:
+    """The asked store; without a wish the only one under stores/."""
+    if asked is not None:
+        return asked
     found = sorted(Path("stores").glob("*.zarr"))
     if len(found) == 1:
         return str(found[0])

@@ -1,5 +1,6 @@
 """Files of a run: the coder for users, the state for resuming. Every file appears whole or not at all."""
 
+import glob
 import json
 from enum import Enum
 from pathlib import Path
@@ -64,6 +65,16 @@ def load_coder(path: Path) -> SparseCoder:
     own = ("format_version", "dtype", "subtract_decoder_bias")
     coder.meta = {key: value for key, value in description.items() if key not in own}
     return coder.requires_grad_(False).eval()
+
+
+def find_runs(pattern: str) -> list[Path]:
+    """Run directories that the glob matches, in natural order; UserError where there is none."""
+    from natsort import natsorted
+
+    found = [Path(p) for p in natsorted(glob.glob(pattern)) if (Path(p) / "config.yaml").is_file()]
+    if not found:
+        raise UserError(f"runs={pattern!r} matches no run directory (one that holds config.yaml)")
+    return found
 
 
 def save_state(state: dict[str, Any], folder: Path) -> None:

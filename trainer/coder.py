@@ -151,3 +151,13 @@ class SparseCoder(nn.Module):
         from skipcoder.trainer.checkpoint import load_coder
 
         return load_coder(Path(path))
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str, revision: str | None = None, subfolder: str | None = None, **options: Any
+    ) -> "SparseCoder":
+        """Load a coder of a folder, or of ORG/NAME on the Hugging Face Hub, in any format that can be imported
+        (docs/formats.md); `options` are those of the format."""
+        from skipcoder.trainer import formats, hub
+
+        return formats.read(hub.folder_of(name, revision, subfolder), **options)

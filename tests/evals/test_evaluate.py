@@ -13,7 +13,7 @@ from skipcoder.evals import run as run_module
 from skipcoder.evals.config import EvaluateConfig
 from skipcoder.evals.evaluate import evaluate
 from skipcoder.evals.run import Evaluator, Run
-from skipcoder.evals.splice import splice
+from skipcoder.evals.sites import replacing
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer import bank as training
@@ -135,7 +135,7 @@ def test_spliced_cross_entropy_is_that_of_a_plain_hook(
     hook = mlp.register_forward_hook(lambda _, args, out: run.coder(args[0]).y_hat.to(out.dtype))
     wanted = evaluator.model(evaluator.tokens_BT).logits
     hook.remove()
-    with splice(evaluator.model, run.site("read"), run.site("write"), lambda x: run.coder(x).y_hat):
+    with replacing(evaluator.model, run.site("read"), run.site("write"), lambda x: run.coder(x).y_hat):
         assert torch.equal(evaluator.model(evaluator.tokens_BT).logits, wanted)
     losses = torch.nn.functional.cross_entropy(
         wanted[:, :-1].flatten(0, 1).float(), evaluator.tokens_BT[:, 1:].flatten()

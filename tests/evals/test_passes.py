@@ -12,7 +12,7 @@ from skipcoder.evals import bootstrap
 from skipcoder.evals.behaviour import by_position, recovered, summary
 from skipcoder.evals.bootstrap import interval
 from skipcoder.evals.passes import Part, TokenLosses, ablation, token_losses
-from skipcoder.evals.splice import Site, splice
+from skipcoder.evals.sites import Site, replacing
 from skipcoder.pipeline.hookpoints import resolve
 
 from tests.pipeline.test_capture import ARCHITECTURES
@@ -43,9 +43,9 @@ def test_layers_below_are_not_run_and_change_nothing(name: str) -> None:
     found = token_losses(lm, tokens, 4, replacements)
     assert ran == [2, 2, 6, 6]  # for the model as it is and for "first"; the others above only, once more to try
     for key, chosen in replacements.items():
-        with splice(lm, *chosen[0][:3]):
+        with replacing(lm, *chosen[0][:3]):
             if len(chosen) > 1:
-                with splice(lm, *chosen[1][:3]):
+                with replacing(lm, *chosen[1][:3]):
                     logits = lm(tokens, use_cache=False).logits
             else:
                 logits = lm(tokens, use_cache=False).logits
@@ -84,7 +84,7 @@ def test_layers_that_write_into_their_input_or_hand_on_more(aside: bool) -> None
     lm, tokens = Careless(aside), torch.arange(40).view(4, 10)
     read, write = Site("layers.2.mlp", "input"), Site("layers.2.mlp", "output")
     found = token_losses(lm, tokens, 2, {"zero": [Part(read, write, ablation(torch.zeros(8)))]})
-    with splice(lm, read, write, ablation(torch.zeros(8))):
+    with replacing(lm, read, write, ablation(torch.zeros(8))):
         log_q = lm(tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
     torch.testing.assert_close(found["zero"].ce_BT, -log_q.gather(2, tokens[:, 1:, None]).squeeze(2).double())
 
@@ -98,7 +98,7 @@ def test_cross_entropy_is_transformers_own_and_kl_is_the_formula(lm: Any, tokens
         assert float(found[None].ce_BT.mean()) == pytest.approx(theirs, rel=1e-3)  # bf16 model
         assert found[None].kl_BT.abs().max() == 0 and found["zero"].kl_BT.min() >= -1e-6
     log_p = lm(tokens).logits[:, :-1].double().log_softmax(-1)
-    with splice(lm, IN, OUT, ablation(torch.zeros(24))):
+    with replacing(lm, IN, OUT, ablation(torch.zeros(24))):
         log_q = lm(tokens).logits[:, :-1].double().log_softmax(-1)
     wanted = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
     torch.testing.assert_close(found["zero"].kl_BT, wanted, rtol=1e-4, atol=1e-5)

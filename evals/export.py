@@ -1,0 +1,178 @@
+"""Coders as another tool's files: written beside their place, read back, compared on held-out activations, and only
+then put there."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from skipcoder.evals import card
+from skipcoder.evals.delphi import export as export_firings
+from skipcoder.evals.latents import LatentIndex
+from skipcoder.evals.run import Run
+from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer import formats, hub
+from skipcoder.trainer.assemble import pick_device
+from skipcoder.trainer.coder import SparseCoder
+from skipcoder.trainer.config import Activation, Kind
+from skipcoder.trainer.formats import circuit_tracer, plain, saelens, sparsify
+from skipcoder.trainer.formats.config import ExportConfig, Target, TopK
+from skipcoder.trainer.formats.fit import ROWS, Sample, fit
+from skipcoder.trainer.thresholds import converted
+from torch import Tensor
+
+CALIBRATION_TOKENS = 2**14
+
+HOW_TO_LOAD = {
+    Target.plain: "SparseCoder.load({!r})",
+    Target.sparsify: "sparsify.SparseCoder.load_from_disk({!r})",
+    Target.saelens: "sae_lens.SAE.load_from_disk({!r})",
+    Target.circuit_tracer: "circuit_tracer.utils.hf_utils.load_transcoders, as {}/config.yaml says",
+    Target.delphi: "delphi.latents.LatentDataset({!r}, ...)",
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """One coder on its way out."""
+
+    run: Run
+    store: ActivationStore
+    coder: SparseCoder
+    changed: dict[str, Any]
+    """What differs from the run's coder, for the metadata; {} if nothing does."""
+
+    @cached_property
+    def held_out(self) -> Sample:
+        """Activations that the coder was not trained on."""
+        return Sample.of(self.store, self.run.summary["hookpoint"], self.run.filter)
+
+    def read_side(self, sample: Sample) -> Tensor:
+        """[N, D] of what the coder reads."""
+        return sample.side(self.run.site("read").side)
+
+    def with_thresholds(self) -> "Export":
+        """Thresholds in place of top-k, and what that changes on held-out tokens."""
+        sample = Sample.of(self.store, self.run.summary["hookpoint"], self.run.filter, "train", CALIBRATION_TOKENS)
+        coder = converted(self.coder, self.read_side(sample))
+        sides = self.run.site("read").side, self.run.site("write").side
+        before, after = fit(self.coder, self.held_out, *sides), fit(coder, self.held_out, *sides)
+        changed = {
+            "skipcoder_conversion": "top-k to thresholds",
+            **{
+                f"{key}_{when}": found[key] for when, found in (("topk", before), ("threshold", after)) for key in found
+            },
+        }
+        print(
+            f"{self.run.path}: top-k became thresholds: L0 {before['l0']:.1f} -> {after['l0']:.1f}, "
+            f"held-out FVU {before['fvu']:.4f} -> {after['fvu']:.4f}"
+        )
+        return replace(self, coder=coder, changed=changed)
+
+
+def export(cfg: ExportConfig, paths: Sequence[Path]) -> Path:
+    """Write, verify and, if asked, push."""
+    out = Path(cfg.out)
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise UserError(f"out={out} is not empty; choose another folder, or delete it")
+    exports = [_open(path, cfg) for path in paths]
+    names = [e.run.summary["hookpoint"] for e in exports]
+    if len(set(names)) < len(names) and cfg.format is not Target.circuit_tracer:
+        raise UserError(f"runs={cfg.runs} has several coders of one hookpoint ({', '.join(names)}); choose one of each")
+    work = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        if cfg.format is Target.delphi:
+            _write_firings(exports, work)
+        elif cfg.format is Target.circuit_tracer:
+            exports = [_suited_to_circuit_tracer(e, cfg.topk) for e in exports]
+            circuit_tracer.write([e.coder for e in exports], work)
+            for e in exports:
+                layer = circuit_tracer.layer_of(e.coder.meta["write"]["module"])
+                _compare(e, work / f"layer_{layer}.safetensors", formats.read(work, "circuit_tracer", layer=layer))
+        else:
+            exports = [_write_one(e, cfg, work if cfg.run else work / e.run.summary["hookpoint"]) for e in exports]
+        if cfg.format is not Target.delphi:
+            card.write(work, [e.run for e in exports], cfg.format.value, cfg.license, [e.changed for e in exports])
+        if out.exists():
+            out.rmdir()
+        work.rename(out)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    print(f"{out}: {cfg.format.value}, {len(exports)} coder{'s' * (len(exports) > 1)}; read it by")
+    print(f"  {HOW_TO_LOAD[cfg.format].format(str(out))}")
+    if cfg.push is not None:
+        print(f"pushed: {hub.upload(out, cfg.push, cfg.private)}")
+    return out
+
+
+def push_to_hub(run: str | Path, name: str, private: bool = False, license: str | None = None) -> str:
+    """Put a run's coder with its model card on the Hugging Face Hub as ORG/NAME, where `SparseCoder.from_pretrained`
+    finds it; returns the address of the commit."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        opened = Run.open(Path(run))
+        plain.write(opened.coder, Path(folder))
+        card.write(Path(folder), [opened], "plain", license, [{}])
+        return hub.upload(Path(folder), name, private)
+
+
+def _open(path: Path, cfg: ExportConfig) -> Export:
+    run = Run.open(path)
+    store = ActivationStore.open(cfg.store.path or run.store_path)
+    run.check(store)
+    return Export(run, store, run.coder, {})
+
+
+def _write_one(e: Export, cfg: ExportConfig, folder: Path) -> Export:
+    write: Callable[[SparseCoder, Path], None] = sparsify.write if cfg.format is Target.sparsify else plain.write
+    if cfg.format is Target.saelens:
+        if e.coder.cfg.activation is Activation.topk and e.coder.cfg.kind is not Kind.sae:
+            if cfg.topk is None:
+                raise UserError(
+                    f"{e.run.path}: SAELens has no top-k transcoder. topk=exact writes one for the classes of "
+                    "skipcoder.trainer.formats.saelens_classes, which must be imported where it is loaded; "
+                    "topk=thresholds writes one that loads anywhere and fires above a threshold instead"
+                )
+            e = e.with_thresholds() if cfg.topk is TopK.thresholds else e
+        saelens.write(e.coder, folder, e.changed)
+    else:
+        write(e.coder, folder)
+    _compare(e, folder, formats.read(folder, cfg.format.value))
+    return e
+
+
+def _suited_to_circuit_tracer(e: Export, topk: TopK | None) -> Export:
+    if e.coder.cfg.activation is not Activation.topk or e.coder.cfg.kind is Kind.sae:
+        return e
+    if topk is TopK.thresholds:
+        return e.with_thresholds()
+    few = int((e.coder(e.read_side(e.held_out)).values.amin(-1) <= 0).sum())
+    if few:
+        raise UserError(
+            f"{e.run.path}: on {few} of {e.held_out.tokens} held-out tokens fewer than k={e.coder.cfg.k} latents are "
+            "positive; circuit-tracer's top-k would take negative ones there. topk=thresholds exports thresholds"
+        )
+    return e
+
+
+@torch.no_grad()
+def _compare(e: Export, place: Path, again: SparseCoder) -> None:
+    """The coder read back must give the same bits."""
+    for x in e.read_side(e.held_out).split(ROWS):
+        if not torch.equal(e.coder(x).y_hat, again(x).y_hat):
+            raise RuntimeError(f"{place}: read back, it is not the run's coder; nothing was exported, please report")
+
+
+def _write_firings(exports: Sequence[Export], folder: Path) -> None:
+    for e in exports:
+        index = LatentIndex(e.run, e.store)
+        index.ensure(pick_device(None))
+        export_firings(index, folder)

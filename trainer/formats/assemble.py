@@ -1,0 +1,69 @@
+"""Tensors and files to coders and back, for all formats. Legend: M latents."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from skipcoder.pipeline.errors import UserError
+from skipcoder.trainer.coder import SparseCoder
+from skipcoder.trainer.config import Activation, CoderConfig, Kind
+from torch import Tensor
+
+
+@torch.no_grad()
+def assemble(
+    kind: Kind, activation: Activation, k: int, tensors: Mapping[str, Tensor], subtracts_b_dec: bool | None = None
+) -> SparseCoder:
+    """A coder of these tensors, named and shaped as SparseCoder's. `subtracts_b_dec`: whether they were made for an
+    encoder that takes x - b_dec; ours does so for SAEs and not for transcoders, and the difference goes into b_enc.
+    None: as ours."""
+    (m, d_in), d_out = tensors["W_enc"].shape, len(tensors["b_dec"])
+    if kind is Kind.sae and d_in != d_out:
+        raise UserError(f"an SAE reconstructs what it reads, but these weights lead from {d_in} to {d_out} dimensions")
+    coder = SparseCoder(CoderConfig(kind=kind, activation=activation, k=min(k, m), width=m), d_in, d_out)
+    expected = {name: tuple(tensor.shape) for name, tensor in coder.state_dict().items()}
+    found = {name: tuple(tensors[name].shape) for name in expected if name in tensors}
+    if found != expected or len(tensors) > len(expected):
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        raise UserError(f"a {kind} must have tensors of shapes {expected}, not {found}")
+    coder.load_state_dict({name: tensor.float().contiguous() for name, tensor in tensors.items()})
+    ours = kind is Kind.sae
+    if subtracts_b_dec not in (None, ours):
+        shift_M = coder.W_enc.double() @ coder.b_dec.double()
+        coder.b_enc.add_(shift_M.float(), alpha=1 if ours else -1)
+    return coder
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; UserError where the file is none."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds no JSON object")
+    return found
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+
+
+def need(tensors: dict[str, Any], names: tuple[str, ...], file: Path) -> None:
+    """UserError unless all are there."""
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise UserError(f"{file} lacks {', '.join(missing)}; it holds {', '.join(sorted(tensors))}")
+
+
+def refuse(coder: SparseCoder, format: str, reason: str) -> UserError:
+    """The error for a coder that a format cannot hold."""
+    return UserError(f"{format} cannot hold this {coder.cfg.kind} ({coder.cfg.activation.value}): {reason}")

@@ -1,0 +1,91 @@
+"""circuit-tracer (0.4): one folder for all layers of a model, config.yaml and layer_0.safetensors, layer_1...
+
+It holds transcoders and skip transcoders of one width: with top-k, if as many latents as k are above zero on every
+token (it keeps what top-k chooses, negative or not, where ours is zero), or with thresholds of at least 0 (jumprelu,
+batchtopk). Loaded from a folder of this machine by `ReplacementModel.from_pretrained` it forgets top-k and takes all
+positive latents; config.yaml says how to load it there. From the Hub it does not.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from skipcoder.pipeline.errors import UserError
+from skipcoder.trainer.coder import SparseCoder
+from skipcoder.trainer.config import Activation, Kind
+from skipcoder.trainer.formats.assemble import assemble, need, read_tensors, refuse
+from skipcoder.trainer.formats.hooks import layer_of, transformer_lens
+
+MARK = "layer_*.safetensors"
+_THRESHOLD = "activation_function.threshold"
+_LOCAL = """\
+# Of a folder on this machine, circuit-tracer's ReplacementModel.from_pretrained ignores `activation`. Load it by:
+#   config = yaml.safe_load(open("config.yaml")) | {"transcoders": [absolute paths of layer_0.safetensors, ...]}
+#   load_transcoders(config | {"repo_id": "", "scan": "NAME"}, ...)
+#   ReplacementModel.from_pretrained_and_transcoders(...)
+"""
+
+
+def write(coders: Sequence[SparseCoder], folder: Path) -> None:
+    """One transcoder for each layer from 0 on, in any order."""
+    for coder in coders:
+        if coder.cfg.kind is Kind.sae:
+            raise refuse(coder, "circuit_tracer", "it replaces MLPs, so it needs transcoders")
+        if coder.cfg.activation is Activation.groupmax:
+            raise refuse(coder, "circuit_tracer", "it has no group max")
+        if coder.d_in != coder.d_out:
+            raise refuse(coder, "circuit_tracer", f"it needs d_out = d_in, not {coder.d_out} and {coder.d_in}")
+        if coder.threshold is not None and coder.threshold.min() < 0:
+            raise refuse(coder, "circuit_tracer", "a threshold is below 0, and there is no ReLU beside it there")
+    by_layer = {layer_of(coder.meta["write"]["module"]): coder for coder in coders}
+    if sorted(by_layer) != list(range(len(coders))):
+        raise UserError(
+            f"circuit_tracer needs exactly one transcoder for each layer from 0 on, not of layers "
+            f"{sorted(layer_of(coder.meta['write']['module']) for coder in coders)}; choose them with runs=GLOB"
+        )
+    described = {
+        (c.cfg.width, c.cfg.activation, c.cfg.k if c.threshold is None else 0, c.d_in, c.W_skip is None) for c in coders
+    }
+    if len(described) > 1:
+        raise UserError("circuit_tracer needs equal kind, width, activation and k in all layers")
+    first = by_layer[0]
+    hooks = {which: {transformer_lens(c.meta[which]).split(".", 2)[-1] for c in coders} for which in ("read", "write")}
+    if any(len(names) > 1 for names in hooks.values()):
+        raise UserError(f"circuit_tracer needs one kind of place to read and one to write in all layers, not {hooks}")
+    config = {
+        "model_name": first.meta["model"]["id"],
+        "model_kind": "transcoder_set",
+        "feature_input_hook": hooks["read"].pop(),
+        "feature_output_hook": hooks["write"].pop(),
+        **({"activation": "topk", "k": first.cfg.k} if first.threshold is None else {}),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for layer, coder in by_layer.items():
+        tensors = coder.state_dict()
+        if coder.threshold is not None:
+            tensors[_THRESHOLD] = tensors.pop("threshold")
+        save_file(tensors, folder / f"layer_{layer}.safetensors")
+    (folder / "config.yaml").write_text(_LOCAL + yaml.safe_dump(config, sort_keys=False))
+
+
+def read(folder: Path, *, layer: int) -> SparseCoder:
+    """The transcoder of one layer. What its top-k chooses below zero counts as zero."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{folder / 'config.yaml'} cannot be read: {error}") from None
+    if config.get("model_kind") != "transcoder_set":
+        raise UserError(f"{folder}: model_kind={config.get('model_kind')}: only transcoder_set can be read")
+    file = folder / f"layer_{layer}.safetensors"
+    tensors = read_tensors(file)
+    need(tensors, ("W_enc", "b_enc", "W_dec", "b_dec"), file)
+    threshold = tensors.pop(_THRESHOLD, torch.zeros_like(tensors["b_enc"]))
+    activation = Activation.topk if config.get("activation") == "topk" else Activation.jumprelu
+    if activation is Activation.jumprelu:
+        tensors["threshold"] = torch.zeros_like(threshold) if config.get("activation") == "relu" else threshold
+    kind = Kind.skip_transcoder if "W_skip" in tensors else Kind.transcoder
+    coder = assemble(kind, activation, int(config.get("k", 32)), tensors)
+    coder.meta = {"imported": {"format": "circuit_tracer", "config": config, "layer": layer}}
+    return coder

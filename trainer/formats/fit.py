@@ -1,0 +1,49 @@
+"""How well a coder fits a store: a sample of activations, its FVU and L0 there. Legend: N tokens, E output width."""
+
+from typing import NamedTuple
+
+import torch
+from skipcoder.pipeline.store import ActivationStore
+from skipcoder.trainer.coder import SparseCoder
+from skipcoder.trainer.stream import ActivationStream, TokenFilter
+from torch import Tensor
+
+TOKENS = 2**15
+ROWS = 4096
+
+
+class Sample(NamedTuple):
+    """Activation pairs of some tokens of one hookpoint, in a random order."""
+
+    x_ND: Tensor
+    y_NE: Tensor
+
+    @staticmethod
+    def of(
+        store: ActivationStore, hookpoint: str, kept: TokenFilter, split: str = "held_out", tokens: int = TOKENS
+    ) -> "Sample":
+        """At most `tokens` of a split."""
+        stream = ActivationStream(store, hookpoint, tokens, split=split, filter=kept, epochs=1)
+        batch = next(iter(stream))
+        return Sample(batch.x, batch.y)
+
+    @property
+    def tokens(self) -> int:
+        """Their number."""
+        return len(self.x_ND)
+
+    def side(self, name: str) -> Tensor:
+        """`input` or `output` of the MLP."""
+        return self.x_ND if name == "input" else self.y_NE
+
+
+@torch.no_grad()
+def fit(coder: SparseCoder, sample: Sample, read: str, write: str) -> dict[str, float]:
+    """`fvu` (in float64) and `l0` of a coder that reads and writes these sides."""
+    y_NE = sample.side(write).double()
+    error, fired = 0.0, 0
+    for x, y in zip(sample.side(read).split(ROWS), y_NE.split(ROWS), strict=True):
+        out = coder(x)
+        error += float((y - out.y_hat).square().sum())
+        fired += int((out.values > 0).sum())
+    return {"fvu": error / float((y_NE - y_NE.mean(0)).square().sum()), "l0": fired / sample.tokens}

@@ -1,0 +1,23 @@
+"""Where a coder reads and writes, in TransformerLens' words."""
+
+import re
+from typing import Any
+
+from skipcoder.pipeline.errors import UserError
+
+
+def layer_of(module: str) -> int:
+    """The number in a module's name; UserError where there is none."""
+    found = re.search(r"\.(\d+)\.", f".{module}.")
+    if found is None:
+        raise UserError(f"module {module!r} holds no layer number")
+    return int(found[1])
+
+
+def transformer_lens(site: dict[str, Any]) -> str:
+    """Of a site ({"module", "side"}): the input of `layers.10.mlp` is `blocks.10.mlp.hook_in`, its output
+    `blocks.10.hook_mlp_out`, which is what the residual stream is given. UserError for other modules."""
+    module, side = site["module"], site["side"]
+    if not re.search(r"\.(mlp|post_feedforward_layernorm)$", module):
+        raise UserError(f"TransformerLens' name of module {module!r} is not known")
+    return f"blocks.{layer_of(module)}.{'mlp.hook_in' if side == 'input' else 'hook_mlp_out'}"
