@@ -75,8 +75,8 @@ def fit(model: Any, hookpoint: str, rows_RT: Tensor, batch_rows: int, recipe: Re
     sae = SparseCoderConfig(
         num_latents=recipe.width,
         k=recipe.k,
-        transcode=recipe.kind is not Kind.sae,
-        skip_connection=recipe.kind is Kind.skip_transcoder,
+        transcode=recipe.kind != Kind.sae,
+        skip_connection=recipe.kind == Kind.skip_transcoder,
     )
     cfg = TrainConfig(
         sae,
@@ -100,7 +100,7 @@ def measure(coder: Any, kind: Kind, x_ND: Tensor, y_NE: Tensor) -> dict[str, Any
     """FVU, dead fraction and the rest on held-out pairs, by our own metrics."""
     metrics = ReconstructionMetrics(y_NE.shape[1], coder.num_latents)
     for x, y in zip(x_ND.split(4096), y_NE.split(4096), strict=True):
-        x, y = (y.float(), y.float()) if kind is Kind.sae else (x.float(), y.float())
+        x, y = (y.float(), y.float()) if kind == Kind.sae else (x.float(), y.float())
         out = coder(x, y)
         metrics.update(y, out.sae_out, out.latent_acts, out.latent_indices)
     return metrics.result()

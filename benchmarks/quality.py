@@ -60,7 +60,7 @@ class Contest:
         metrics = ReconstructionMetrics(coder.d_out, coder.cfg.width)
         with torch.no_grad():
             for x, y in zip(self.x_held.float().split(4096), self.y_held.float().split(4096), strict=True):
-                out = coder(y if kind is Kind.sae else x)
+                out = coder(y if kind == Kind.sae else x)
                 metrics.update(y, out.y_hat, out.values, out.indices)
         return metrics.result()
 

@@ -39,7 +39,7 @@ def problems(store: Path | None, runs: list[Path]) -> list[tuple[str, SparseCode
             batch = next(iter(stream))
             moments = opened.moments(coder.meta["hookpoint"], side, positions=TokenFilter().classes)
             coder.encoding = replace(make_encoding(EncodeConfig(), moments, 1.0, "cpu"), mode="float32")
-            label = f"{coder.cfg.kind.value} k={coder.cfg.k}, {name} tokens"
+            label = f"{coder.cfg.kind} k={coder.cfg.k}, {name} tokens"
             found.append((label, coder, batch.x if side == "input" else batch.y))
     return found
 

@@ -54,7 +54,7 @@ def write(
         license=license,
         library_name="skipcoder" if format == "plain" else None,
         base_model=model if model.count("/") == 1 and not model.startswith(("/", ".")) else None,
-        tags=["sparse-coder", "interpretability", first.coder.cfg.kind.value],
+        tags=["sparse-coder", "interpretability", first.coder.cfg.kind],
     )
     kinds = " and ".join(sorted({_kind(run) for run in runs}))
     usage = "saelens_classes" if format == "saelens" and not any(changed) and _needs_classes(first) else format
@@ -75,12 +75,12 @@ def write(
 
 
 def _kind(run: Run) -> str:
-    kind = run.coder.cfg.kind.value.replace("_", " ")
+    kind = run.coder.cfg.kind.replace("_", " ")
     return "SAE" if kind == "sae" else kind.capitalize()
 
 
 def _needs_classes(run: Run) -> bool:
-    return run.coder.cfg.activation.value == "topk" and run.coder.cfg.kind.value != "sae"
+    return run.coder.cfg.activation == "topk" and run.coder.cfg.kind != "sae"
 
 
 def _describe(run: Run, changed: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _describe(run: Run, changed: dict[str, Any], folder: Path) -> dict[str, Any]
     source = meta["data"]["source"]
     steps = summary.get("steps")
     facts = {
-        "kind": f"{_kind(run)}, {cfg.activation.value}, k = {cfg.k}",
+        "kind": f"{_kind(run)}, {cfg.activation}, k = {cfg.k}",
         "latents": f"{cfg.width:,}",
         "reads": f"{meta['read']['side']} of `{meta['read']['module']}` ({run.coder.d_in})",
         "writes": f"{meta['write']['side']} of `{meta['write']['module']}` ({run.coder.d_out})",

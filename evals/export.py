@@ -134,7 +134,7 @@ def _open(path: Path, cfg: ExportConfig) -> Export:
 def _write_one(e: Export, cfg: ExportConfig, folder: Path) -> Export:
     write: Callable[[SparseCoder, Path], None] = sparsify.write if cfg.format is Target.sparsify else plain.write
     if cfg.format is Target.saelens:
-        if e.coder.cfg.activation is Activation.topk and e.coder.cfg.kind is not Kind.sae:
+        if e.coder.cfg.activation == Activation.topk and e.coder.cfg.kind != Kind.sae:
             if cfg.topk is None:
                 raise UserError(
                     f"{e.run.path}: SAELens has no top-k transcoder. topk=exact writes one for the classes of "
@@ -150,7 +150,7 @@ def _write_one(e: Export, cfg: ExportConfig, folder: Path) -> Export:
 
 
 def _suited_to_circuit_tracer(e: Export, topk: TopK | None) -> Export:
-    if e.coder.cfg.activation is not Activation.topk or e.coder.cfg.kind is Kind.sae:
+    if e.coder.cfg.activation != Activation.topk or e.coder.cfg.kind == Kind.sae:
         return e
     if topk is TopK.thresholds:
         return e.with_thresholds()

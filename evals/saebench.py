@@ -29,7 +29,7 @@ class SaeBenchSAE(nn.Module):
 
     def __init__(self, coder: SparseCoder, model_name: str, hook_name: str, layer: int) -> None:
         super().__init__()
-        if coder.cfg.kind is not Kind.sae:
+        if coder.cfg.kind != Kind.sae:
             raise UserError(f"sae-bench evaluates SAEs alone: it would compare a {coder.cfg.kind} with its own input")
         from sae_bench.custom_saes.custom_sae_config import CustomSAEConfig
 
@@ -213,8 +213,8 @@ def mean_max_cosine(W_MD: Tensor, rows: int = 2048) -> float:
 def _description(run: Run) -> dict[str, Any]:
     coder = run.coder
     return {
-        "architecture": coder.cfg.kind.value, "d_in": coder.d_in, "d_out": coder.d_out, "d_sae": coder.cfg.width,
-        "k": coder.cfg.k, "activation_fn": coder.cfg.activation.value, "model_name": run.summary["model"],
+        "architecture": coder.cfg.kind, "d_in": coder.d_in, "d_out": coder.d_out, "d_sae": coder.cfg.width,
+        "k": coder.cfg.k, "activation_fn": coder.cfg.activation, "model_name": run.summary["model"],
         "hook_name": coder.meta["read"]["module"], "hook_name_out": coder.meta["write"]["module"],
         "training_tokens": run.summary["train_tokens"],
     }  # fmt: skip

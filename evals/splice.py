@@ -171,5 +171,5 @@ def _sites(name: str, coder: SparseCoder) -> tuple[Site, Site]:
     """As the coder was trained, if it was for this hookpoint; else the sides of the module of that name."""
     if coder.meta.get("hookpoint") == name:
         return Site(**coder.meta["read"]), Site(**coder.meta["write"])
-    read = "output" if coder.cfg.kind is Kind.sae else "input"
+    read = "output" if coder.cfg.kind == Kind.sae else "input"
     return Site(name, read), Site(name, "output")

@@ -86,7 +86,7 @@ def _identity(cfg: CacheConfig, unit_rows: int) -> dict[str, Any]:
         "repeat": cfg.data.repeat,
         "hookpoints": sorted(cfg.hookpoints),
         "write_modules": dict(cfg.model.write_modules),
-        "codec": cfg.store.codec.value,
+        "codec": cfg.store.codec,
         "codec_revision": codec.REVISION,
         "compression": cfg.store.compression.value,
         "unit_rows": unit_rows,

@@ -14,9 +14,10 @@ then needs. A token with a massive activation is itself coarse: the trainer leav
 Legend: N tokens, D channels.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
+from skipcoder.pipeline.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,7 +143,26 @@ class Fp8(Int8):
         return codes_ND.view(torch.float8_e4m3fn).float()
 
 
-CODECS: dict[str, type[Bf16] | type[Int8]] = {"bf16": Bf16, "int8": Int8, "fp8": Fp8}
+class Codec(Protocol):
+    """What a codec must have."""
+
+    arrays: ClassVar[dict[str, Spec]]
+    """The arrays by suffix; the codes have none."""
+
+    @classmethod
+    def encode(cls, z_ND: "Tensor") -> Arrays:
+        """A unit's activations, of any float dtype, in stored order."""
+
+    @classmethod
+    def decode(cls, coded: Arrays) -> "Tensor":
+        """bfloat16 [N, D]; NaN where a code is the fill value."""
+
+    @staticmethod
+    def codes_of(values_ND: "Tensor") -> np.ndarray | None:
+        """Where codes of bfloat16 values lie in memory, if they are the values themselves."""
+
+
+CODECS: Registry[type[Codec]] = Registry("store.codec", {"bf16": Bf16, "int8": Int8, "fp8": Fp8})
 
 
 def channel_scale(sample_ND: "Tensor") -> "Tensor":

@@ -1,7 +1,7 @@
 """Configuration of `pipeline/cache.py`. Unknown keys, types and presets are refused by Hydra."""
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 
 from skipcoder.pipeline.errors import UserError
 
@@ -14,7 +14,9 @@ class Dtype(Enum):
     float32 = "float32"
 
 
-class Codec(Enum):
+class Codec(StrEnum):
+    """Those built in; codec.CODECS has all."""
+
     bf16 = "bf16"
     int8 = "int8"
     fp8 = "fp8"
@@ -25,7 +27,9 @@ class Compression(Enum):
     lz4 = "lz4"
 
 
-class SourceKind(Enum):
+class SourceKind(StrEnum):
+    """Those built in; text.SOURCES has all."""
+
     stdlib = "stdlib"
     text = "text"
     jsonl = "jsonl"
@@ -61,7 +65,8 @@ class ModelConfig:
 class DataConfig:
     """The text, and how it is cut into rows of tokens."""
 
-    kind: SourceKind = SourceKind.stdlib
+    kind: str = SourceKind.stdlib
+    """stdlib, text, jsonl, parquet, huggingface, or one of your own (docs/extending.md)."""
     path: str | None = None
     """File, directory or glob for text, jsonl and parquet; dataset id for huggingface."""
     subset: str | None = None
@@ -81,9 +86,10 @@ class DataConfig:
             raise UserError(f"data.tokens={self.tokens}: ask for at least 1 token")
         if self.context < 2:
             raise UserError(f"data.context={self.context}: a row needs at least 2 tokens")
-        if self.kind is not SourceKind.stdlib and not self.path:
-            what = "a dataset id" if self.kind is SourceKind.huggingface else "a file, directory or glob"
-            raise UserError(f"data.path is missing: data.kind={self.kind.value} needs {what}")
+        from skipcoder.pipeline.text import SOURCES
+
+        if (wanted := SOURCES[self.kind].path_is) and not self.path:
+            raise UserError(f"data.path is missing: data.kind={self.kind} needs {wanted}")
 
 
 @dataclass
@@ -92,7 +98,7 @@ class StoreConfig:
 
     path: str = "???"
     """A directory, or `s3://bucket/name.zarr`, `gs://...`."""
-    codec: Codec = Codec.bf16
+    codec: str = Codec.bf16
     """bf16: 2 bytes per activation before compression, lossless for a model in bfloat16; int8, fp8: 1 byte."""
     compression: Compression = Compression.zstd
     """zstd: smaller; lz4: about 1.5 times as fast to read."""
@@ -100,6 +106,9 @@ class StoreConfig:
     """Token rows in one unit of work (= one shard of every array). null: min(16384/context, rows/64)."""
 
     def __post_init__(self) -> None:
+        from skipcoder.pipeline.codec import CODECS
+
+        CODECS[self.codec]
         if self.unit_rows is not None and self.unit_rows < 1:
             raise UserError(f"store.unit_rows={self.unit_rows}: must be at least 1, or null to choose it")
 

@@ -69,7 +69,7 @@ def show(cfg: CacheConfig) -> None:
     stored = sum(size for _, size in plan.sizes.values())
     print(f"{cfg.store.path}: {plan.tokens:,} tokens, {len(plan.sizes)} hookpoints, {_bytes(plan.tokens * stored)}")
     for name, (raw, size) in plan.sizes.items():
-        print(f"  {name}: {raw:,} bytes a token, about {size:,.0f} as {cfg.store.codec.value}")
+        print(f"  {name}: {raw:,} bytes a token, about {size:,.0f} as {cfg.store.codec}")
     speed = plan.flops_per_second / 1e12
     print(f"  forward: {plan.flops / 1e9:.3g} GFLOP a token; at {speed:.3g} TFLOP/s at least {_time(plan.forward)}")
     print(f"  encoding and writing {_time(plan.write)}, reading {_time(plan.read)} (the disk not counted)")
@@ -83,7 +83,7 @@ def show(cfg: CacheConfig) -> None:
 
 def _codec(cfg: CacheConfig, chunk: int, d: int) -> tuple[float, float, float]:
     """(stored bytes, seconds to write, seconds to read) of one token of width d."""
-    codec, z_ND = CODECS[cfg.store.codec.value], torch.randn(chunk, d).bfloat16()
+    codec, z_ND = CODECS[cfg.store.codec], torch.randn(chunk, d).bfloat16()
     write = read = float("inf")
     for _ in range(3):  # the first warms up
         begun = time.perf_counter()

@@ -6,72 +6,104 @@ import json
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from natsort import natsorted
 from skipcoder.pipeline import fingerprint
 from skipcoder.pipeline.config import DataConfig, SourceKind
 from skipcoder.pipeline.errors import UserError
+from skipcoder.pipeline.registry import Registry
 
 PAUSES = (1, 2, 4, 8, 16, 32, 64)
 """Seconds to wait when a stream from the hub has broken, after what datasets tries by itself."""
 
-_SUFFIXES = {
-    SourceKind.text: (".txt", ".md", ".rst", ".py"),
-    SourceKind.jsonl: (".jsonl", ".ndjson"),
-    SourceKind.parquet: (".parquet",),
-}
+
+class Source(Protocol):
+    """Where documents come from."""
+
+    @property
+    def path_is(self) -> str:
+        """What `data.path` must be, "" where it is not needed."""
+
+    def documents(self, cfg: DataConfig) -> Iterator[str]:
+        """In their fixed order. Raises UserError naming file, line and remedy."""
+
+    def fingerprint(self, cfg: DataConfig) -> tuple[str | None, str]:
+        """The place, if it makes a difference, and a fingerprint of the content, without reading it all."""
 
 
 def documents(cfg: DataConfig) -> Iterator[str]:
-    """The source's documents in their fixed order. Raises UserError naming file, line and remedy."""
-    if cfg.kind is SourceKind.huggingface:
-        yield from _from_hub(cfg)
-        return
-    read: dict[SourceKind, Callable[[Path, str], Iterator[str]]] = {
-        SourceKind.stdlib: _read_text,
-        SourceKind.text: _read_text,
-        SourceKind.jsonl: _read_jsonl,
-        SourceKind.parquet: _read_parquet,
-    }
-    for path in _files(cfg)[1]:
-        yield from read[cfg.kind](path, cfg.field)
+    """The source's documents in their fixed order."""
+    yield from SOURCES[cfg.kind].documents(cfg)
 
 
 def identity(cfg: DataConfig) -> dict[str, str | None]:
     """What makes two sources the same source: kind, place and content fingerprint, without reading it all."""
-    if cfg.kind is SourceKind.huggingface:
+    place, content = SOURCES[cfg.kind].fingerprint(cfg)
+    return {"kind": str(cfg.kind), "place": place, "field": cfg.field, "fingerprint": content}
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of one sort, in natural order of their paths."""
+
+    suffixes: tuple[str, ...]
+    read: Callable[[Path, str], Iterator[str]]
+    path_is: str = "a file, directory or glob"
+
+    def documents(self, cfg: DataConfig) -> Iterator[str]:
+        """Those of all files."""
+        for path in self.files(cfg)[1]:
+            yield from self.read(path, cfg.field)
+
+    def fingerprint(self, cfg: DataConfig) -> tuple[None, str]:
+        """Of names and contents; the same files elsewhere are the same source."""
+        root, files = self.files(cfg)
+        return None, fingerprint.of_files(files, root)
+
+    def files(self, cfg: DataConfig) -> tuple[Path, list[Path]]:
+        """(common root, files in reading order)."""
         assert cfg.path is not None
-        commit = fingerprint.hub_commit(cfg.path, cfg.revision, "dataset")
-        place: str | None = "/".join(filter(None, (cfg.path, cfg.subset, cfg.split)))
-    else:
-        root, files = _files(cfg)
-        commit = fingerprint.of_files(files, root)
-        place = None  # the same files elsewhere are the same source
-    return {"kind": cfg.kind.value, "place": place, "field": cfg.field, "fingerprint": commit}
+        path = Path(cfg.path).expanduser()
+        if path.is_dir():
+            files = [p for p in path.rglob("*") if p.suffix in self.suffixes and p.is_file()]
+            wanted = f"files ending in {', '.join(self.suffixes)} in directory"
+            root = path
+        else:
+            files = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+            wanted = "file or files matching"
+            root = files[0].parent if len(files) == 1 else Path(path.anchor or ".")
+        if not files:
+            raise UserError(f"data.path={cfg.path}: found no {wanted} {path}")
+        return root, natsorted(files, key=str)
 
 
-def _files(cfg: DataConfig) -> tuple[Path, list[Path]]:
-    """(common root, files in reading order)."""
-    if cfg.kind is SourceKind.stdlib:
+class Stdlib(Files):
+    """The sources that come with Python."""
+
+    def files(self, cfg: DataConfig) -> tuple[Path, list[Path]]:
+        """By a hash of the name, so that any prefix is a mixture of the whole library."""
         root = Path(sysconfig.get_paths()["stdlib"])
         inside = (path for path in root.rglob("*.py") if "site-packages" not in path.parts and path.is_file())
-        # By a hash of the name, so that any prefix is a mixture of the whole library.
         return root, sorted(inside, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest())
-    assert cfg.path is not None
-    path = Path(cfg.path).expanduser()
-    if path.is_dir():
-        files = [p for p in path.rglob("*") if p.suffix in _SUFFIXES[cfg.kind] and p.is_file()]
-        wanted = f"files ending in {', '.join(_SUFFIXES[cfg.kind])} in directory"
-        root = path
-    else:
-        files = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
-        wanted = "file or files matching"
-        root = files[0].parent if len(files) == 1 else Path(path.anchor or ".")
-    if not files:
-        raise UserError(f"data.path={cfg.path}: found no {wanted} {path}")
-    return root, natsorted(files, key=str)
+
+
+class Hub:
+    """A data set of the Hugging Face Hub, streamed."""
+
+    path_is = "a dataset id"
+
+    def documents(self, cfg: DataConfig) -> Iterator[str]:
+        """In the data set's order."""
+        return _from_hub(cfg)
+
+    def fingerprint(self, cfg: DataConfig) -> tuple[str, str]:
+        """Its name, subset and split, and the commit."""
+        assert cfg.path is not None
+        commit = fingerprint.hub_commit(cfg.path, cfg.revision, "dataset")
+        return "/".join(filter(None, (cfg.path, cfg.subset, cfg.split))), commit
 
 
 def _read_text(path: Path, _: str) -> Iterator[str]:
@@ -154,3 +186,16 @@ def _patiently(rows: Any) -> Iterator[dict[str, Any]]:
             time.sleep(PAUSES[failures])
             failures += 1
             rows.load_state_dict(rows.state_dict())
+
+
+_TEXT = (".txt", ".md", ".rst", ".py")
+SOURCES: Registry[Source] = Registry(
+    "data.kind",
+    {
+        SourceKind.stdlib: Stdlib(_TEXT, _read_text, path_is=""),
+        SourceKind.text: Files(_TEXT, _read_text),
+        SourceKind.jsonl: Files((".jsonl", ".ndjson"), _read_jsonl),
+        SourceKind.parquet: Files((".parquet",), _read_parquet),
+        SourceKind.huggingface: Hub(),
+    },
+)

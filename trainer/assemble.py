@@ -58,7 +58,7 @@ def make_learner(
     kept = token_filter(cfg)
     x, y = (store.moments(hookpoint, side, positions=kept.classes) for side in sides(cfg.coder))
     learner = Learner(cfg, x, y, steps, device, ranks)
-    if fresh and cfg.coder.kind is Kind.skip_transcoder and _starts_from_ridge(cfg, x.count, len(x.mean)):
+    if fresh and cfg.coder.kind == Kind.skip_transcoder and _starts_from_ridge(cfg, x.count, len(x.mean)):
         if ranks.is_main:
             learner.start_skip(*ridge(store, hookpoint, kept))
         assert learner.coder.W_skip is not None

@@ -13,7 +13,7 @@ from safetensors.torch import save as safetensors_save
 from skipcoder.pipeline import cli
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.place import write_atomically
-from skipcoder.trainer.coder import SparseCoder
+from skipcoder.trainer.coder import SparseCoder, make_coder
 from skipcoder.trainer.config import CoderConfig, Kind
 
 FORMAT_VERSION = 1
@@ -31,7 +31,7 @@ def save_coder(coder: SparseCoder, folder: Path) -> None:
         "d_in": coder.d_in,
         "d_out": coder.d_out,
         "dtype": "float32",
-        "subtract_decoder_bias": coder.cfg.kind is Kind.sae,
+        "subtract_decoder_bias": coder.cfg.kind == Kind.sae,
         **coder.meta,
     }
     text = json.dumps(description, indent=2)
@@ -60,7 +60,7 @@ def load_coder(path: Path) -> SparseCoder:
         )
     fields = {field: description.pop(field) for field in CoderConfig.__dataclass_fields__}
     cfg = cli.typed(OmegaConf.create(fields), CoderConfig)
-    coder = SparseCoder(cfg, description.pop("d_in"), description.pop("d_out"))
+    coder = make_coder(cfg, description.pop("d_in"), description.pop("d_out"))
     coder.load_state_dict(tensors)
     own = ("format_version", "dtype", "subtract_decoder_bias")
     coder.meta = {key: value for key, value in description.items() if key not in own}

@@ -7,6 +7,7 @@
 Legend: N tokens, K active latents, M latents, D input width, E output width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from skipcoder.kernels.decode import sparse_decode
 from skipcoder.kernels.encode import Codes, encode
 from skipcoder.kernels.jumprelu import fires, jumprelu, per_entry
+from skipcoder.pipeline.registry import Registry
 from skipcoder.trainer.config import Activation, CoderConfig, Kind
 from torch import Tensor, nn
 
@@ -56,7 +58,7 @@ class SparseCoder(nn.Module):
 
     def __init__(self, cfg: CoderConfig, d_in: int, d_out: int, seed: int = 0) -> None:
         super().__init__()
-        if cfg.kind is Kind.sae and d_in != d_out:
+        if cfg.kind == Kind.sae and d_in != d_out:
             raise ValueError(f"an SAE reconstructs what it reads, but d_in={d_in} and d_out={d_out}")
         self.cfg, self.d_in, self.d_out = cfg, d_in, d_out
         self.meta: dict[str, Any] = {}
@@ -67,17 +69,17 @@ class SparseCoder(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.W_enc = nn.Parameter(torch.rand(cfg.width, d_in, generator=generator) * 2 * bound - bound)
         self.b_enc = nn.Parameter(torch.zeros(cfg.width))
-        if cfg.kind is Kind.sae:
+        if cfg.kind == Kind.sae:
             self.W_dec = nn.Parameter(nn.functional.normalize(self.W_enc.detach(), dim=1))
         else:
             self.W_dec = nn.Parameter(torch.zeros(cfg.width, d_out))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
-        self.W_skip = nn.Parameter(torch.zeros(d_out, d_in)) if cfg.kind is Kind.skip_transcoder else None
+        self.W_skip = nn.Parameter(torch.zeros(d_out, d_in)) if cfg.kind == Kind.skip_transcoder else None
         self.threshold: Tensor | None = None
         """[M], what a pre-activation must exceed: of batchtopk outside training, of jumprelu always."""
-        if cfg.activation is Activation.jumprelu:
+        if cfg.activation == Activation.jumprelu:
             self.threshold = nn.Parameter(torch.zeros(cfg.width))
-        elif cfg.activation is Activation.batchtopk:
+        elif cfg.activation == Activation.batchtopk:
             del self.threshold
             self.register_buffer("threshold", torch.zeros(cfg.width))
 
@@ -85,25 +87,17 @@ class SparseCoder(nn.Module):
     def init_biases(self, mean_x_D: Tensor, mean_y_E: Tensor) -> None:
         """Start as the constant function mean(y), with the encoder centred on mean(x)."""
         self.b_dec.copy_(mean_y_E)
-        if self.cfg.kind is not Kind.sae:  # an SAE is centred by b_pre = b_dec
+        if self.cfg.kind != Kind.sae:  # an SAE is centred by b_pre = b_dec
             self.b_enc.copy_(-self.W_enc @ mean_x_D.to(self.W_enc))
 
     @property
     def b_pre(self) -> Tensor | None:
         """What the encoder subtracts from its input."""
-        return self.b_dec if self.cfg.kind is Kind.sae else None
+        return self.b_dec if self.cfg.kind == Kind.sae else None
 
     def encode(self, x_ND: Tensor, k: int | None = None) -> Codes:
         """Values and indices of the active latents of each token (K of them, or `k`)."""
-        activation = self.cfg.activation
-        if activation is Activation.jumprelu:
-            return self.encode_jumprelu(x_ND)[0]
-        if activation is Activation.batchtopk and not self.training:
-            return self._encode(x_ND, "above", threshold_M=self.threshold)
-        if activation is Activation.batchtopk and k in (None, self.cfg.k):
-            assert self.threshold is not None
-            return self._encode(x_ND, "batchtopk", k, threshold_M=HINT * self.threshold)
-        return self._encode(x_ND, activation.value, k)
+        return ACTIVATIONS[self.cfg.activation](self, x_ND, k)
 
     def encode_jumprelu(self, x_ND: Tensor) -> tuple[Codes, Tensor]:
         """Codes, and how many latents fire on all of these tokens, with gradients to the thresholds."""
@@ -118,6 +112,14 @@ class SparseCoder(nn.Module):
         x_ND = x_ND.to(self.W_enc.dtype)
         k = k or self.cfg.k
         return encode(x_ND, self.W_enc, self.b_enc, k, self.b_pre, activation, **vars(self.encoding), **options)
+
+    def rescale(self, s_in: float, s_out: float) -> None:
+        """Change the weights so that coder(s_in x) becomes s_out times what coder(x) was (fold.py)."""
+        self.W_enc.div_(s_in)
+        self.W_dec.mul_(s_out)
+        self.b_dec.mul_(s_out)
+        if self.W_skip is not None:
+            self.W_skip.mul_(s_out / s_in)
 
     def decode(self, codes: Codes, x_ND: Tensor) -> Tensor:
         """[N, E]: the sparse part, plus bias, plus the skip of `x_ND`."""
@@ -161,3 +163,33 @@ class SparseCoder(nn.Module):
         from skipcoder.trainer import formats, hub
 
         return formats.read(hub.folder_of(name, revision, subfolder), **options)
+
+
+def _batchtopk(coder: SparseCoder, x_ND: Tensor, k: int | None) -> Codes:
+    """The whole batch competes in training, a threshold decides afterwards."""
+    if not coder.training:
+        return coder._encode(x_ND, "above", threshold_M=coder.threshold)
+    if k not in (None, coder.cfg.k):
+        return coder._encode(x_ND, "batchtopk", k)
+    assert coder.threshold is not None
+    return coder._encode(x_ND, "batchtopk", k, threshold_M=HINT * coder.threshold)
+
+
+ACTIVATIONS: Registry[Callable[[SparseCoder, Tensor, int | None], Codes]] = Registry(
+    "coder.activation",
+    {
+        Activation.topk: lambda coder, x_ND, k: coder._encode(x_ND, "topk", k),
+        Activation.groupmax: lambda coder, x_ND, k: coder._encode(x_ND, "groupmax", k),
+        Activation.batchtopk: _batchtopk,
+        Activation.jumprelu: lambda coder, x_ND, k: coder.encode_jumprelu(x_ND)[0],
+    },
+)
+"""How a coder finds the active latents of tokens [N, D] (k of them, if it is given)."""
+
+KINDS: Registry[type[SparseCoder]] = Registry("coder.kind", dict.fromkeys(Kind, SparseCoder))
+"""The class of each kind of coder; all but SAEs read an MLP's input and write its output."""
+
+
+def make_coder(cfg: CoderConfig, d_in: int, d_out: int, seed: int = 0) -> SparseCoder:
+    """A new coder; `seed` is that of its initialisation."""
+    return KINDS[cfg.kind](cfg, d_in, d_out, seed)

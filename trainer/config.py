@@ -1,23 +1,24 @@
 """Configuration of `trainer/train.py`. Unknown keys, types and presets are refused by Hydra."""
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 
 from skipcoder.pipeline.errors import UserError
 
 # Enum members are spelt as users type them (coder.kind=skip_transcoder).
 
 
-class Kind(Enum):
-    def __str__(self) -> str:  # the default run.dir holds it
-        return str(self.value)
+class Kind(StrEnum):
+    """Those built in; coder.KINDS has all."""
 
     sae = "sae"
     transcoder = "transcoder"
     skip_transcoder = "skip_transcoder"
 
 
-class Activation(Enum):
+class Activation(StrEnum):
+    """Those built in; coder.ACTIVATIONS has all."""
+
     topk = "topk"
     groupmax = "groupmax"
     batchtopk = "batchtopk"
@@ -50,12 +51,13 @@ class EncodeMode(Enum):
 class CoderConfig:
     """The sparse coder: what it reads and writes, its size, how it starts."""
 
-    kind: Kind = Kind.skip_transcoder
+    kind: str = Kind.skip_transcoder
+    """sae, transcoder, skip_transcoder, or one of your own (docs/extending.md)."""
     k: int = 32
     """Latents active per token."""
     width: int = 4608
     """Latents."""
-    activation: Activation = Activation.topk
+    activation: str = Activation.topk
     """topk; groupmax: the largest of each of k equal runs of latents; batchtopk: the k per token that are largest in
     the batch, afterwards all above a threshold; jumprelu: all above thresholds that are learned, about k per token."""
     prefixes: list[int] | None = None
@@ -69,6 +71,13 @@ class CoderConfig:
     null: ridge where the store has enough training tokens for it (64 for each dimension), else zero."""
 
     def __post_init__(self) -> None:
+        if self.kind not in list(Kind) or self.activation not in list(Activation):
+            from skipcoder.trainer.coder import (  # torch takes seconds: only where it may be one's own
+                ACTIVATIONS,
+                KINDS,
+            )
+
+            KINDS[self.kind], ACTIVATIONS[self.activation]
         if self.width < 1:
             raise UserError(f"coder.width={self.width}: must be at least 1")
         if not 1 <= self.k <= self.width:
@@ -77,7 +86,7 @@ class CoderConfig:
             a < b for a, b in zip([0, *self.prefixes], [*self.prefixes, self.width], strict=True)
         ):
             raise UserError(f"coder.prefixes={self.prefixes}: must rise from at least 1 to less than coder.width")
-        if self.activation is Activation.groupmax and self.width % self.k:
+        if self.activation == Activation.groupmax and self.width % self.k:
             raise UserError(
                 f"coder.activation=groupmax needs coder.width={self.width} to be a multiple of coder.k={self.k}"
             )
@@ -253,10 +262,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         activation, k_start = self.coder.activation, self.train.k_start
-        if self.loss.multi_topk and activation is not Activation.topk:
-            raise UserError(f"loss.multi_topk needs coder.activation=topk, not {activation.value}")
+        if self.loss.multi_topk and activation != Activation.topk:
+            raise UserError(f"loss.multi_topk needs coder.activation=topk, not {activation}")
         if k_start is not None:
             if activation not in (Activation.topk, Activation.batchtopk):
-                raise UserError(f"train.k_start needs coder.activation=topk or batchtopk, not {activation.value}")
+                raise UserError(f"train.k_start needs coder.activation=topk or batchtopk, not {activation}")
             if not self.coder.k <= k_start <= self.coder.width:
                 raise UserError(f"train.k_start={k_start}: must be between coder.k and coder.width")

@@ -20,13 +20,9 @@ def power_of_two_scale(mean_square: float) -> float:
 @torch.no_grad()
 def fold(coder: SparseCoder, s_in: float, s_out: float) -> SparseCoder:
     """A copy of `coder` (trained on x/s_in -> y/s_out) that works on raw activations."""
-    if coder.cfg.kind is Kind.sae:
+    if coder.cfg.kind == Kind.sae:
         assert s_in == s_out, "an SAE reads and writes one side, so it has one scale"
     folded = copy.deepcopy(coder)
     folded.encoding = Encoding()  # exact; a scout's statistics are those of the scaled input
-    folded.W_enc.div_(s_in)
-    folded.W_dec.mul_(s_out)
-    folded.b_dec.mul_(s_out)
-    if folded.W_skip is not None:
-        folded.W_skip.mul_(s_out / s_in)
+    folded.rescale(s_in, s_out)
     return folded

@@ -41,7 +41,7 @@ def import_coder(cfg: ImportConfig) -> dict[str, Any]:
     ways = []
     for options in _options(cfg, format, folder):
         coder = formats.read(folder, format, **options)
-        for sides in _sides(cfg, coder.cfg.kind.value):
+        for sides in _sides(cfg, coder.cfg.kind):
             wanted = tuple(widths[side == "output"] for side in sides)
             if (coder.d_in, coder.d_out) != wanted:
                 raise UserError(
@@ -55,14 +55,14 @@ def import_coder(cfg: ImportConfig) -> dict[str, Any]:
     found, coder, sides = min(ways, key=lambda way: way[0]["fvu"])
     if found["fvu"] >= 1:
         print(f"this is no better than the mean: is {folder} a coder of {hookpoint} of this model?")
-    if coder.cfg.activation is Activation.jumprelu:  # its files do not say how many latents it is meant to have
+    if coder.cfg.activation == Activation.jumprelu:  # its files do not say how many latents it is meant to have
         coder.cfg.k = min(max(round(found["l0"]), 1), coder.cfg.width)
     coder.meta = attachment(store, hookpoint, sides, kept) | coder.meta
     coder.meta["data"]["train_tokens"] = None
     save_coder(coder, directory / "checkpoint")
     summary = {
-        "kind": coder.cfg.kind.value, "k": coder.cfg.k, "width": coder.cfg.width,
-        "activation": coder.cfg.activation.value, "side": sides[1], "hookpoint": hookpoint,
+        "kind": coder.cfg.kind, "k": coder.cfg.k, "width": coder.cfg.width,
+        "activation": coder.cfg.activation, "side": sides[1], "hookpoint": hookpoint,
         "model": store.attrs["model"]["name"], "seed": None, "train_tokens": None, "held_out_fvu": found["fvu"],
         "l0": found["l0"], "seconds": None,
     }  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from skipcoder.pipeline.stats import Moments
 from skipcoder.trainer.clock import Clock
-from skipcoder.trainer.coder import SparseCoder
+from skipcoder.trainer.coder import SparseCoder, make_coder
 from skipcoder.trainer.config import Activation, CoderConfig, Kind, Side, TrainConfig
 from skipcoder.trainer.encoding import make_encoding, more_exact, recall
 from skipcoder.trainer.fold import fold, power_of_two_scale
@@ -41,12 +41,12 @@ class Learner:
     def __init__(self, cfg: TrainConfig, x: Moments, y: Moments, steps: int, device: str, ranks: Ranks = ALONE) -> None:
         """`x` and `y`: moments of the side read and the side written, over the training units."""
         self.cfg, self.steps, self.step_number, self.tokens, self.ranks = cfg, steps, 0, 0, ranks
-        self.unit_norm = cfg.coder.kind is Kind.sae and cfg.coder.normalize_decoder
+        self.unit_norm = cfg.coder.kind == Kind.sae and cfg.coder.normalize_decoder
         self.sides = sides(cfg.coder)
         self.scales = Scales(
             power_of_two_scale(x.mean_square), power_of_two_scale(y.mean_square), float(y.variance.sum())
         )
-        self.coder = SparseCoder(cfg.coder, len(x.mean), len(y.mean), cfg.seed).to(device)
+        self.coder = make_coder(cfg.coder, len(x.mean), len(y.mean), cfg.seed).to(device)
         s = self.scales
         self.coder.encoding = make_encoding(cfg.encode, x, s.s_in, device)
         self.recall = 1.0
@@ -72,7 +72,7 @@ class Learner:
         x, y = self._scaled(x, y)
         if self.step_number % self.cfg.train.log_every == 0:
             self._check_recall(x)
-        if self.step_number == 0 and self.cfg.coder.activation is Activation.jumprelu:
+        if self.step_number == 0 and self.cfg.coder.activation == Activation.jumprelu:
             set_threshold(self.coder, self.ranks.gather(x), self.k)
         parts, fired_M = self._backward(x, y, batch_tokens)
         if self.unit_norm:
@@ -108,7 +108,7 @@ class Learner:
                 parts[name] = parts.get(name, 0) + term.detach()
             fired_M += torch.bincount(loss.codes.indices[loss.codes.values > 0], minlength=len(fired_M))
             self.clock.lap("backward")
-        if self.cfg.coder.activation is Activation.batchtopk:  # the last micro-batch stands for all
+        if self.cfg.coder.activation == Activation.batchtopk:  # the last micro-batch stands for all
             kept = self.ranks.gather(loss.codes.values.detach())
             follow_threshold(self.coder, kept, self.step_number == 0)
         penalty = self._penalise(l0, slope_M) if loss.l0 is not None else None
@@ -224,7 +224,7 @@ class Learner:
 
 def sides(cfg: CoderConfig) -> tuple[str, str]:
     """(side read, side written) of the MLP."""
-    if cfg.kind is Kind.sae:
+    if cfg.kind == Kind.sae:
         side = "input" if cfg.side is Side.input else "output"
         return side, side
     return "input", "output"

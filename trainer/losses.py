@@ -52,10 +52,10 @@ def losses(
     if cfg.multi_topk:
         wide = coder.encode(x_ND, min(MULTI_TOPK * k, coder.cfg.width))
         codes = first(wide, k)
-    elif coder.cfg.activation is Activation.jumprelu:
+    elif coder.cfg.activation == Activation.jumprelu:
         codes, fired = coder.encode_jumprelu(x_ND)
         l0 = fired / batch_tokens
-    elif coder.cfg.activation is Activation.batchtopk:
+    elif coder.cfg.activation == Activation.batchtopk:
         codes = batchtopk(coder, x_ND, k, ranks)
     else:
         codes = coder.encode(x_ND, k)

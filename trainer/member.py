@@ -38,7 +38,7 @@ class Member:
     def __init__(self, cfg: TrainConfig, directory: Path) -> None:
         self.cfg, self.directory = cfg, directory
         self.steps = -(-cfg.train.tokens // cfg.train.batch_tokens)
-        self.label = f"{cfg.coder.kind.value} k={cfg.coder.k} width={cfg.coder.width}"
+        self.label = f"{cfg.coder.kind} k={cfg.coder.k} width={cfg.coder.width}"
         self.window: list[dict[str, torch.Tensor]] = []
         self.read_ms: list[float] = []
         self.seconds_before = 0.0
@@ -152,7 +152,7 @@ class Member:
 
     def _calibrate(self) -> None:
         """Give batchtopk its final threshold."""
-        if self.cfg.coder.activation is Activation.batchtopk:
+        if self.cfg.coder.activation == Activation.batchtopk:
             device, kept = self.learner.coder.W_enc.device, token_filter(self.cfg)
             start = ActivationStream(
                 self.store, self.hookpoint, CALIBRATION_TOKENS, filter=kept, epochs=1, device=device
@@ -188,10 +188,10 @@ class Member:
         if self.ranks.is_main:
             checkpoint.save_coder(coder, self.directory / "checkpoint")
         summary = {
-            "kind": self.cfg.coder.kind.value,
+            "kind": self.cfg.coder.kind,
             "k": self.cfg.coder.k,
             "width": self.cfg.coder.width,
-            "activation": self.cfg.coder.activation.value,
+            "activation": self.cfg.coder.activation,
             "side": self.cfg.coder.side.value,
             "hookpoint": self.hookpoint,
             "model": self.store.attrs["model"]["name"],

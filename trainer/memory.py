@@ -24,7 +24,7 @@ class Need(NamedTuple):
 def need(cfg: TrainConfig, d_in: int, d_out: int) -> Need:
     """Of one coder; float32 throughout."""
     m = cfg.coder.width
-    weights = m * (d_in + d_out + 1) + d_out + (d_in * d_out if cfg.coder.kind is Kind.skip_transcoder else 0)
+    weights = m * (d_in + d_out + 1) + d_out + (d_in * d_out if cfg.coder.kind == Kind.skip_transcoder else 0)
     copies = 3 if cfg.optim.name is OptimName.adam else 2
     return Need(4 * weights * copies + 8 * m, 8 * weights)
 

@@ -82,7 +82,7 @@ class Ranks:
 
     def check(self, cfg: TrainConfig) -> None:
         """UserError for what several processes cannot do."""
-        if self.size > 1 and cfg.coder.activation is Activation.batchtopk and cfg.train.micro_batches > 1:
+        if self.size > 1 and cfg.coder.activation == Activation.batchtopk and cfg.train.micro_batches > 1:
             raise UserError(
                 f"coder.activation=batchtopk looks at the whole batch: with {self.size} processes, "
                 f"train.micro_batches={cfg.train.micro_batches} must be 1"

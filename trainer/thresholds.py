@@ -6,7 +6,7 @@ Legend: N tokens, D input width, M latents, C of them at once.
 from dataclasses import replace
 
 import torch
-from skipcoder.trainer.coder import SparseCoder
+from skipcoder.trainer.coder import SparseCoder, make_coder
 from skipcoder.trainer.config import Activation
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ def converted(coder: SparseCoder, x_ND: Tensor) -> SparseCoder:
     """A top-k coder with a threshold for each latent in place of the choice, such that on `x_ND` each fires as often as
     it was chosen. (One threshold for all costs far more: FVU 0.229 instead of 0.160 where top-k has 0.109, SmolLM2
     layer 10, skip transcoder, k = 32.) Its weights are shared with `coder`."""
-    found = SparseCoder(replace(coder.cfg, activation=Activation.jumprelu), coder.d_in, coder.d_out)
+    found = make_coder(replace(coder.cfg, activation=Activation.jumprelu), coder.d_in, coder.d_out)
     found.load_state_dict(coder.state_dict() | {"threshold": found.threshold}, assign=True)
     found.meta = dict(coder.meta)
     codes = coder.encode(x_ND)

@@ -67,7 +67,7 @@ CACHE, TRAIN, EVALUATE = (str(REPO / p) for p in ("pipeline/cache.py", "trainer/
         ([CACHE, "+data.tokenz=3"], "valid keys: context, field, kind"),
         ([CACHE, "data.tokens=many"], "'many' of type 'str' could not be converted to Integer"),
         ([CACHE, "data.tokens=0"], "data.tokens=0: ask for at least 1 token"),
-        ([CACHE, "store.codec=int3"], "expected one of [bf16, int8, fp8]"),
+        ([CACHE, "store.codec=int3"], "choose from bf16, int8, fp8"),
         ([CACHE, "data=text"], "data.path"),
         ([CACHE, "model=local", "model.id=/no/where", "hookpoints=[a]"], "no such directory"),
         ([CACHE, "store.path=a=b"], "hint: put values"),

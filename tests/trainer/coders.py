@@ -25,7 +25,7 @@ def random_coder(
 
 def meta(hookpoint: str = "layers.1.mlp", kind: Kind = Kind.transcoder) -> dict[str, Any]:
     """Where a coder attaches, as coder.json has it."""
-    read = "output" if kind is Kind.sae else "input"
+    read = "output" if kind == Kind.sae else "input"
     return {
         "model": {"id": "tiny", "revision": None, "dtype": "bfloat16"},
         "hookpoint": hookpoint,
@@ -53,7 +53,7 @@ def assert_same_function(coder: SparseCoder, x_ND: torch.Tensor, y_NE: torch.Ten
     pre = (centred.double() @ coder.W_enc.double().T + coder.b_enc.double()).clamp_min(0)
     if coder.threshold is not None:
         clear = (((pre - coder.threshold).abs() > off_NM) | (coder.threshold == 0)).all(1)  # at 0 nothing jumps
-    elif coder.cfg.activation is Activation.groupmax:
+    elif coder.cfg.activation == Activation.groupmax:
         top, off = (z.view(len(x), coder.cfg.k, -1).topk(2, -1).values for z in (pre, off_NM))
         clear = ((top[..., 0] - top[..., 1] > 2 * off[..., 0]) | (top[..., 0] == 0)).all(1)
     else:

@@ -49,7 +49,7 @@ def test_as_many_latents_fire_as_asked(store: ActivationStore, tmp_path: Path, a
     (batch,) = ActivationStream(store, "layers.1.mlp", 2**14, epochs=1)
     out = coder(batch.x)
     l0 = (out.values > 0).sum(1).double()
-    if activation is Activation.batchtopk:  # calibrated on these tokens
+    if activation == Activation.batchtopk:  # calibrated on these tokens
         assert float(l0.mean()) == pytest.approx(4, abs=0.01)
     else:  # held near k by a penalty
         assert float(l0.mean()) == pytest.approx(4, rel=0.35)

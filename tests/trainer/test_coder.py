@@ -24,11 +24,11 @@ def random_coder(kind: Kind, seed: int = 0) -> SparseCoder:
 @pytest.mark.parametrize("kind", Kind)
 def test_formula(kind: Kind) -> None:
     coder, x = random_coder(kind), torch.randn(9, D)
-    pre = (x - (coder.b_dec if kind is Kind.sae else 0)) @ coder.W_enc.T + coder.b_enc
+    pre = (x - (coder.b_dec if kind == Kind.sae else 0)) @ coder.W_enc.T + coder.b_enc
     values, indices = pre.relu().topk(K)
     f = torch.zeros(9, M).scatter_(1, indices, values)
     y_hat = f @ coder.W_dec + coder.b_dec
-    if kind is Kind.skip_transcoder:
+    if kind == Kind.skip_transcoder:
         y_hat = y_hat + x @ coder.W_skip.T
     out = coder(x)
     torch.testing.assert_close(out.y_hat, y_hat, rtol=1e-4, atol=1e-4)
@@ -43,7 +43,7 @@ def test_initialisation(kind: Kind) -> None:
     coder.init_biases(mean_x, mean_y)
     assert coder.W_enc.abs().max() <= D**-0.5
     assert torch.equal(coder.b_dec, mean_y)
-    if kind is Kind.sae:
+    if kind == Kind.sae:
         torch.testing.assert_close(coder.W_dec.norm(dim=1), torch.ones(M))
         torch.testing.assert_close(coder.W_dec * coder.W_enc.norm(dim=1, keepdim=True), coder.W_enc)
         assert not coder.b_enc.any()
@@ -80,7 +80,7 @@ def test_skip_only_is_the_coder_with_every_latent_at_zero() -> None:
 def test_folding_is_exact(kind: Kind) -> None:
     """Powers of two: the same latents and bit-equal values; outputs scaled exactly."""
     s_in = 4.0
-    s_out = s_in if kind is Kind.sae else 0.125
+    s_out = s_in if kind == Kind.sae else 0.125
     coder = random_coder(kind)
     folded = fold(coder, s_in, s_out)
     x = torch.randn(50, D)
@@ -105,7 +105,7 @@ def test_save_and_load(kind: Kind, tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), coder.parameters(), strict=True))
     described = json.loads((tmp_path / "run" / "checkpoint" / "coder.json").read_text())
     assert described["kind"] == kind.value and described["d_in"] == D
-    assert described["subtract_decoder_bias"] is (kind is Kind.sae)
+    assert described["subtract_decoder_bias"] is (kind == Kind.sae)
     assert not list((tmp_path / "run" / "checkpoint").glob("*.partial"))
 
 

@@ -26,8 +26,8 @@ def holds(format: str, kind: Kind, activation: Activation) -> bool:
     return {
         "plain": True,
         "sparsify": activation in (Activation.topk, Activation.groupmax),
-        "saelens": activation is not Activation.groupmax,
-        "circuit_tracer": kind is not SAE and activation is not Activation.groupmax,
+        "saelens": activation != Activation.groupmax,
+        "circuit_tracer": kind is not SAE and activation != Activation.groupmax,
     }[format]
 
 

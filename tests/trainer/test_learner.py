@@ -45,7 +45,7 @@ def batches(store: ActivationStore, n: int) -> list[Any]:
 def reference_steps(learner: Learner, data: list[Any]) -> dict[str, torch.Tensor]:
     """The same steps, dense, in float64, with torch's plain Adam."""
     coder, s = learner.coder, learner.scales
-    is_sae = coder.cfg.kind is Kind.sae
+    is_sae = coder.cfg.kind == Kind.sae
     p = {n: q.detach().double().clone().requires_grad_() for n, q in coder.named_parameters()}
     cfg = learner.cfg.optim
     adam = torch.optim.Adam(p.values(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
@@ -113,7 +113,7 @@ def test_training_lowers_the_loss_and_keeps_unit_norm(store: ActivationStore, ki
     losses = [float(learner.step(b.x, b.y, b.tokens)["fvu"]) for b in batches(store, 80)]
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
     norms = learner.coder.W_dec.norm(dim=1)
-    if kind is Kind.sae:
+    if kind == Kind.sae:
         torch.testing.assert_close(norms, torch.ones_like(norms))
     else:
         assert not torch.allclose(norms, torch.ones_like(norms))

@@ -61,7 +61,7 @@ def test_sparsify_loads_ours(kind: Kind, activation: Activation, sample: Sample,
     sparsify.write(coder, tmp_path / "layers.10.mlp")
     loaded = theirs.SparseCoder.load_from_disk(tmp_path / "layers.10.mlp")
     x = sample.x_ND.float()
-    assert_same_function(coder, x, loaded(x, x if kind is Kind.sae else sample.y_NE.float()).sae_out.detach())
+    assert_same_function(coder, x, loaded(x, x if kind == Kind.sae else sample.y_NE.float()).sae_out.detach())
     assert list(theirs.SparseCoder.load_many(str(tmp_path), local=True)) == ["layers.10.mlp"]
 
 
@@ -98,7 +98,7 @@ def test_a_coder_trained_by_sparsify_has_its_own_fvu(transcode: bool, sample: Sa
 @pytest.mark.parametrize("kind", Kind)
 def test_saelens_loads_ours(kind: Kind, activation: Activation, sample: Sample, tmp_path: Path) -> None:
     theirs = peer("sae_lens")
-    if activation is Activation.topk:
+    if activation == Activation.topk:
         import skipcoder.trainer.formats.saelens_classes  # noqa: F401 (registers the classes)
     coder = coder_of(kind, activation)
     saelens.write(coder, tmp_path, {"note": "kept"})

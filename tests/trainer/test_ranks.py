@@ -73,7 +73,7 @@ def test_four_micro_batches_equal_one(store: ActivationStore, kind: Kind, activa
     for pieces in (1, 4):
         cfg = config(store, kind, lr=1e-3, activation=activation)
         cfg.train = LoopConfig(tokens=STEPS * 130, batch_tokens=130, micro_batches=pieces, dead_tokens=500)
-        cfg.loss = LossConfig(auxk=1 / 32, multi_topk=activation is Activation.topk)
+        cfg.loss = LossConfig(auxk=1 / 32, multi_topk=activation == Activation.topk)
         learners.append(make_learner(cfg, store, "layers.1.mlp", STEPS, "cpu"))
     for batch, _ in zip(ActivationStream(store, "layers.1.mlp", 130), range(STEPS), strict=False):
         one, four = (learner.step(batch.x, batch.y, batch.tokens) for learner in learners)

@@ -22,7 +22,7 @@ def assemble(
     encoder that takes x - b_dec; ours does so for SAEs and not for transcoders, and the difference goes into b_enc.
     None: as ours."""
     (m, d_in), d_out = tensors["W_enc"].shape, len(tensors["b_dec"])
-    if kind is Kind.sae and d_in != d_out:
+    if kind == Kind.sae and d_in != d_out:
         raise UserError(f"an SAE reconstructs what it reads, but these weights lead from {d_in} to {d_out} dimensions")
     coder = SparseCoder(CoderConfig(kind=kind, activation=activation, k=min(k, m), width=m), d_in, d_out)
     expected = {name: tuple(tensor.shape) for name, tensor in coder.state_dict().items()}
@@ -31,7 +31,7 @@ def assemble(
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         raise UserError(f"a {kind} must have tensors of shapes {expected}, not {found}")
     coder.load_state_dict({name: tensor.float().contiguous() for name, tensor in tensors.items()})
-    ours = kind is Kind.sae
+    ours = kind == Kind.sae
     if subtracts_b_dec not in (None, ours):
         shift_M = coder.W_enc.double() @ coder.b_dec.double()
         coder.b_enc.add_(shift_M.float(), alpha=1 if ours else -1)
@@ -66,4 +66,4 @@ def need(tensors: dict[str, Any], names: tuple[str, ...], file: Path) -> None:
 
 def refuse(coder: SparseCoder, format: str, reason: str) -> UserError:
     """The error for a coder that a format cannot hold."""
-    return UserError(f"{format} cannot hold this {coder.cfg.kind} ({coder.cfg.activation.value}): {reason}")
+    return UserError(f"{format} cannot hold this {coder.cfg.kind} ({coder.cfg.activation}): {reason}")

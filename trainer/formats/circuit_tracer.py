@@ -31,9 +31,9 @@ _LOCAL = """\
 def write(coders: Sequence[SparseCoder], folder: Path) -> None:
     """One transcoder for each layer from 0 on, in any order."""
     for coder in coders:
-        if coder.cfg.kind is Kind.sae:
+        if coder.cfg.kind == Kind.sae:
             raise refuse(coder, "circuit_tracer", "it replaces MLPs, so it needs transcoders")
-        if coder.cfg.activation is Activation.groupmax:
+        if coder.cfg.activation == Activation.groupmax:
             raise refuse(coder, "circuit_tracer", "it has no group max")
         if coder.d_in != coder.d_out:
             raise refuse(coder, "circuit_tracer", f"it needs d_out = d_in, not {coder.d_out} and {coder.d_in}")
@@ -83,7 +83,7 @@ def read(folder: Path, *, layer: int) -> SparseCoder:
     need(tensors, ("W_enc", "b_enc", "W_dec", "b_dec"), file)
     threshold = tensors.pop(_THRESHOLD, torch.zeros_like(tensors["b_enc"]))
     activation = Activation.topk if config.get("activation") == "topk" else Activation.jumprelu
-    if activation is Activation.jumprelu:
+    if activation == Activation.jumprelu:
         tensors["threshold"] = torch.zeros_like(threshold) if config.get("activation") == "relu" else threshold
     kind = Kind.skip_transcoder if "W_skip" in tensors else Kind.transcoder
     coder = assemble(kind, activation, int(config.get("k", 32)), tensors)

@@ -27,15 +27,15 @@ _ACTIVATIONS = {"standard": Activation.jumprelu, "topk": Activation.topk, "jumpr
 def architecture(coder: SparseCoder) -> str:
     """SAELens' name; those of top-k transcoders are ours. UserError where there is none."""
     activation, kind = coder.cfg.activation, coder.cfg.kind
-    if activation is Activation.groupmax:
+    if activation == Activation.groupmax:
         raise refuse(coder, "saelens", "it has no group max")
-    name = "topk" if activation is Activation.topk else "jumprelu"
-    return name if kind is Kind.sae else f"{name}_{kind}"
+    name = "topk" if activation == Activation.topk else "jumprelu"
+    return name if kind == Kind.sae else f"{name}_{kind}"
 
 
 def write(coder: SparseCoder, folder: Path, facts: dict[str, Any] | None = None) -> None:
     """The same bits, transposed. `facts` are added to the metadata."""
-    is_sae = coder.cfg.kind is Kind.sae
+    is_sae = coder.cfg.kind == Kind.sae
     config = {
         "architecture": architecture(coder), "d_in": coder.d_in, "d_sae": coder.cfg.width,
         **({} if is_sae else {"d_out": coder.d_out}),
@@ -87,10 +87,10 @@ def read(folder: Path) -> SparseCoder:
         norm_M1 = ours["W_dec"].norm(dim=1, keepdim=True)
         ours["W_enc"], ours["W_dec"] = ours["W_enc"] * norm_M1, ours["W_dec"] / norm_M1
         ours["b_enc"] = ours["b_enc"] * norm_M1[:, 0]
-    if activation is Activation.jumprelu and "threshold" not in ours:  # ReLU: everything above 0
+    if activation == Activation.jumprelu and "threshold" not in ours:  # ReLU: everything above 0
         ours["threshold"] = torch.zeros_like(ours["b_enc"])
-    k = config.get("k", 100 if activation is Activation.topk else 32)
-    subtracts_b_dec = kind is Kind.sae and bool(config.get("apply_b_dec_to_input", True))
+    k = config.get("k", 100 if activation == Activation.topk else 32)
+    subtracts_b_dec = kind == Kind.sae and bool(config.get("apply_b_dec_to_input", True))
     coder = assemble(kind, activation, int(k), ours, subtracts_b_dec)
     coder.meta = {"imported": {"format": "saelens", "config": config}}
     return coder

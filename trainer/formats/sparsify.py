@@ -27,14 +27,14 @@ def write(coder: SparseCoder, folder: Path) -> None:
         raise refuse(coder, "sparsify", f"it needs d_out = d_in, but these are {coder.d_out} and {coder.d_in}")
     tensors = coder.state_dict()
     config = {
-        "activation": cfg.activation.value,
+        "activation": cfg.activation,
         "expansion_factor": 32,  # num_latents decides
         "normalize_decoder": cfg.normalize_decoder,
         "num_latents": cfg.width,
         "k": cfg.k,
         "multi_topk": False,
         "skip_connection": coder.W_skip is not None,
-        "transcode": cfg.kind is not Kind.sae,
+        "transcode": cfg.kind != Kind.sae,
         "d_in": coder.d_in,
     }
     folder.mkdir(parents=True, exist_ok=True)
