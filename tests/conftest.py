@@ -1,6 +1,5 @@
 """A tiny random Llama with a real tokenizer on disk, and stores captured from it without Ray."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +23,9 @@ D_MODEL, LAYERS, CONTEXT, UNIT_ROWS, UNITS = 24, 3, 16, 4, 33
 
 
 @pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some real text, many short documents: the paragraphs of this project's own sources (JSON lines)."""
-    path = tmp_path_factory.mktemp("text") / "some.jsonl"
-    sources = (p.read_text() for p in sorted((REPO / "pipeline").glob("*.py")))
-    paragraphs = [part for source in sources for part in source.split("\n\n")]
-    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in paragraphs))
-    return path
+def text_file() -> Path:
+    """Some real text, many short documents: paragraphs of this project's own sources as they once were (JSON lines)."""
+    return REPO / "tests" / "text.jsonl"
 
 
 @pytest.fixture(scope="session")
