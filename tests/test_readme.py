@@ -10,14 +10,21 @@ import pytest
 import skipcoder.evals.evaluate
 import skipcoder.evals.interpret
 import skipcoder.pipeline.cache
+import skipcoder.trainer.export
+import skipcoder.trainer.import_coder
 import skipcoder.trainer.train  # noqa: F401 (importing an entry point registers its schema)
+import torch
 from hydra import compose, initialize_config_dir
 from skipcoder.evals.config import EvaluateConfig, InterpretConfig
+from skipcoder.pipeline import registry
 from skipcoder.pipeline.cli import typed
-from skipcoder.pipeline.config import CacheConfig, Codec
+from skipcoder.pipeline.config import CacheConfig, Codec, DataConfig
+from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer import bank
-from skipcoder.trainer.config import TrainConfig
+from skipcoder.trainer.coder import SparseCoder
+from skipcoder.trainer.config import CoderConfig, TrainConfig
+from skipcoder.trainer.formats.config import ExportConfig, ImportConfig
 
 from tests.conftest import REPO
 from tests.trainer.test_run import config
@@ -25,7 +32,14 @@ from tests.trainer.test_run import config
 README = (REPO / "README.md").read_text()
 PAGES = [README, *(page.read_text() for page in sorted((REPO / "docs").glob("*.md")))]
 COMMANDS = sorted({c for page in PAGES for c in re.findall(r"python (?:pipeline|trainer|evals)/[^`\n]+", page)})
-SCHEMAS = {"cache": CacheConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "interpret": InterpretConfig}
+SCHEMAS = {
+    "cache": CacheConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "interpret": InterpretConfig,
+    "export": ExportConfig,
+    "import_coder": ImportConfig,
+}
 
 
 def test_there_are_commands() -> None:
@@ -39,7 +53,7 @@ def test_commands_compose(command: str) -> None:
     overrides = [o if "[" in o else o.split(",")[0] for o in overrides if o != "-m" and not o.startswith("hydra.")]
     name = Path(script).stem
     with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
-        cfg = compose(name, overrides)
+        cfg = compose(name.removesuffix("_coder"), overrides)
     assert typed(cfg, SCHEMAS[name])
 
 
@@ -70,3 +84,39 @@ def test_plain_zarr_example_runs(
         x = group[name][rows] * group[f"{name}_scale"][rows][:, None] * group[f"{name}_channel_scale"][2]
     np.testing.assert_allclose(x, expected, rtol=0 if codec == "bf16" else 2**-8)
     np.testing.assert_array_equal(np.sort(names["token"]), np.sort(store.tokens(2).ravel()))
+
+
+def test_splicing_example_runs(store: ActivationStore, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    bank.train(config(store), tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(store.attrs["model"]["id"]).float().eval().requires_grad_(False)
+    (code,) = re.findall(r"```python\n(.+?)```", (REPO / "docs" / "splicing.md").read_text(), re.S)
+    names: dict = {
+        "model": model,
+        "coder": SparseCoder.load(tmp_path / "run"),
+        "tokens": torch.from_numpy(store.tokens(0)[:1]).long(),
+    }
+    exec(code, names)
+    assert not torch.equal(names["without"], names["logits"]) and names["attribution"].shape == names["values"].shape
+
+
+def test_extending_example_runs(
+    cache_config: Callable, capture_here: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the environment variable, from text to a trained and reloaded coder."""
+    (code,) = re.findall(r"```python\n(.+?)```", (REPO / "docs" / "extending.md").read_text(), re.S)
+    (tmp_path / "my_extensions.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("SKIPCODER_PLUGINS", "my_extensions")
+    registry.load_plugins.cache_clear()
+    cfg = cache_config(tmp_path / "s.zarr", codec="mine")
+    cfg.data = DataConfig(kind="countdown", tokens=cfg.data.tokens, context=cfg.data.context)
+    store = capture_here(cfg)
+    train = config(store)
+    train.coder = CoderConfig(kind="low_rank", activation="by_contribution", k=4, width=64)
+    summary = bank.train(train, tmp_path / "run")
+    coder = SparseCoder.load(tmp_path / "run")
+    assert summary["train_fvu"] < 1 and type(coder).__name__ == "LowRank" and coder.B.abs().sum() > 0  # type: ignore
+    with pytest.raises(UserError, match=r"coder\.kind=nothing: choose from sae, .*low_rank"):
+        CoderConfig(kind="nothing")
