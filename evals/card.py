@@ -39,7 +39,6 @@ sae = SAE.load_from_disk("FOLDER")""",
 
 model = ReplacementModel.from_pretrained("MODEL", "ORG/NAME")  # of a folder: see config.yaml""",
 }
-LICENSE = "not stated"
 
 
 def write(
@@ -64,8 +63,8 @@ def write(
     page = environment.from_string(template).render(
         data=data.to_yaml(),
         title=f"{kinds} of {first.summary['model']}",
-        lead=f"Trained with skipcoder {version('skipcoder')}, kept in the files of {format}. License of the weights: "
-        f"{license or LICENSE}.",
+        lead=f"Exported by skipcoder {version('skipcoder')} in the files of {format}. License of the weights: "
+        f"{license or 'not stated'}.",
         runs=[_describe(run, changes, folder) for run, changes in zip(runs, changed, strict=True)],
         usage=USAGE[usage].replace("{d_in}", str(first.coder.d_in)),
         excluded=", ".join(excluded + ["special tokens"] * kept.special_tokens) or "none",

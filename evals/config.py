@@ -236,8 +236,6 @@ class InterpretConfig:
     """With `runs`: a table NAME.json of all of them."""
     pages: bool = True
     """Write RUN/features/index.html."""
-    delphi: str | None = None
-    """Folder into which to write where latents fire as eai-delphi reads it; with `runs`, a folder in it for each."""
     device: str | None = None
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)

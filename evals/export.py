@@ -1,7 +1,7 @@
 """Coders as another tool's files: written beside their place, read back, compared on held-out activations, and only
 then put there."""
 
-import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +13,7 @@ from skipcoder.evals import card
 from skipcoder.evals.delphi import export as export_firings
 from skipcoder.evals.latents import LatentIndex
 from skipcoder.evals.run import Run
+from skipcoder.pipeline import cli
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer import formats, hub
@@ -22,18 +23,10 @@ from skipcoder.trainer.config import Activation, Kind
 from skipcoder.trainer.formats import circuit_tracer, plain, saelens, sparsify
 from skipcoder.trainer.formats.config import ExportConfig, Target, TopK
 from skipcoder.trainer.formats.fit import ROWS, Sample, fit
+from skipcoder.trainer.formats.hooks import layer_of
+from skipcoder.trainer.member import CALIBRATION_TOKENS
 from skipcoder.trainer.thresholds import converted
 from torch import Tensor
-
-CALIBRATION_TOKENS = 2**14
-
-HOW_TO_LOAD = {
-    Target.plain: "SparseCoder.load({!r})",
-    Target.sparsify: "sparsify.SparseCoder.load_from_disk({!r})",
-    Target.saelens: "sae_lens.SAE.load_from_disk({!r})",
-    Target.circuit_tracer: "circuit_tracer.utils.hf_utils.load_transcoders, as {}/config.yaml says",
-    Target.delphi: "delphi.latents.LatentDataset({!r}, ...)",
-}
 
 
 @dataclass(frozen=True)
@@ -77,46 +70,49 @@ class Export:
 def export(cfg: ExportConfig, paths: Sequence[Path]) -> Path:
     """Write, verify and, if asked, push."""
     out = Path(cfg.out)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise UserError(f"out={out} is not empty; choose another folder, or delete it")
+    cli.refuse_full(out, "out")
     exports = [_open(path, cfg) for path in paths]
     names = [e.run.summary["hookpoint"] for e in exports]
     if len(set(names)) < len(names) and cfg.format is not Target.circuit_tracer:
         raise UserError(f"runs={cfg.runs} has several coders of one hookpoint ({', '.join(names)}); choose one of each")
-    work = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as beside:
+        work = Path(beside) / "out"
+        work.mkdir()
         if cfg.format is Target.delphi:
-            _write_firings(exports, work)
-        elif cfg.format is Target.circuit_tracer:
-            exports = [_suited_to_circuit_tracer(e, cfg.topk) for e in exports]
-            circuit_tracer.write([e.coder for e in exports], work)
             for e in exports:
-                layer = circuit_tracer.layer_of(e.coder.meta["write"]["module"])
-                _compare(e, work / f"layer_{layer}.safetensors", formats.read(work, "circuit_tracer", layer=layer))
+                index = LatentIndex(e.run, e.store)
+                index.ensure(pick_device(None))
+                export_firings(index, work)
         else:
-            exports = [_write_one(e, cfg, work if cfg.run else work / e.run.summary["hookpoint"]) for e in exports]
-        if cfg.format is not Target.delphi:
+            exports = _write_coders(exports, cfg, work)
             card.write(work, [e.run for e in exports], cfg.format.value, cfg.license, [e.changed for e in exports])
-        if out.exists():
-            out.rmdir()
-        work.rename(out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    print(f"{out}: {cfg.format.value}, {len(exports)} coder{'s' * (len(exports) > 1)}; read it by")
-    print(f"  {HOW_TO_LOAD[cfg.format].format(str(out))}")
+        work.replace(out)
+    how = "" if cfg.format is Target.delphi else f"; {out / 'README.md'} says how to read it"
+    print(f"{out}: {cfg.format.value}, {len(exports)} coder{'s' * (len(exports) > 1)}{how}")
     if cfg.push is not None:
-        print(f"pushed: {hub.upload(out, cfg.push, cfg.private)}")
+        try:
+            print(f"pushed: {hub.upload(out, cfg.push, cfg.private)}")
+        except UserError as error:
+            raise UserError(f"{error}. The export is complete; upload it by: hf upload {cfg.push} {out}") from None
     return out
+
+
+def _write_coders(exports: Sequence[Export], cfg: ExportConfig, folder: Path) -> list[Export]:
+    """Write and verify; returns what was written."""
+    if cfg.format is Target.circuit_tracer:
+        exports = [_suited_to_circuit_tracer(e, cfg.topk) for e in exports]
+        circuit_tracer.write([e.coder for e in exports], folder)
+        for e in exports:
+            layer = layer_of(e.coder.meta["write"]["module"])
+            _compare(e, formats.read(folder, "circuit_tracer", layer=layer))
+        return list(exports)
+    return [_write_one(e, cfg, folder if cfg.run else folder / e.run.summary["hookpoint"]) for e in exports]
 
 
 def push_to_hub(run: str | Path, name: str, private: bool = False, license: str | None = None) -> str:
     """Put a run's coder with its model card on the Hugging Face Hub as ORG/NAME, where `SparseCoder.from_pretrained`
     finds it; returns the address of the commit."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         opened = Run.open(Path(run))
         plain.write(opened.coder, Path(folder))
@@ -145,7 +141,7 @@ def _write_one(e: Export, cfg: ExportConfig, folder: Path) -> Export:
         saelens.write(e.coder, folder, e.changed)
     else:
         write(e.coder, folder)
-    _compare(e, folder, formats.read(folder, cfg.format.value))
+    _compare(e, formats.read(folder, cfg.format.value))
     return e
 
 
@@ -164,15 +160,8 @@ def _suited_to_circuit_tracer(e: Export, topk: TopK | None) -> Export:
 
 
 @torch.no_grad()
-def _compare(e: Export, place: Path, again: SparseCoder) -> None:
+def _compare(e: Export, again: SparseCoder) -> None:
     """The coder read back must give the same bits."""
     for x in e.read_side(e.held_out).split(ROWS):
         if not torch.equal(e.coder(x).y_hat, again(x).y_hat):
-            raise RuntimeError(f"{place}: read back, it is not the run's coder; nothing was exported, please report")
-
-
-def _write_firings(exports: Sequence[Export], folder: Path) -> None:
-    for e in exports:
-        index = LatentIndex(e.run, e.store)
-        index.ensure(pick_device(None))
-        export_firings(index, folder)
+            raise RuntimeError(f"{e.run.path}: read back, it is not the run's coder; please report this")

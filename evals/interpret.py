@@ -29,7 +29,6 @@ def interpret(cfg: InterpretConfig) -> None:
 
 
 async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> None:
-    from skipcoder.evals.delphi import export
     from skipcoder.evals.interpretation import Interpreter
     from skipcoder.evals.judge import Judge
     from skipcoder.evals.latents import LatentIndex
@@ -52,8 +51,6 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> None:
             model = models[run.store_path] if Scorer.intervention in cfg.scorers else None
             interpreter = Interpreter(index, load_tokenizer(model_config(store.attrs)), cfg, judge, model)
             made.append(interpreter)
-            if cfg.delphi is not None:
-                export(index, Path(cfg.delphi) / ("_".join(run.path.parts[-2:]) if cfg.runs else ""))
             if cfg.judge.model is None:
                 print(f"{run.path}: no judge.model is set, so nothing is explained")
                 continue

@@ -42,7 +42,10 @@ def replacing(
         seen.append(value.reshape(-1, value.shape[-1]))
 
     def replacement(original: Tensor) -> Tensor:
-        new = replace(seen.pop()).to(original.dtype).view_as(original)
+        new = replace(seen.pop()).to(original.dtype)
+        if new.shape[-1] != original.shape[-1]:
+            raise ValueError(f"{new.shape[-1]} dimensions cannot replace the {original.shape[-1]} of {write.module!r}")
+        new = new.view_as(original)
         if adds:
             new = original + new
         if keep_BT is None:

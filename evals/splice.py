@@ -63,7 +63,7 @@ class Spliced:
 
     def of(self, latent: int) -> Tensor:
         """[B, T] its activation in the last forward pass, before edits."""
-        return self._of(latent, self.values, self.indices)
+        return _activation(latent, self.values, self.indices)
 
     def attribution(self, scalar: Tensor) -> Tensor:
         """[B, T, K] of a scalar of the last forward pass (as a logit): d scalar / d activation x activation, the share
@@ -73,27 +73,30 @@ class Spliced:
         directions = self.coder.W_dec[self.indices]
         return self.values.detach() * torch.einsum("bte,btke->btk", gradient.view(*lead, -1), directions)
 
-    def _of(self, latent: int, values: Tensor, indices: Tensor) -> Tensor:
-        return (values * (indices == latent)).sum(-1)
-
-    def _run(self, x_ND: Tensor, shape: tuple[int, int], delta_only: bool) -> Tensor:
+    def _run(self, x_ND: Tensor, shape: tuple[int, int], changes_only: bool) -> Tensor:
+        if x_ND.shape[1] != self.coder.d_in:
+            raise ValueError(
+                f"this coder reads {self.coder.d_in} dimensions, not {x_ND.shape[1]}; is it of another model?"
+            )
         codes = self.coder.encode(x_ND)
         values_NK, indices_NK = codes.padded()
         self.values, self.indices = values_NK.view(*shape, -1), indices_NK.view(*shape, -1)
-        y_hat = self.coder.decode(codes, x_ND)
-        delta = torch.zeros_like(y_hat)
-        # Adding to the output what an edit changes is exact, as the decoder is linear, and works for silent latents.
-        change: dict[int, Tensor] = {}
+        edited: dict[int, Tensor] = {}
         for latent, function in self.edits:
-            before = self._of(latent, values_NK, indices_NK)
-            now = before + change.get(latent, torch.zeros_like(before))
-            change[latent] = function(now) - before
-        for latent, change_N in change.items():
-            delta = delta + change_N[:, None] * self.coder.W_dec[latent]
-        self.y_hat = delta if delta_only else y_hat + delta
-        if torch.is_grad_enabled() and not self.y_hat.requires_grad:
-            self.y_hat.requires_grad_()
-        return self.y_hat
+            edited[latent] = function(edited.get(latent, _activation(latent, values_NK, indices_NK)))
+        # Adding to the output what an edit changes is exact, as the decoder is linear, and works for silent latents.
+        y_hat = x_ND.new_zeros(len(x_ND), self.coder.d_out) if changes_only else self.coder.decode(codes, x_ND)
+        for latent, after_N in edited.items():
+            change_N = after_N - _activation(latent, values_NK, indices_NK)
+            y_hat = y_hat + change_N[:, None] * self.coder.W_dec[latent]
+        self.y_hat = y_hat
+        if torch.is_grad_enabled() and not y_hat.requires_grad:
+            y_hat.requires_grad_()
+        return y_hat
+
+
+def _activation(latent: int, values: Tensor, indices: Tensor) -> Tensor:
+    return (values * (indices == latent)).sum(-1)
 
 
 @contextmanager
@@ -110,7 +113,7 @@ def splice(
     `keep_error`: the model's own output stays, and only what edits change is added. Positions that a coder was not
     trained on pass unreplaced: the first ones of each row (`first_positions`; None: as in its training) and those of
     `special_tokens` (token ids; None: begin, end and padding of the model, if its training left special ones out).
-    Raises ValueError for a hookpoint that the model lacks and for coders of other widths.
+    ValueError for a hookpoint that the model lacks, and when the model runs for a coder of another width.
     """
     spliced = {name: Spliced(coder) for name, coder in coders.items()}
     now = _Positions()

@@ -48,6 +48,12 @@ def no_space(error: OSError) -> str:
     return f"no space left on the disk ({error.filename or 'unknown file'}); free some and run again"
 
 
+def refuse_full(path: Path, key: str) -> None:
+    """UserError where a folder that is to be made is there already, with something in it."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{key}={path} is not empty; choose another folder, or delete it")
+
+
 def differences(old: Any, new: Any, ignore: tuple[str, ...] = ()) -> str:
     """The keys in which two nested configurations differ, with both values; "" if none does.
 

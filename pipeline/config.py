@@ -14,14 +14,6 @@ class Dtype(Enum):
     float32 = "float32"
 
 
-class Codec(StrEnum):
-    """Those built in; codec.CODECS has all."""
-
-    bf16 = "bf16"
-    int8 = "int8"
-    fp8 = "fp8"
-
-
 class Compression(Enum):
     zstd = "zstd"
     lz4 = "lz4"
@@ -98,8 +90,9 @@ class StoreConfig:
 
     path: str = "???"
     """A directory, or `s3://bucket/name.zarr`, `gs://...`."""
-    codec: str = Codec.bf16
-    """bf16: 2 bytes per activation before compression, lossless for a model in bfloat16; int8, fp8: 1 byte."""
+    codec: str = "bf16"
+    """bf16: 2 bytes per activation before compression, lossless for a model in bfloat16; int8, fp8: 1 byte; or one of
+    your own (docs/extending.md)."""
     compression: Compression = Compression.zstd
     """zstd: smaller; lz4: about 1.5 times as fast to read."""
     unit_rows: int | None = None
@@ -108,7 +101,7 @@ class StoreConfig:
     def __post_init__(self) -> None:
         from skipcoder.pipeline.codec import CODECS
 
-        CODECS[self.codec]
+        CODECS[self.codec]  # UserError for an unknown one
         if self.unit_rows is not None and self.unit_rows < 1:
             raise UserError(f"store.unit_rows={self.unit_rows}: must be at least 1, or null to choose it")
 

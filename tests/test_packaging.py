@@ -72,11 +72,11 @@ def test_wheel_runs_from_any_directory(tmp_path: Path) -> None:
     target = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(REPO)]
     subprocess.run(pip, check=True, capture_output=True)
-    for module in ("pipeline.cache", "trainer.train", "evals.evaluate"):
+    for module in ("pipeline.cache", "trainer.train", "trainer.export", "trainer.import_coder", "evals.evaluate"):
         code = f"import sys; sys.path.insert(0, {str(target)!r}); import skipcoder.{module} as m; m.cli_main()"
         run = [sys.executable, "-c", code, "--help"]
         done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "Configuration" in done.stdout
     assert (target / "skipcoder" / "conf" / "model" / "gemma-2-2b.yaml").exists()
-    assert (target / "skipcoder" / "evals" / "report.html.j2").exists()
+    assert all((target / "skipcoder" / "evals" / name).exists() for name in ("report.html.j2", "card.md.j2"))

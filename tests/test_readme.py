@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from skipcoder.evals.config import EvaluateConfig, InterpretConfig
 from skipcoder.pipeline import registry
 from skipcoder.pipeline.cli import typed
-from skipcoder.pipeline.config import CacheConfig, Codec, DataConfig
+from skipcoder.pipeline.config import CacheConfig, DataConfig
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer import bank
@@ -72,7 +72,7 @@ def test_plain_zarr_example_runs(
 ) -> None:
     (code,) = re.findall(r"```python\n(.+?)```", (REPO / "docs" / "store.md").read_text(), re.S)
     if codec == "int8":
-        store = capture_here(cache_config(tmp_path / "s.zarr", codec=Codec.int8))
+        store = capture_here(cache_config(tmp_path / "s.zarr", codec="int8"))
     code = code.replace("stores/smollm2.zarr", str(store.path)).replace("layers.10.mlp", "layers.1.mlp")
     names: dict = {}
     exec(code.replace("unit = 0", "unit = 2"), names)

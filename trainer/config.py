@@ -72,10 +72,8 @@ class CoderConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in list(Kind) or self.activation not in list(Activation):
-            from skipcoder.trainer.coder import (  # torch takes seconds: only where it may be one's own
-                ACTIVATIONS,
-                KINDS,
-            )
+            # Here alone, as torch takes seconds to import; each is a UserError for an unknown name.
+            from skipcoder.trainer.coder import ACTIVATIONS, KINDS
 
             KINDS[self.kind], ACTIVATIONS[self.activation]
         if self.width < 1:

@@ -27,17 +27,16 @@ def import_coder(cfg: ImportConfig) -> dict[str, Any]:
     from skipcoder.trainer.stream import TokenFilter
 
     directory = Path(cfg.run.dir)
-    if directory.exists() and any(directory.iterdir()):
-        raise UserError(f"run.dir={directory} is not empty; choose another directory, or delete it")
+    cli.refuse_full(directory, "run.dir")
     device = pick_device(cfg.device, "device")
     store = ActivationStore.open(store_path(cfg.store.path))
     hookpoint = store.hookpoint(cfg.hookpoint)
-    kept = TokenFilter(cfg.stream.first_positions, cfg.stream.special_tokens)
+    kept = TokenFilter(cfg.first_positions, cfg.special_tokens)
     sample = Sample.of(store, hookpoint, kept)
     widths = tuple(sample.x_ND.shape[1:] + sample.y_NE.shape[1:])
 
     folder = hub.folder_of(cfg.source, cfg.revision, cfg.subfolder)
-    format = cfg.format.value if cfg.format else formats.detect(folder)
+    format = cfg.format or formats.detect(folder)
     ways = []
     for options in _options(cfg, format, folder):
         coder = formats.read(folder, format, **options)
@@ -75,18 +74,20 @@ def import_coder(cfg: ImportConfig) -> dict[str, Any]:
 
 def _options(cfg: ImportConfig, format: str, folder: Path) -> list[dict[str, Any]]:
     """What the format's `read` may be told: as asked, else every way."""
-    if cfg.layer is not None or format == Source.circuit_tracer.value:
-        if cfg.layer is None or format != Source.circuit_tracer.value:
+    if cfg.layer is not None or format == Source.circuit_tracer:
+        if cfg.layer is None or format != Source.circuit_tracer:
             raise UserError(f"layer=N is for format=circuit_tracer, which needs it; {folder} is {format}")
         return [{"layer": cfg.layer}]
-    both = {Source.sparsify.value: "subtract_decoder_bias", Source.gemma_scope.value: "transcoder"}
+    from skipcoder.trainer.formats.assemble import read_json
+
+    both: dict[str, str] = {Source.sparsify: "subtract_decoder_bias", Source.gemma_scope: "transcoder"}
     for name in both.values():
         if getattr(cfg, name) is not None and both.get(format) != name:
             raise UserError(f"{name} is not for format={format}, which {folder} is")
     if format not in both:
         return [{}]
     name = both[format]
-    if format == Source.sparsify.value and not json.loads((folder / "cfg.json").read_text()).get("transcode"):
+    if format == Source.sparsify and not read_json(folder / "cfg.json").get("transcode"):
         return [{name: getattr(cfg, name)}]
     return [{name: value} for value in ((False, True) if getattr(cfg, name) is None else (getattr(cfg, name),))]
 

@@ -31,8 +31,7 @@ def set_threshold(coder: SparseCoder, x_ND: Tensor, k: int) -> None:
 @torch.no_grad()
 def converted(coder: SparseCoder, x_ND: Tensor) -> SparseCoder:
     """A top-k coder with a threshold for each latent in place of the choice, such that on `x_ND` each fires as often as
-    it was chosen. (One threshold for all costs far more: FVU 0.229 instead of 0.160 where top-k has 0.109, SmolLM2
-    layer 10, skip transcoder, k = 32.) Its weights are shared with `coder`."""
+    it was chosen. One threshold for all costs far more (benchmarks/thresholds.py). Weights are shared with `coder`."""
     found = make_coder(replace(coder.cfg, activation=Activation.jumprelu), coder.d_in, coder.d_out)
     found.load_state_dict(coder.state_dict() | {"threshold": found.threshold}, assign=True)
     found.meta = dict(coder.meta)

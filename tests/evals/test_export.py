@@ -6,15 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.numpy import load_file
 from skipcoder.evals import export as exporting
-from skipcoder.evals.config import EvaluateConfig
+from skipcoder.evals.config import EvaluateConfig, ExamplesConfig, InterpretConfig
 from skipcoder.evals.evaluate import evaluate
-from skipcoder.evals.latents import LatentIndex
+from skipcoder.evals.interpret import interpret
 from skipcoder.evals.run import Run
 from skipcoder.pipeline.errors import UserError
 from skipcoder.pipeline.store import ActivationStore
@@ -68,7 +66,7 @@ def test_export_then_import_gives_the_same_bytes(
         assert again.cfg.k == ours.cfg.k and again.meta["write"] == ours.meta["write"]
 
 
-def test_an_imported_coder_is_evaluated_as_any_other(
+def test_an_imported_coder_is_evaluated_and_interpreted_as_any_other(
     runs: dict[Any, Path], store: ActivationStore, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out = export([runs[Kind.skip_transcoder]], Target.sparsify, tmp_path / "s")
@@ -84,6 +82,8 @@ def test_an_imported_coder_is_evaluated_as_any_other(
     wanted = json.loads((runs[Kind.skip_transcoder] / "evaluation.json").read_text())
     assert row["fvu"] == wanted["fvu"] and row["ce_spliced"] == wanted["ce_spliced"]
     assert "Training curves" not in (tmp_path / "report.html").read_text()  # it has none
+    interpret(InterpretConfig(run=str(tmp_path / "run"), examples=ExamplesConfig(window=8, train=4, test=5)))
+    assert (tmp_path / "run" / "features" / "index.html").exists()
     with pytest.raises(UserError, match="is not empty"):
         import_coder(
             ImportConfig(source=str(out), store=StoreRef(str(store.path)), run=RunConfig(str(tmp_path / "run")))
@@ -113,6 +113,13 @@ def test_import_finds_out_what_files_do_not_say(
     plain.write(random_coder(Kind.transcoder, d=12), tmp_path / "other")
     with pytest.raises(UserError, match=r"leads from 12 to 12 dimensions, but layers\.1\.mlp .* has 24 and 24"):
         import_coder(ImportConfig(source=str(tmp_path / "other"), run=RunConfig(str(tmp_path / "c")), **where))
+    sparsify.write(random_coder(Kind.transcoder), tmp_path / "torn")
+    (tmp_path / "torn" / "cfg.json").write_text("{")
+    with pytest.raises(UserError, match=r"cfg\.json cannot be read"):
+        import_coder(ImportConfig(source=str(tmp_path / "torn"), run=RunConfig(str(tmp_path / "c")), **where))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        import_coder(ImportConfig(source=str(tmp_path / "old"), run=RunConfig(str(tmp_path / "file")), **where))
     plain.write(random_coder(Kind.transcoder), tmp_path / "noise")
     capsys.readouterr()
     import_coder(ImportConfig(source=str(tmp_path / "noise"), run=RunConfig(str(tmp_path / "c")), **where))
@@ -153,18 +160,6 @@ def test_circuit_tracer_takes_a_run_for_each_layer(runs: dict[Any, Path], tmp_pa
         exporting._suited_to_circuit_tracer(item, None)
 
 
-def test_delphi_gets_every_firing(runs: dict[Any, Path], tmp_path: Path) -> None:
-    out = export([runs[Kind.sae]], Target.delphi, tmp_path / "d")
-    run = Run.open(runs[Kind.sae])
-    index = LatentIndex(run, ActivationStore.open(run.store_path))
-    files = sorted((out / "layers.1.mlp").glob("*.safetensors"))
-    counts = np.zeros(64, np.int64)
-    for file in files:
-        latents = load_file(file)["locations"][:, 2].astype(int) + int(file.stem.split("_")[0])
-        counts += np.bincount(latents, minlength=64)
-    np.testing.assert_array_equal(counts, index.counts)
-
-
 def test_what_cannot_be_exported(runs: dict[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
@@ -182,10 +177,11 @@ def test_what_cannot_be_exported(runs: dict[Any, Path], tmp_path: Path, monkeypa
         write(coder, folder)
         coder.b_dec[0] -= 1
 
+    (tmp_path / "out.partial").mkdir()  # of someone else
     monkeypatch.setattr(sparsify, "write", spoiling)
-    with pytest.raises(RuntimeError, match="is not the run's coder"):
+    with pytest.raises(RuntimeError, match="it is not the run's coder"):
         export([runs[Kind.sae]], Target.sparsify, tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["full"]
+    assert {p.name for p in tmp_path.iterdir()} == {"full", "out.partial"}
 
 
 def test_several_runs_lie_side_by_side(runs: dict[Any, Path], tmp_path: Path) -> None:
@@ -200,7 +196,7 @@ def test_entry_points(runs: dict[Any, Path], store: ActivationStore, tmp_path: P
         return subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
 
     done = command("export.py", f"run={runs[Kind.transcoder]}", "format=sparsify", "out=s", "license=apache-2.0")
-    assert done.returncode == 0 and "SparseCoder.load_from_disk('s')" in done.stdout, done.stderr
+    assert done.returncode == 0 and "s: sparsify, 1 coder; s/README.md says how to read it" in done.stdout, done.stderr
     done = command("import_coder.py", "source=s", f"store.path={store.path}", "hookpoint=layers.1.mlp", "run.dir=r")
     assert done.returncode == 0 and "r: transcoder k=4 width=64" in done.stdout, done.stderr
     done = command("export.py", f"run={runs[Kind.transcoder]}", "format=saelens", "out=t")
@@ -244,6 +240,11 @@ def test_hub(runs: dict[Any, Path], tmp_path: Path) -> None:
         )
         done = python(code, HF_TOKEN=hub_server.TOKEN, **online)
         assert done.returncode == 0 and "pushed: " in done.stdout and "coder.json" in hub.repos["me/again"], done.stderr
+        again = code.replace("out=e", "out=f")
+        done = python(again, **online)  # without a token: what was exported stays, and the remedy is said
+        assert (
+            done.returncode == 2 and "hf upload me/again f" in done.stderr and (tmp_path / "f" / "coder.json").exists()
+        )
         done = python(load.replace("me/coder", "me/nothing"), **online)
         assert "no such repository on the Hub, or it is private" in done.stderr.splitlines()[-1]
     # What was downloaded is found again without a network; what was not is a clear error.

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from skipcoder.evals import simulation
 from skipcoder.evals.config import ExamplesConfig, InterpretConfig, JudgeConfig, Negatives, Scorer
 from skipcoder.evals.examples import ExampleMaker
+from skipcoder.evals.export import export
 from skipcoder.evals.interpret import interpret
 from skipcoder.evals.intervention import Steering
 from skipcoder.evals.latents import LatentIndex
@@ -22,6 +23,7 @@ from skipcoder.pipeline.store import ActivationStore
 from skipcoder.trainer import bank as training
 from skipcoder.trainer import checkpoint
 from skipcoder.trainer.config import Kind
+from skipcoder.trainer.formats.config import ExportConfig, Target
 from transformers import AutoTokenizer
 
 from tests.evals.judging import Oracle
@@ -183,10 +185,11 @@ def test_servers_without_schemas_or_probabilities(fresh: Path, store: Activation
 def test_pages_without_a_judge_and_delphis_form(store: ActivationStore, tmp_path: Path) -> None:
     """delphi's files hold every firing once, in the order of the text, and tile the latents."""
     training.train(config(store), tmp_path / "run")
-    interpret(InterpretConfig(run=str(tmp_path / "run"), examples=EXAMPLES, delphi=str(tmp_path / "delphi")))
+    interpret(InterpretConfig(run=str(tmp_path / "run"), examples=EXAMPLES))
     assert (tmp_path / "run" / "features" / "index.html").exists()
     index = LatentIndex(Run.open(tmp_path / "run"), store)
-    folder = tmp_path / "delphi" / "layers.1.mlp"
+    run = ExportConfig(run=str(tmp_path / "run"), format=Target.delphi, out=str(tmp_path / "delphi"))
+    folder = export(run, [tmp_path / "run"]) / "layers.1.mlp"
     files = sorted(folder.glob("*.safetensors"), key=lambda file: int(file.stem.split("_")[0]))
     ends = [tuple(map(int, file.stem.split("_"))) for file in files]
     assert ends[0][0] == 0 and ends[-1][1] == 63 and all(a[1] + 1 == b[0] for a, b in pairwise(ends)) and len(ends) == 5

@@ -153,10 +153,16 @@ def test_attribution_is_the_gradient(model: Any, tokens: torch.Tensor) -> None:
             )
 
 
-def test_a_hookpoint_that_is_not_there(model: Any) -> None:
+def test_what_does_not_fit_the_model(model: Any) -> None:
     with (
         pytest.raises(ValueError, match=r"no module 'layers\.7\.mlp'"),
         skipcoder.splice(model, {"layers.7.mlp": identity()}),
     ):
         pass
+    for coder, message in (
+        (random_coder(Kind.transcoder, d=12), "reads 12 dimensions, not 24"),
+        (random_coder(Kind.transcoder, d_out=12), "12 dimensions cannot replace the 24 of 'layers.1.mlp'"),
+    ):
+        with pytest.raises(ValueError, match=message), skipcoder.splice(model, {NAMES[1]: coder}):
+            model(torch.tensor([[3, 4]]))
     assert not model.model._forward_pre_hooks

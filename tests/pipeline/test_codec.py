@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from skipcoder.pipeline.codec import CODECS, Fp8, Int8, channel_scale
-from skipcoder.pipeline.config import CacheConfig, Codec
+from skipcoder.pipeline.config import CacheConfig
 from skipcoder.pipeline.store import ActivationStore
 
 N, D = 2048, 48
@@ -90,7 +90,7 @@ def test_store_reads_back_in_any_range_and_tells_what_was_lost(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    lossy = capture_here(cache_config(tmp_path / "s.zarr", ("layers.*.mlp",), codec=Codec[codec]))
+    lossy = capture_here(cache_config(tmp_path / "s.zarr", ("layers.*.mlp",), codec=codec))
     assert f"lost to {codec}" in capsys.readouterr().out
     n = store.rows * store.context
     for side in ("input", "output"):
@@ -118,7 +118,7 @@ def test_growing_a_lossy_store_gives_the_bytes_of_capturing_at_once(
     def files(path: Path) -> dict[str, bytes]:
         return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
-    capture_here(cache_config(tmp_path / "grown.zarr", rows=18, codec=Codec[codec]))
-    capture_here(cache_config(tmp_path / "grown.zarr", rows=31, codec=Codec[codec]))
-    capture_here(cache_config(tmp_path / "whole.zarr", rows=31, codec=Codec[codec]))
+    capture_here(cache_config(tmp_path / "grown.zarr", rows=18, codec=codec))
+    capture_here(cache_config(tmp_path / "grown.zarr", rows=31, codec=codec))
+    capture_here(cache_config(tmp_path / "whole.zarr", rows=31, codec=codec))
     assert files(tmp_path / "grown.zarr") == files(tmp_path / "whole.zarr")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zarr
 from skipcoder.pipeline import commit
-from skipcoder.pipeline.config import CacheConfig, Codec
+from skipcoder.pipeline.config import CacheConfig
 from skipcoder.pipeline.place import Place
 from skipcoder.pipeline.store import ActivationStore
 from skipcoder.pipeline.verify import problems
@@ -43,7 +43,7 @@ def test_nothing_is_wrong_with_what_was_captured(
     store: ActivationStore, cache_config: Callable[..., CacheConfig], capture_here: Callable, tmp_path: Path
 ) -> None:
     assert list(problems(Place.at(store.path))) == []
-    assert list(problems(Place.at(capture_here(cache_config(tmp_path / "s.zarr", codec=Codec.int8)).path))) == []
+    assert list(problems(Place.at(capture_here(cache_config(tmp_path / "s.zarr", codec="int8")).path))) == []
 
 
 def test_a_flipped_bit_is_found_twice_by_its_file_and_its_chunk(copy: Path) -> None:

@@ -57,6 +57,15 @@ def test_round_trips_bit_for_bit_or_is_refused(format: str, kind: Kind, activati
     assert torch.equal(coder(x).y_hat, again(x).y_hat)
 
 
+@pytest.mark.parametrize("format", ["sparsify", "saelens", "circuit_tracer"])
+@pytest.mark.parametrize("of_ones_own", ["kind", "activation"])
+def test_extensions_are_refused_by_others_formats(format: str, of_ones_own: str, tmp_path: Path) -> None:
+    coder = random_coder(TRANSCODER)
+    setattr(coder.cfg, of_ones_own, "mine")
+    with pytest.raises(UserError, match=f"{format} cannot hold this .*its {of_ones_own} can be"):
+        write(format, coder, tmp_path)
+
+
 def test_unequal_widths(tmp_path: Path) -> None:
     coder = random_coder(TRANSCODER, d_out=12)
     coder.meta = meta()
@@ -154,6 +163,10 @@ def test_bad_files(tmp_path: Path) -> None:
         formats.read(tmp_path / "s", layer=3)
     (tmp_path / "s" / "cfg.json").write_text("[")
     with pytest.raises(UserError, match=r"cfg\.json cannot be read"):
+        formats.read(tmp_path / "s")
+    cfg = {"activation": "relu", "k": 4, "d_in": 24}
+    (tmp_path / "s" / "cfg.json").write_text(json.dumps(cfg))
+    with pytest.raises(UserError, match="activation relu cannot be read; can be: topk, groupmax"):
         formats.read(tmp_path / "s")
     saelens.write(coder, tmp_path / "l")
     cfg = json.loads((tmp_path / "l" / "cfg.json").read_text())

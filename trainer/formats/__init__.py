@@ -10,11 +10,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from skipcoder.pipeline.errors import UserError
+from skipcoder.trainer.formats.config import Source
 
 if TYPE_CHECKING:
     from skipcoder.trainer.coder import SparseCoder
-
-READABLE = ("plain", "sparsify", "saelens", "circuit_tracer", "gemma_scope")
 
 
 def module(name: str) -> ModuleType:
@@ -24,10 +23,10 @@ def module(name: str) -> ModuleType:
 
 def detect(folder: Path) -> str:
     """The format of a folder's files; UserError where it is none that is known."""
-    for name in READABLE:
+    for name in Source:
         if any(folder.glob(module(name).MARK)):
             return name
-    marks = ", ".join(f"{module(name).MARK} ({name})" for name in READABLE)
+    marks = ", ".join(f"{module(name).MARK} ({name})" for name in Source)
     raise UserError(f"{folder} holds no coder; looked for {marks}")
 
 
@@ -36,8 +35,8 @@ def read(folder: Path, format: str | None = None, **options: Any) -> "SparseCode
     if not folder.is_dir():
         raise UserError(f"{folder}: no such directory")
     name = format or detect(folder)
-    if name not in READABLE:
-        raise UserError(f"format={name}: can read {', '.join(READABLE)}")
+    if name not in list(Source):
+        raise UserError(f"format={name}: can read {', '.join(Source)}")
     try:
         return module(name).read(folder, **options).requires_grad_(False).eval()
     except TypeError as error:

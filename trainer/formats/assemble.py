@@ -1,7 +1,7 @@
 """Tensors and files to coders and back, for all formats. Legend: M latents."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,8 @@ def assemble(
         raise UserError(f"an SAE reconstructs what it reads, but these weights lead from {d_in} to {d_out} dimensions")
     coder = SparseCoder(CoderConfig(kind=kind, activation=activation, k=min(k, m), width=m), d_in, d_out)
     expected = {name: tuple(tensor.shape) for name, tensor in coder.state_dict().items()}
-    found = {name: tuple(tensors[name].shape) for name in expected if name in tensors}
-    if found != expected or len(tensors) > len(expected):
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != expected:
         raise UserError(f"a {kind} must have tensors of shapes {expected}, not {found}")
     coder.load_state_dict({name: tensor.float().contiguous() for name, tensor in tensors.items()})
     ours = kind == Kind.sae
@@ -62,6 +61,13 @@ def need(tensors: dict[str, Any], names: tuple[str, ...], file: Path) -> None:
     missing = [name for name in names if name not in tensors]
     if missing:
         raise UserError(f"{file} lacks {', '.join(missing)}; it holds {', '.join(sorted(tensors))}")
+
+
+def must_hold(coder: SparseCoder, format: str, kinds: Collection[str], activations: Collection[str]) -> None:
+    """UserError unless a format has this kind of coder and this activation."""
+    for what, found, known in (("kind", coder.cfg.kind, kinds), ("activation", coder.cfg.activation, activations)):
+        if found not in known:
+            raise refuse(coder, format, f"its {what} can be {', '.join(known)}")
 
 
 def refuse(coder: SparseCoder, format: str, reason: str) -> UserError:

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from skipcoder.pipeline.errors import UserError
 from skipcoder.trainer.coder import SparseCoder
 from skipcoder.trainer.config import Activation, Kind
-from skipcoder.trainer.formats.assemble import assemble, need, read_tensors, refuse
+from skipcoder.trainer.formats.assemble import assemble, must_hold, need, read_tensors, refuse
 from skipcoder.trainer.formats.hooks import layer_of, transformer_lens
 
 MARK = "layer_*.safetensors"
+_ACTIVATIONS = (Activation.topk, Activation.batchtopk, Activation.jumprelu)
 _THRESHOLD = "activation_function.threshold"
 _LOCAL = """\
 # Of a folder on this machine, circuit-tracer's ReplacementModel.from_pretrained ignores `activation`. Load it by:
@@ -31,10 +32,7 @@ _LOCAL = """\
 def write(coders: Sequence[SparseCoder], folder: Path) -> None:
     """One transcoder for each layer from 0 on, in any order."""
     for coder in coders:
-        if coder.cfg.kind == Kind.sae:
-            raise refuse(coder, "circuit_tracer", "it replaces MLPs, so it needs transcoders")
-        if coder.cfg.activation == Activation.groupmax:
-            raise refuse(coder, "circuit_tracer", "it has no group max")
+        must_hold(coder, "circuit_tracer", (Kind.transcoder, Kind.skip_transcoder), _ACTIVATIONS)
         if coder.d_in != coder.d_out:
             raise refuse(coder, "circuit_tracer", f"it needs d_out = d_in, not {coder.d_out} and {coder.d_in}")
         if coder.threshold is not None and coder.threshold.min() < 0:

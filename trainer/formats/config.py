@@ -1,10 +1,10 @@
 """Configuration of `trainer/export.py` and `trainer/import_coder.py`."""
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 
 from skipcoder.pipeline.errors import UserError
-from skipcoder.trainer.config import RunConfig, Side, StoreRef, StreamConfig
+from skipcoder.trainer.config import RunConfig, Side, StoreRef
 
 
 class Target(Enum):
@@ -15,7 +15,7 @@ class Target(Enum):
     delphi = "delphi"
 
 
-class Source(Enum):
+class Source(StrEnum):
     plain = "plain"
     sparsify = "sparsify"
     saelens = "saelens"
@@ -82,7 +82,9 @@ class ImportConfig:
     """gemma_scope: whether the file is a transcoder's; null: as the held-out FVU says."""
     subtract_decoder_bias: bool | None = None
     """sparsify: whether a transcoder subtracts b_dec from what it reads; null: as the held-out FVU says."""
-    stream: StreamConfig = field(default_factory=StreamConfig)
-    """Positions that the coder is not for (first_positions, special_tokens)."""
+    first_positions: int = 1
+    """The coder is not for so many positions at the start of each row."""
+    special_tokens: bool = True
+    """Nor for positions that hold one of the tokenizer's special tokens."""
     run: RunConfig = field(default_factory=RunConfig)
     device: str | None = None

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from skipcoder.pipeline.errors import UserError
 from skipcoder.trainer.coder import SparseCoder
 from skipcoder.trainer.config import Activation, Kind
-from skipcoder.trainer.formats.assemble import assemble, need, read_json, read_tensors, refuse
+from skipcoder.trainer.formats.assemble import assemble, must_hold, need, read_json, read_tensors
 from skipcoder.trainer.formats.hooks import transformer_lens
 
 MARK = "sae_weights.safetensors"
@@ -27,8 +27,7 @@ _ACTIVATIONS = {"standard": Activation.jumprelu, "topk": Activation.topk, "jumpr
 def architecture(coder: SparseCoder) -> str:
     """SAELens' name; those of top-k transcoders are ours. UserError where there is none."""
     activation, kind = coder.cfg.activation, coder.cfg.kind
-    if activation == Activation.groupmax:
-        raise refuse(coder, "saelens", "it has no group max")
+    must_hold(coder, "saelens", list(Kind), (Activation.topk, Activation.batchtopk, Activation.jumprelu))
     name = "topk" if activation == Activation.topk else "jumprelu"
     return name if kind == Kind.sae else f"{name}_{kind}"
 

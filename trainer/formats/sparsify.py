@@ -12,17 +12,17 @@ from safetensors.torch import save_file
 from skipcoder.pipeline.errors import UserError
 from skipcoder.trainer.coder import SparseCoder
 from skipcoder.trainer.config import Activation, Kind
-from skipcoder.trainer.formats.assemble import assemble, need, read_json, read_tensors, refuse
+from skipcoder.trainer.formats.assemble import assemble, must_hold, need, read_json, read_tensors, refuse
 
 MARK = "sae.safetensors"
 _NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec", "W_skip": "W_skip"}
+_ACTIVATIONS = (Activation.topk, Activation.groupmax)
 
 
 def write(coder: SparseCoder, folder: Path) -> None:
     """The same bits under sparsify's names."""
     cfg = coder.cfg
-    if cfg.activation not in (Activation.topk, Activation.groupmax):
-        raise refuse(coder, "sparsify", "it knows topk and groupmax only")
+    must_hold(coder, "sparsify", list(Kind), _ACTIVATIONS)
     if coder.d_in != coder.d_out:
         raise refuse(coder, "sparsify", f"it needs d_out = d_in, but these are {coder.d_out} and {coder.d_in}")
     tensors = coder.state_dict()
@@ -53,12 +53,14 @@ def read(folder: Path, *, subtract_decoder_bias: bool | None = None) -> SparseCo
         raise UserError(f"{folder}: subtract_decoder_bias is for transcoders; sparsify's SAEs always subtract b_dec")
     if config.get("signed"):
         raise UserError(f"{folder}: signed coders keep negative activations, ours do not")
+    if (activation := config.get("activation", "topk")) not in _ACTIVATIONS:
+        raise UserError(f"{folder}: activation {activation} cannot be read; can be: {', '.join(_ACTIVATIONS)}")
     kind = Kind.transcoder if is_transcoder else Kind.sae
     if config.get("skip_connection"):
         kind = Kind.skip_transcoder
     coder = assemble(
         kind,
-        Activation(config.get("activation", "topk")),
+        Activation(activation),
         config["k"],
         {ours: tensors[name] for name, ours in _NAMES.items() if name in tensors},
         subtracts_b_dec=bool(subtract_decoder_bias) if is_transcoder else True,
