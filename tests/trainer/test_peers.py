@@ -9,6 +9,7 @@ skipped where its tool is not at hand; none of them goes into our environment:
 """
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def peer(name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    if not any(map(find_spec, ("sparsify", "sae_lens", "circuit_tracer"))):
+        pytest.skip("no other tool is at hand")
     path = tmp_path_factory.mktemp("real") / "s.zarr"
     command("pipeline/cache.py", f"store.path={path}", "data.tokens=16384", "store.unit_rows=2")
     return Sample.of(ActivationStore.open(path), "layers.10.mlp", TokenFilter(), "train", 1024)
