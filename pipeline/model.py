@@ -131,8 +131,9 @@ def load_causal_lm(cfg: ModelConfig, device: str) -> "torch.nn.Module":
 
 def _load(auto_class: Any, cfg: ModelConfig, device: str, config: Any) -> "torch.nn.Module":
     import torch
+    from skipcoder.pipeline import halves
 
-    options = _source(cfg)
+    options, dtype = _source(cfg), getattr(torch, cfg.dtype.value)
     if cfg.gguf_file is not None:
         from transformers import GgufConfig
 
@@ -140,13 +141,15 @@ def _load(auto_class: Any, cfg: ModelConfig, device: str, config: Any) -> "torch
     model = auto_class.from_pretrained(
         _place(cfg),
         config=config,
-        dtype=getattr(torch, cfg.dtype.value),
+        dtype=dtype,
         attn_implementation=cfg.attention,
         **options,
     )
     model = model.eval().requires_grad_(False)
     if cfg.shuffle is not None:
         _shuffle(model, cfg.shuffle)
+    if device == "cpu" and not halves.supported(dtype):
+        halves.widen(model)
     return model.to(device)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numcodecs import blosc
-from skipcoder.pipeline import layout
+from skipcoder.pipeline import halves, layout
 from skipcoder.pipeline.codec import CODECS, compress
 from skipcoder.pipeline.config import CacheConfig
 from skipcoder.pipeline.model import describe
@@ -102,6 +102,8 @@ def _codec(cfg: CacheConfig, chunk: int, d: int) -> tuple[float, float, float]:
 def _matmul_speed(d: int, dtype: torch.dtype) -> float:
     """FLOP/s of [4096, d] x [d, 4 d]."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not halves.supported(dtype):
+        dtype = torch.float32  # as the model's linear layers
     a, b = torch.randn(4096, d, device=device, dtype=dtype), torch.randn(d, 4 * d, device=device, dtype=dtype)
     float((a @ b)[0, 0])
     begun, done = time.perf_counter(), 0
