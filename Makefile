@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 STAMP := $(VENV)/.skipcoder-installed
 
-.PHONY: setup demo paper test test-slow soak lint typecheck gpu-check clean-demo
+.PHONY: setup demo paper test test-slow soak lint typecheck docs gpu-check clean-demo
 
 setup: $(STAMP)
 
@@ -39,7 +39,7 @@ paper: setup
 clean-demo:
 	rm -rf $(DEMO)
 
-test: setup lint typecheck
+test: setup lint typecheck docs
 	$(BIN)/python -m pytest
 
 # Nothing is left out of `make test` so far; this runs the slow part alone.
@@ -53,12 +53,19 @@ soak: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	test ! -x $(BIN)/hadolint || $(BIN)/hadolint docker/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
 
 # mypy reads a regular install: the folders bear other names than the packages.
 typecheck: setup
 	rm -rf build && $(BIN)/python -m pip install -q --no-deps --target build/typecheck .
 	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 		--python-executable ../../$(BIN)/python -p skipcoder
+
+# Griffe, which reads the docstrings, takes folders without __init__.py for no packages.
+docs: typecheck
+	touch $(addprefix build/typecheck/skipcoder/,$(addsuffix /__init__.py,pipeline trainer evals))
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 # On a machine with a GPU: the kernel tests on the device, then one dated file of timings in benchmarks/.
 gpu-check: setup

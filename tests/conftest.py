@@ -31,10 +31,14 @@ def text_file() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """Directory of a 3-layer random Llama and a byte-level tokenizer that puts BOS first."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny-llama"), text_file, LAYERS)
+
+
+def make_tiny_model(directory: Path, text_file: Path, layers: int) -> Path:
+    """A random Llama in the directory, with its tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    directory = tmp_path_factory.mktemp("tiny-llama")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,7 +52,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Pat
     config = LlamaConfig(
         hidden_size=D_MODEL,
         intermediate_size=48,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=400,

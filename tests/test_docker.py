@@ -1,9 +1,10 @@
 """The container files, as far as they can be checked without an engine: what they copy exists, what they run composes,
-and all containers share image, volume and Ray's address."""
+pods are pods, and all containers share image, volume and Ray's address. `make lint`: hadolint, Compose's schema."""
 
 import re
 import shlex
 
+import kubernetes_validate
 import pytest
 import skipcoder.pipeline.cache  # noqa: F401 (registers its schema)
 import yaml
@@ -58,6 +59,9 @@ def test_kuberay_workers_fit_their_pods() -> None:
     assert cfg.ray.cpus_per_worker == int(limits["cpu"]) and cfg.ray.gpus_per_worker == int(limits["nvidia.com/gpu"])
     pods = [cluster["headGroupSpec"]["template"]["spec"], group["template"]["spec"]]
     for pod in pods:
+        kubernetes_validate.validate(
+            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "any"}, "spec": pod}, "1.31", strict=True
+        )
         (container,) = pod["containers"]
         mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
         assert container["image"] == "skipcoder" and {volume["name"] for volume in pod["volumes"]} == set(mounts)

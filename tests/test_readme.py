@@ -1,7 +1,6 @@
-"""What the README shows works: its commands compose, its Python runs."""
+"""What README and docs show works: commands compose (and run: test_docs.py), Python runs."""
 
 import re
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,11 +26,11 @@ from skipcoder.trainer.config import CoderConfig, TrainConfig
 from skipcoder.trainer.formats.config import ExportConfig, ImportConfig
 
 from tests.conftest import REPO
+from tests.documented import Command, commands
 from tests.trainer.test_run import config
 
 README = (REPO / "README.md").read_text()
-PAGES = [README, *(page.read_text() for page in sorted((REPO / "docs").glob("*.md")))]
-COMMANDS = sorted({c for page in PAGES for c in re.findall(r"python (?:pipeline|trainer|evals)/[^`\n]+", page)})
+COMMANDS = [command for command in commands() if command.entry != "store_cli"]
 SCHEMAS = {
     "cache": CacheConfig,
     "train": TrainConfig,
@@ -43,18 +42,16 @@ SCHEMAS = {
 
 
 def test_there_are_commands() -> None:
-    assert {Path(shlex.split(c)[1]).stem for c in COMMANDS} == set(SCHEMAS)
+    assert {command.entry for command in COMMANDS} == set(SCHEMAS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_compose(command: str) -> None:
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_commands_compose(command: Command) -> None:
     """Every key, type and preset is known; of a sweep, the first job is taken."""
-    _, script, *overrides = shlex.split(command)
-    overrides = [o if "[" in o else o.split(",")[0] for o in overrides if o != "-m" and not o.startswith("hydra.")]
-    name = Path(script).stem
+    overrides = [w if "[" in w else w.split(",")[0] for w in command.words if w != "-m" and not w.startswith("hydra.")]
     with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
-        cfg = compose(name.removesuffix("_coder"), overrides)
-    assert typed(cfg, SCHEMAS[name])
+        cfg = compose(command.entry.removesuffix("_coder"), overrides)
+    assert typed(cfg, SCHEMAS[command.entry])
 
 
 def test_python_example_runs(store: ActivationStore, tmp_path: Path) -> None:
