@@ -43,7 +43,8 @@ def commands() -> list[Command]:
     """Of all pages; each once."""
     found = {}
     for page, text in PAGES.items():
-        for program, script, installed, arguments in re.findall(_COMMAND, text):
+        joined = re.sub(r"\s*\\\n\s*", " ", text)
+        for program, script, installed, arguments in re.findall(_COMMAND, joined):
             command = Command(page, program, script or INSTALLED.get(installed, installed), arguments)
             found.setdefault(str(command), command)
     return list(found.values())
