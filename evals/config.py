@@ -91,7 +91,9 @@ class RavelConfig:
     pairs: int = 200
     """For each attribute, and as many that ask for others; 70 % of them, of 70 % of the cities, teach the mask."""
     steps: int = 60
+    """Of the mask's training."""
     batch: int = 16
+    """Pairs in a step."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "batch")
@@ -190,7 +192,9 @@ class JudgeConfig:
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the key."""
     concurrency: int = 16
+    """Questions under way at once."""
     attempts: int = 6
+    """At a question, where the server is busy or fails."""
     timeout: float = 120.0
     """Seconds for one answer."""
     logprobs: bool = True

@@ -44,7 +44,7 @@ class Interpreter:
         self.maker = ExampleMaker(index, cfg.examples)
         self.folder = index.run.path / "interpretation"
         asked = {
-            **index.identity(), "examples": asdict(cfg.examples),
+            **index.identity(), "content": index.store.content, "examples": asdict(cfg.examples),
             "judge": [cfg.judge.base_url, cfg.judge.model, cfg.judge.embedding_model, cfg.judge.logprobs],
             "scorers": cfg.scorers, "shown": cfg.shown,
         }  # fmt: skip

@@ -1,12 +1,15 @@
 """Where each latent fires: a run's codes on its whole store, sorted by latent. The language model does not run.
 
-    RUN/latents/identity.json                    which weights, store and filter
-    RUN/latents/00000000-00000031.safetensors    of these units: `starts` [M + 1], `position` and `value` [L]
+    RUN/latents/identity.json                       which weights, store and filter
+    RUN/latents/00000000-00000031-HASH.safetensors  of these units: `starts` [M + 1], `position` and `value` [L]
 
-A part holds some units and is written whole or not at all, so building can be interrupted, and goes on where a store
-has grown. Memory is that of one part. Legend: L entries, M latents, N tokens.
+A part holds some units and is written whole or not at all, so building can be interrupted. HASH is of the units'
+checksums: where a store has grown, the parts that are as they were stay. Memory is that of one part.
+
+Legend: L entries, M latents, N tokens.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -53,7 +56,6 @@ class LatentIndex:
         return {
             "weights": self.run.weights,
             "store": self.store.attrs["identity_hash"],
-            "content": self.store.content,
             "filter": repr(self.run.filter),
         }
 
@@ -137,7 +139,9 @@ class LatentIndex:
         write_atomically(self.folder / "identity.json", json.dumps(self.identity(), indent=2).encode())
 
     def _file(self, units: list[int]) -> Path:
-        return self.folder / f"{units[0]:08d}-{units[-1]:08d}.safetensors"
+        content = json.dumps([self.store.commits[unit].shards for unit in units], sort_keys=True)
+        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+        return self.folder / f"{units[0]:08d}-{units[-1]:08d}-{digest}.safetensors"
 
     @torch.no_grad()
     def _encode(

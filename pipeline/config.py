@@ -38,10 +38,13 @@ class ModelConfig:
     id: str = "???"
     """Hub id, directory, or `package:NAME` for weights that an installed Python package carries."""
     revision: str | None = None
+    """Of the hub: a branch, tag or commit."""
     gguf_file: str | None = None
     """Name of the GGUF file inside `id`, when the weights are not safetensors."""
     dtype: Dtype = Dtype.bfloat16
+    """That the model runs in: bfloat16, float16, float32."""
     attention: str = "sdpa"
+    """transformers' `attn_implementation`."""
     shuffle: int | None = None
     """Seed with which the entries of every weight matrix are permuted: a control, a model that has learned nothing but
     whose weights are distributed as they were."""
@@ -62,8 +65,11 @@ class DataConfig:
     path: str | None = None
     """File, directory or glob for text, jsonl and parquet; dataset id for huggingface."""
     subset: str | None = None
+    """huggingface: the configuration of the data set."""
     split: str = "train"
+    """huggingface."""
     revision: str | None = None
+    """huggingface: a branch, tag or commit."""
     field: str = "text"
     """Column or key that holds the text (jsonl, parquet, huggingface)."""
     tokens: int = 131072
@@ -108,7 +114,7 @@ class StoreConfig:
 
 @dataclass
 class RayConfig:
-    """How the capture is spread. None of this changes a byte of the store."""
+    """How the capture is spread. Among machines of one kind none of this changes a byte of the store."""
 
     address: str | None = None
     """null: a Ray of our own on this machine; `auto` or an address: that cluster."""
@@ -140,6 +146,7 @@ class CacheConfig:
     store: StoreConfig = field(default_factory=StoreConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     hookpoints: list[str] = field(default_factory=list)
+    """Names of modules of the model without its head, globs allowed; the default is the model preset's."""
     micro_batch_tokens: int = 4096
     """Tokens per forward pass. Part of the store's identity: another value may change low bits."""
     plan: bool = False

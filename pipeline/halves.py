@@ -27,7 +27,7 @@ class WideLinear(nn.Linear):
 
 
 def widen(model: nn.Module) -> None:
-    """Make all linear layers of the model WideLinear, in place."""
+    """Make all of the model's nn.Linear WideLinear, in place. GPT-2's own Conv1D stays as it is."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = WideLinear

@@ -1,7 +1,7 @@
 """The commands of README and docs run, one after another in one folder, on a small model and with small numbers.
 
 Captures run without Ray. What asks for a hub, a cluster or all evaluations is only composed (test_readme.py);
-test_wheel.py runs the quick start as it stands.
+test_real_model.py follows the quick start as it stands.
 """
 
 import re

@@ -1,6 +1,7 @@
 """What README and docs show works: commands compose (and run: test_docs.py), Python runs."""
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import skipcoder.trainer.import_coder
 import skipcoder.trainer.train  # noqa: F401 (importing an entry point registers its schema)
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 from skipcoder.evals.config import EvaluateConfig, InterpretConfig
 from skipcoder.pipeline import registry
 from skipcoder.pipeline.cli import typed
@@ -26,11 +29,14 @@ from skipcoder.trainer.config import CoderConfig, TrainConfig
 from skipcoder.trainer.formats.config import ExportConfig, ImportConfig
 
 from tests.conftest import REPO
-from tests.documented import Command, commands
+from tests.documented import PAGES, Command, commands
 from tests.trainer.test_run import config
 
 README = (REPO / "README.md").read_text()
 COMMANDS = [command for command in commands() if command.entry != "store_cli"]
+NO_SETTINGS = {"key=value", "keep_error=True", "special_tokens=tokenizer.all_special_ids"}
+_SETTING = r"`('?\+?[a-z][\w.]*=[^=`][^`]*)`"
+SETTINGS = sorted({setting for page in PAGES.values() for setting in re.findall(_SETTING, page)} - NO_SETTINGS)
 SCHEMAS = {
     "cache": CacheConfig,
     "train": TrainConfig,
@@ -48,10 +54,38 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_commands_compose(command: Command) -> None:
     """Every key, type and preset is known; of a sweep, the first job is taken."""
-    overrides = [w if "[" in w else w.split(",")[0] for w in command.words if w != "-m" and not w.startswith("hydra.")]
-    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
-        cfg = compose(command.entry.removesuffix("_coder"), overrides)
+    overrides = [word if "[" in word else word.split(",")[0] for word in command.words if word != "-m"]
+    cfg = composed(command.entry, overrides)
+    del cfg.hydra
     assert typed(cfg, SCHEMAS[command.entry])
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_in_the_text_are_settings(setting: str) -> None:
+    """Of one program at least."""
+    errors = []
+    for entry in SCHEMAS:
+        try:
+            composed(entry, shlex.split(setting))
+            return
+        except HydraException as error:
+            errors.append(str(error))
+    raise AssertionError(errors)
+
+
+def composed(entry: str, overrides: list[str]) -> DictConfig:
+    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
+        cfg = compose(entry.removesuffix("_coder"), overrides, return_hydra_config=True)
+    OmegaConf.set_struct(cfg, False)
+    return cfg
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    """mkdocs looks at those between the pages of docs/."""
+    path = REPO / page
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text())
+    assert not [link for link in links if not (path.parent / link).exists()]
 
 
 def test_python_example_runs(store: ActivationStore, tmp_path: Path) -> None:

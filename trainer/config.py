@@ -135,12 +135,14 @@ class OptimConfig:
     """Adam with the paper's recipe (warm-up, then linear to zero), schedule-free signum, or Muon."""
 
     name: OptimName = OptimName.adam
+    """adam, signum or muon."""
     lr: float | None = None
     """null: adam 2e-4 / sqrt(width / 2^14), signum 5e-3 by the same root, muon 2e-3. Short runs of Adam need more
     (1e-3 to 3e-3)."""
     momentum: float = 0.95
     """signum: weight of the average in the point where gradients are taken; muon: Nesterov momentum."""
     beta1: float = 0.9
+    """adam, as beta2 and eps; muon: of the biases."""
     beta2: float = 0.999
     eps: float = 6.25e-10
     warmup_steps: int = 1000
@@ -166,6 +168,7 @@ class StreamConfig:
     """The order of training tokens, and which are left out."""
 
     seed: int = 0
+    """Of the order."""
     pool_chunks: int | None = None
     """Chunks shuffled together; null: as many as hold 512 MiB of pairs."""
     first_positions: int = 1
@@ -195,6 +198,7 @@ class RunConfig:
     """Where results go."""
 
     dir: str = "???"
+    """The run directory; of a sweep's jobs Hydra names it."""
 
 
 @dataclass
@@ -205,11 +209,13 @@ class LoopConfig:
     """Tokens to train on, in steps of batch_tokens (an epoch's short last batch counts as a whole one); more than the
     store holds means several epochs."""
     batch_tokens: int = 4096
+    """Tokens of a step, over all processes."""
     micro_batches: int = 1
     """Parts in which a batch goes through the coder, one after the other, to save memory."""
     k_start: int | None = None
     """Latents active at the start, falling linearly to coder.k over the first k_anneal of the run; null: coder.k."""
     k_anneal: float = 0.1
+    """See k_start."""
     dead_tokens: int | None = None
     """A latent is dead after this many tokens without firing; null: min(10M, tokens / 4)."""
     device: str | None = None
@@ -217,6 +223,7 @@ class LoopConfig:
     threads: int | None = None
     """CPU threads; null: all cores."""
     log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
     eval_every: int | None = None
     """Steps between looks at held-out tokens; null: ten in a run."""
     eval_tokens: int = 4096

@@ -32,15 +32,15 @@ class Settings:
 
 def run_sweep(jobs: Sequence[Job], settings: Settings) -> list[Outcome]:
     """Train all jobs; outcomes in their order."""
-    gpus = torch.cuda.device_count()
-    on_ray = settings.ray if settings.ray is not None else gpus > 1 or settings.address is not None
+    several = torch.cuda.device_count() > 1 or settings.address is not None
     refuse_shared_directories(jobs)
     if settings.address is not None and settings.memory_gib is None:
         raise UserError("hydra.launcher.address needs hydra.launcher.memory_gib: the memory of one of its devices")
-    banks, found = plan(jobs, settings, max(gpus, 1) if on_ray else 1, together=on_ray and not gpus)
-    for number, bank in enumerate(banks, 1):
-        print(f"bank {number} of {len(banks)}: {len(bank)} coder{'s' if len(bank) > 1 else ''} on one stream")
-    found += _on_ray(banks, settings) if on_ray else [outcome for bank in banks for outcome in train_bank(bank)]
+    if settings.ray if settings.ray is not None else several:
+        found = _on_ray(jobs, settings)
+    else:
+        banks, found = plan(jobs, settings, 1)
+        found += [outcome for bank in banks for outcome in train_bank(bank)]
     by_directory = {outcome.directory: outcome for outcome in found}
     return [by_directory[directory] for _, directory in jobs]
 
@@ -48,8 +48,8 @@ def run_sweep(jobs: Sequence[Job], settings: Settings) -> list[Outcome]:
 def plan(
     jobs: Sequence[Job], settings: Settings, devices: int, together: bool = False
 ) -> tuple[list[list[Job]], list[Outcome]]:
-    """(the banks, each a list of jobs; the outcomes of those that can be in none). `together`: all banks share one
-    memory at the same time."""
+    """(the banks, each a list of jobs; the outcomes of those that can be in none), and say how many. `together`: all
+    banks share one memory at the same time."""
     banks: list[list[Job]] = []
     refused: list[Outcome] = []
     groups: dict[object, list[Job]] = {}
@@ -81,10 +81,12 @@ def plan(
             )
             refused.append(Outcome(job[1], None, error))
         banks += [[fitting[i] for i in bank] for bank in memory.pack(needs, budget, devices)]
+    for number, bank in enumerate(banks, 1):
+        print(f"bank {number} of {len(banks)}: {len(bank)} coder{'s' if len(bank) > 1 else ''} on one stream")
     return banks, refused
 
 
-def _on_ray(banks: list[list[Job]], settings: Settings) -> list[Outcome]:
+def _on_ray(jobs: Sequence[Job], settings: Settings) -> list[Outcome]:
     """Every bank is a Ray task with a GPU of its own, or, where Ray has none, with an equal share of the cores."""
     from skipcoder.pipeline.cluster import cluster
 
@@ -92,11 +94,12 @@ def _on_ray(banks: list[list[Job]], settings: Settings) -> list[Outcome]:
         import ray
 
         have = ray.cluster_resources()
-        gpu = 1 if have.get("GPU") else 0
-        cores = max(1, int(have.get("CPU", 1)) // max(1, len(banks) if not gpu else int(have["GPU"])))
+        gpus = int(have.get("GPU", 0))
+        banks, found = plan(jobs, settings, max(gpus, 1), together=not gpus)
+        gpu = min(gpus, 1)
+        cores = max(1, int(have.get("CPU", 1)) // max(1, gpus or len(banks)))
         task = ray.remote(num_gpus=gpu, num_cpus=cores, max_retries=2)(_bank_task)
         waiting = [task.remote(bank, None if gpu else cores, os.getcwd()) for bank in banks]
-        found: list[Outcome] = []
         try:
             for bank, one in zip(banks, waiting, strict=True):
                 try:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from skipcoder.evals import simulation
+from skipcoder.evals import latents, simulation
 from skipcoder.evals.config import ExamplesConfig, InterpretConfig, JudgeConfig, Negatives, Scorer
 from skipcoder.evals.examples import ExampleMaker
 from skipcoder.evals.export import export
@@ -26,6 +26,7 @@ from skipcoder.trainer.config import Kind
 from skipcoder.trainer.formats.config import ExportConfig, Target
 from transformers import AutoTokenizer
 
+from tests.conftest import UNIT_ROWS
 from tests.evals.judging import Oracle
 from tests.trainer.test_run import config
 
@@ -308,6 +309,29 @@ def test_index_is_what_the_coder_says(store: ActivationStore, tmp_path: Path) ->
     index.build("cpu")
     after = {f.name: f.stat().st_mtime_ns for f in index.folder.iterdir() if f.suffix == ".safetensors"}
     assert after.keys() == before.keys() and all(after[name] != before[name] for name in after)
+
+
+def test_index_of_a_grown_store_keeps_what_it_has(
+    cache_config: Any, capture_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten units a part; 33 units and a short one become 48: the first three parts stay."""
+    small = capture_here(cache_config(tmp_path / "s.zarr", rows=33 * UNIT_ROWS + 1))
+    training.train(config(small), tmp_path / "run")
+    monkeypatch.setattr(latents, "PART_TOKENS", 10 * UNIT_ROWS * small.context)
+    LatentIndex(Run.open(tmp_path / "run"), small).build("cpu")
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "latents").glob("*.safetensors")}
+    grown = capture_here(cache_config(tmp_path / "s.zarr", rows=48 * UNIT_ROWS))
+    index, told = LatentIndex(Run.open(tmp_path / "run"), grown), []
+    index.build("cpu", told.append)
+    assert sum(told) == 18 * UNIT_ROWS * grown.context
+    after = {file: file.stat().st_mtime_ns for file in index.folder.glob("*.safetensors")}
+    assert len(before) == 4 and len(after) == 5 and len(before.items() & after.items()) == 3
+    shutil.rmtree(index.folder)
+    anew = LatentIndex(Run.open(tmp_path / "run"), grown)
+    anew.build("cpu")
+    for latent in range(index.width):
+        for mine, wanted in zip(index.of(latent), anew.of(latent), strict=True):
+            np.testing.assert_array_equal(mine, wanted)
 
 
 @pytest.mark.parametrize("kind", list(Negatives))

@@ -1,6 +1,5 @@
 """`train.py -m` through Hydra's launcher: every job as if run alone, one pass over the store."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -83,6 +82,27 @@ def test_on_ray(store: ActivationStore, tmp_path: Path) -> None:
     assert_same(tmp_path / "s" / "1", tmp_path / "alone")
 
 
+def test_a_cluster_elsewhere_gets_a_bank_for_each_of_its_gpus(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines that say they have a GPU; this one has none, and the banks do without."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1, num_gpus=1)
+        cluster.wait_for_nodes()
+        where = ("coder=transcoder", "coder.k=2,3,4", "train.device=cpu", "hydra.sweep.dir=s")
+        done = call(
+            store, tmp_path, "-m", *where, f"hydra.launcher.address={cluster.address}", "hydra.launcher.memory_gib=4"
+        )
+        assert done.returncode == 0, done.stderr
+        assert "bank 1 of 2: 2 coders" in done.stdout and "bank 2 of 2: 1 coder" in done.stdout
+    finally:
+        cluster.shutdown()
+
+
 def test_ctrl_c_on_ray_leaves_every_variant_resumable(store: ActivationStore, tmp_path: Path) -> None:
     where = ("-m", "coder=transcoder", "coder.k=2", "stream.seed=0,1", "hydra.sweep.dir=s", "hydra.launcher.ray=true")
     long = ("train.tokens=3000000", "train.save_every=1000000")
@@ -97,21 +117,6 @@ def test_ctrl_c_on_ray_leaves_every_variant_resumable(store: ActivationStore, tm
     _, said = job.communicate(timeout=100)
     assert job.returncode == 3, said
     assert len(list((tmp_path / "s").glob("*/checkpoint/state/state.pt"))) == 2
-
-
-def test_the_launcher_is_found_from_a_wheel(tmp_path: Path) -> None:
-    """Nothing of the checkout on the path: an empty folder, the built package before all others."""
-    build = subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "site"), str(REPO)],
-        capture_output=True,
-        text=True,
-    )
-    assert build.returncode == 0, build.stderr
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    code = "import skipcoder; print(skipcoder.__file__); from skipcoder.trainer.train import cli_main; cli_main()"
-    asked = [sys.executable, "-c", code, "--cfg", "hydra", "-p", "hydra.launcher"]
-    done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert str(tmp_path / "site") in done.stdout and "BankLauncher" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (REPO / "conf" / "experiment").glob("*.yaml")))
