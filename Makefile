@@ -39,8 +39,9 @@ paper: setup
 clean-demo:
 	rm -rf $(DEMO)
 
+# Two files at a time: much of a test's time is a program that starts.
 test: setup lint typecheck docs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Nothing is left out of `make test` so far; this runs the slow part alone.
 test-slow: setup
