@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python pipeline/cache.py store.path=$(DEMO)/store.zarr
 	$(BIN)/python trainer/train.py -m +experiment=demo store.path=$(DEMO)/store.zarr hydra.sweep.dir=$(DEMO)/train
-	$(BIN)/python evals/evaluate.py runs='$(DEMO)/train/*' out=$(DEMO)/summary.json
+	$(BIN)/python evals/evaluate.py runs='$(DEMO)/train/*' out=$(DEMO)/summary.json ce_tokens=2048
 	@echo "Open $(DEMO)/report.html"
 
 # The paper's comparison on SmolLM2 (docs/paper.md): two hookpoints, three seeds. Hours on a laptop; resumes.

@@ -77,14 +77,18 @@ def _logits(model: nn.Module, tokens_BT: Tensor) -> Tensor:
 
 
 def _losses(logits_q: Tensor, logits_p: Tensor, tokens_BT: Tensor) -> TokenLosses:
-    """Of predictions q where the model as it is says p. Row by row: a vocabulary of float32 for each token is large."""
+    """Of predictions q where the model as it is says p. A vocabulary of float32 for each token is large, so
+    some tokens at a time: few on CPUs, where what stays in the cache takes a fifth of the time."""
+    n = max(1, (2**24 if logits_q.is_cuda else 2**19) // logits_q.shape[-1])
+    following = tokens_BT[:, 1:]
     ce, kl = [], []
-    for q, p, tokens_T in zip(logits_q, logits_p, tokens_BT, strict=True):
+    columns = (logits_q.flatten(0, 1), logits_p.flatten(0, 1), following.reshape(-1, 1))
+    for q, p, next_N1 in zip(*(column.split(n) for column in columns), strict=True):
         log_q, log_p = q.float().log_softmax(-1), p.float().log_softmax(-1)
-        ce.append(-log_q.gather(1, tokens_T[1:, None]).squeeze(1).double())
+        ce.append(-log_q.gather(1, next_N1).squeeze(1).double())
         difference = torch.where(log_p > -torch.inf, log_p - log_q, 0)
         kl.append((log_p.exp() * difference).sum(-1, dtype=torch.float64))
-    return TokenLosses(torch.stack(ce).cpu(), torch.stack(kl).cpu())
+    return TokenLosses(*(torch.cat(losses).view(following.shape).cpu() for losses in (ce, kl)))
 
 
 def _layers_below(model: nn.Module, parts: Sequence[Part]) -> tuple[nn.Module, ...]:

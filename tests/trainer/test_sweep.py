@@ -128,7 +128,7 @@ def test_every_experiment_composes_with_the_first_values_of_its_sweep(name: str)
         swept = [f"{key}={str(values).split(',')[0]}" for key, values in whole.hydra.sweeper.params.items()]
         cfg = compose("train", [f"+experiment={name}", *swept, "run.dir=x"])
     typed = cli.typed(cfg, TrainConfig)
-    assert typed.coder.kind == Kind.sae and typed.train.tokens >= 700_000
+    assert typed.coder.kind == Kind.sae and typed.train.tokens >= 600_000
 
 
 # ---- planning -----------------------------------------------------------------------------------------
