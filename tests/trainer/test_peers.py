@@ -24,6 +24,7 @@ from skipcoder.trainer.formats.fit import Sample, fit
 from skipcoder.trainer.stream import TokenFilter
 from skipcoder.trainer.thresholds import converted
 
+from tests.conftest import REPO
 from tests.test_real_model import command
 from tests.trainer.coders import assert_same_function, meta, random_coder
 
@@ -68,33 +69,31 @@ def test_sparsify_loads_ours(kind: Kind, activation: Activation, sample: Sample,
     assert list(theirs.SparseCoder.load_many(str(tmp_path), local=True)) == ["layers.10.mlp"]
 
 
-@pytest.mark.parametrize("transcode", [False, True])
-def test_a_coder_trained_by_sparsify_has_its_own_fvu(transcode: bool, sample: Sample, tmp_path: Path) -> None:
-    """sparsify's own coder, loss and optimiser; its FVU of a batch is that of ours on the same batch."""
-    theirs = peer("sparsify")
-    from sparsify.config import SparseCoderConfig
+@pytest.mark.parametrize("kind", Kind)
+def test_a_coder_trained_by_sparsify_has_its_own_fvu(
+    kind: Kind, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its Trainer, which saves it; its FVU of a batch is that of ours on the same batch."""
+    peer("sparsify")
+    monkeypatch.syspath_prepend(REPO / "benchmarks")
+    from peer_sparsify import Playback, Recipe  # type: ignore[import-not-found]
+    from peer_sparsify import fit as trained
 
-    torch.manual_seed(0)
-    x = sample.x_ND.float()
-    y = sample.y_NE.float() if transcode else x
-    config = SparseCoderConfig(num_latents=1024, k=K, transcode=transcode, skip_connection=transcode)
-    mine = theirs.SparseCoder(D, config)
-    mine.b_dec.data[:] = y.mean(0)
-    optimiser = torch.optim.Adam(mine.parameters(), 1e-3)
-    for _ in range(30):
-        loss = mine(x, y).fvu
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    mine.save_to_disk(tmp_path / "c")
-    coder = formats.read(tmp_path / "c")
-    fvu = float(mine(x, y).fvu)
-    found = fit(coder, Sample(x, y), "input" if transcode else "output", "output")["fvu"]
+    x, y = sample.x_ND.float(), sample.y_NE.float()
+    if kind is Kind.sae:
+        x = y
+    rows_RT = torch.arange(len(x)).view(-1, 32).repeat(5, 1)  # 40 steps of 128 tokens
+    mine = trained(Playback(x, y), Playback.hookpoint, rows_RT, 4, Recipe(kind, K, 1024, 1e-2, 0), tmp_path)
+    saved = tmp_path / "run" / Playback.hookpoint
+    coder = formats.read(saved)
+    with torch.no_grad():
+        theirs = mine(x, y)
+    found = fit(coder, Sample(x, y), "output" if kind is Kind.sae else "input", "output")["fvu"]
     # Of a sum of squares of float32; the mean over 1,024 tokens is theirs in float32 too.
-    assert fvu < 0.9 and found == pytest.approx(fvu, rel=1e-4)
-    assert_same_function(coder, x, mine(x, y).sae_out.detach())
+    assert theirs.fvu < 0.9 and found == pytest.approx(float(theirs.fvu), rel=1e-4)
+    assert_same_function(coder, x, theirs.sae_out)
     sparsify.write(coder, tmp_path / "again")
-    assert (tmp_path / "again" / sparsify.MARK).read_bytes() == (tmp_path / "c" / sparsify.MARK).read_bytes()
+    assert (tmp_path / "again" / sparsify.MARK).read_bytes() == (saved / sparsify.MARK).read_bytes()
 
 
 @pytest.mark.parametrize("activation", [Activation.topk, Activation.batchtopk, Activation.jumprelu])
