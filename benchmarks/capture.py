@@ -26,11 +26,13 @@ import numpy as np
 import peer_saelens
 import psutil
 import torch
-from skipcoder.pipeline import job, model
-from skipcoder.pipeline.cache import model_config
-from skipcoder.pipeline.place import Place
-from skipcoder.pipeline.store import ActivationStore
-from skipcoder.pipeline.worker import hookpoints_of, micro_batch_rows
+
+from skipcoder.pipeline.capture import job
+from skipcoder.pipeline.capture.worker import hookpoints_of, micro_batch_rows
+from skipcoder.pipeline.model import load as model
+from skipcoder.pipeline.store.attrs import model_config
+from skipcoder.pipeline.store.places import place_at
+from skipcoder.pipeline.store.reader import ActivationStore
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -47,7 +49,7 @@ def whole_job(store: ActivationStore, tokens: int, *more: str) -> dict[str, floa
             peak = max(peak, worker_bytes(process.pid))
             time.sleep(0.5)
         assert process.returncode == 0
-        (entry,) = job.runs(Place.at(f"{folder}/s.zarr"))
+        (entry,) = job.runs(place_at(f"{folder}/s.zarr"))
     return {**entry, "worker_bytes": peak}
 
 

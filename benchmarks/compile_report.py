@@ -21,9 +21,12 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
 from shapes import SHAPES
-from skipcoder.kernels import gpu, gpu_select, gpu_sign
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from skipcoder.kernels.gpu import candidates as gpu_select
+from skipcoder.kernels.gpu import rows as gpu
+from skipcoder.kernels.gpu import update as gpu_sign
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 DTYPES = ("fp32", "bf16")

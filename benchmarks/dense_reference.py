@@ -13,10 +13,12 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from skipcoder.kernels.encode import Codes
 from skipcoder.kernels.rows import by_latent
-from skipcoder.pipeline.store import ActivationStore
-from skipcoder.trainer.assemble import make_learner
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.coder.activations.base import Step
 from skipcoder.trainer.config import (
     CoderConfig,
     EncodeConfig,
@@ -27,10 +29,10 @@ from skipcoder.trainer.config import (
     SkipInit,
     TrainConfig,
 )
-from skipcoder.trainer.learner import Learner
-from skipcoder.trainer.losses import Losses
-from skipcoder.trainer.stream import ActivationStream
-from torch import Tensor
+from skipcoder.trainer.data.stream import ActivationStream
+from skipcoder.trainer.run.build import make_learner
+from skipcoder.trainer.step.learner import Learner
+from skipcoder.trainer.step.losses import Losses
 
 BATCH = 4096
 
@@ -38,7 +40,7 @@ BATCH = 4096
 class DenseLearner(Learner):
     """The same training with dense products."""
 
-    def losses(self, x: Tensor, y: Tensor, batch_tokens: int) -> Losses:
+    def losses(self, step: Step, x: Tensor, y: Tensor, batch_tokens: int) -> Losses:
         coder, variance = self.coder, batch_tokens * self.scales.variance / self.scales.s_out**2
         centred = x if coder.b_pre is None else x - coder.b_pre
         values, indices = torch.relu(centred @ coder.W_enc.T + coder.b_enc).topk(coder.cfg.k)

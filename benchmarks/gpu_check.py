@@ -20,16 +20,18 @@ from pathlib import Path
 
 import torch
 from shapes import SHAPES, TINY, Shape
-from skipcoder.kernels.decode import sparse_decode
-from skipcoder.kernels.encode import encode
-from skipcoder.kernels.rows import by_latent, gather_dot, gather_sum
-from skipcoder.kernels.sign_step import sign_step
-from skipcoder.kernels.topk import candidates
-from skipcoder.pipeline.stats import Moments
-from skipcoder.trainer.config import CoderConfig, EncodeConfig, EncodeMode, Kind, TrainConfig
-from skipcoder.trainer.learner import Learner
 from torch import Tensor
 from torch.nn import functional as F
+
+from skipcoder.kernels.candidates import candidates
+from skipcoder.kernels.decode import sparse_decode
+from skipcoder.kernels.encode import encode_batchtopk, encode_topk
+from skipcoder.kernels.preactivations import Search
+from skipcoder.kernels.rows import by_latent, gather_dot, gather_sum
+from skipcoder.kernels.update import sign_step
+from skipcoder.pipeline.store.stats import Moments
+from skipcoder.trainer.config import CoderConfig, EncodeConfig, EncodeMode, Kind, TrainConfig
+from skipcoder.trainer.step.learner import Learner
 
 Form = Callable[[], object]
 
@@ -62,7 +64,7 @@ def forms(shape: Shape, device: str) -> dict[str, dict[str, Form]]:
     x, grad = (torch.randn(n, d, generator=g).to(device) for _ in range(2))
     W_enc, W_dec = ((torch.randn(m, d, generator=g) / d**0.5).to(device) for _ in range(2))
     b_enc, b_dec = torch.zeros(m, device=device), torch.zeros(d, device=device)
-    codes = encode(x, W_enc, b_enc, k, mode="bfloat16")
+    codes = encode_topk(x, W_enc, b_enc, k, search=Search("bfloat16"))
     values, indices = codes.values, codes.indices
     grad_W = torch.randn(m, d, generator=g).to(device)
     csr = csr_codes(values, indices, m)
@@ -89,10 +91,10 @@ def forms(shape: Shape, device: str) -> dict[str, dict[str, Form]]:
         learners[mode.value] = Learner(cfg, Moments.of(x.cpu().numpy()), Moments.of(grad.cpu().numpy()), 1000, device)
     operations: dict[str, dict[str, Form]] = {
         "encode": {
-            "ours bf16": lambda: encode(x, W_enc, b_enc, k, mode="bfloat16"),
-            "ours scout (int8)": lambda: encode(x, W_enc, b_enc, k, mode="scout"),
-            "ours f32": lambda: encode(x, W_enc, b_enc, k),
-            "ours bf16, batchtopk": lambda: encode(x, W_enc, b_enc, k, activation="batchtopk", mode="bfloat16"),
+            "ours bf16": lambda: encode_topk(x, W_enc, b_enc, k, search=Search("bfloat16")),
+            "ours scout (int8)": lambda: encode_topk(x, W_enc, b_enc, k, search=Search("scout")),
+            "ours f32": lambda: encode_topk(x, W_enc, b_enc, k),
+            "ours bf16, batchtopk": lambda: encode_batchtopk(x, W_enc, b_enc, k, search=Search("bfloat16")),
             "torch bf16 GEMM alone": lambda: x.bfloat16() @ W_enc.bfloat16().T,
             "torch bf16 GEMM + topk": lambda: torch.topk(x.bfloat16() @ W_enc.bfloat16().T, k),
         },
@@ -114,7 +116,7 @@ def forms(shape: Shape, device: str) -> dict[str, dict[str, Form]]:
         "step": {f"ours {mode}": partial(one.step, x, grad, n) for mode, one in learners.items()},
     }
     if device == "cuda":
-        from skipcoder.kernels import gpu
+        from skipcoder.kernels.gpu import rows as gpu
 
         operations["decode, by width of tile"] = {
             f"{tile}": partial(gpu.gather_sum, indices, values, W_dec, None, b_dec, tile) for tile in (512, 256, 1024)

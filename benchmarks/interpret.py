@@ -15,11 +15,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+
 from skipcoder.evals.config import ExamplesConfig
-from skipcoder.evals.examples import ExampleMaker
-from skipcoder.evals.latents import LatentIndex
-from skipcoder.evals.run import Run
-from skipcoder.pipeline.store import ActivationStore
+from skipcoder.evals.latents.examples import ExampleMaker
+from skipcoder.evals.latents.index import LatentIndex
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.run.run import Run
 
 
 def peak() -> float:

@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 
 import torch
-from skipcoder.pipeline.stats import Moments
+
+from skipcoder.pipeline.store.stats import Moments
 from skipcoder.trainer.config import CoderConfig, EncodeConfig, EncodeMode, Kind, TrainConfig
-from skipcoder.trainer.learner import Learner
+from skipcoder.trainer.step.learner import Learner
 
 SHAPE = {"n": 8192, "d": 768, "m": 131072, "k": 32}
 

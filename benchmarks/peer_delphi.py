@@ -19,16 +19,17 @@ import torch
 from delphi.config import ConstructorConfig, SamplerConfig
 from delphi.latents import LatentCache, LatentDataset
 from interpret import peak
-from skipcoder.evals.run import Run
-from skipcoder.pipeline.cache import model_config
-from skipcoder.pipeline.model import load_tokenizer
-from skipcoder.pipeline.store import ActivationStore
+
+from skipcoder.pipeline.model.load import load_tokenizer
+from skipcoder.pipeline.store.attrs import model_config
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.run.run import Run
 
 
 def fill(cache: LatentCache, run: Run, store: ActivationStore) -> float:
     """All units through `cache`; seconds that encoding took."""
     encoding = 0.0
-    coder, name, side = run.coder, run.coder.meta["hookpoint"], run.site("read").side
+    coder, name, side = run.coder, run.coder.meta["hookpoint"], run.read.side
     for unit in store.units:
         start, stop = store.unit_range(unit)
         begun = time.perf_counter()

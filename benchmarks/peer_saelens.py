@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from skipcoder.pipeline.store import ActivationStore
+
+from skipcoder.pipeline.store.reader import ActivationStore
 
 CONTEXTS_IN_BUFFER = (64, 1024)
 """`n_batches_in_buffer`: what its examples use, and what its documentation says that means (64 times 16 prompts)."""

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from skipcoder.evals.metrics import ReconstructionMetrics
-from skipcoder.trainer.config import Kind
 from torch import Tensor, nn
+
+from skipcoder.evals.core.metrics import ReconstructionMetrics
+from skipcoder.trainer.config import Kind
 
 
 class Rows:

@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 from peer_sparsify import Playback, Recipe, fit, measure, use
-from skipcoder.evals.metrics import ReconstructionMetrics
-from skipcoder.pipeline.store import ActivationStore
-from skipcoder.trainer.assemble import make_stream
-from skipcoder.trainer.config import Kind
-from skipcoder.trainer.stream import ActivationStream
 from study import BATCH, SEEDS, config, interval, show, trained
 from torch import Tensor
+
+from skipcoder.evals.core.metrics import ReconstructionMetrics
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.config import Kind
+from skipcoder.trainer.data.stream import ActivationStream
+from skipcoder.trainer.run.build import make_stream
 
 FIRST_RATE = 4e-3
 CONTEXT = 256

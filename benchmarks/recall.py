@@ -8,17 +8,18 @@ estimate without nominating more than k: what a plain bfloat16 encoder does.
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from skipcoder.pipeline.stats import Moments
-from skipcoder.pipeline.store import ActivationStore
-from skipcoder.trainer.coder import SparseCoder
-from skipcoder.trainer.config import CoderConfig, EncodeConfig, Kind
-from skipcoder.trainer.encoding import make_encoding, recall
-from skipcoder.trainer.stream import ActivationStream, TokenFilter
 from torch import Tensor
+
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.pipeline.store.stats import Moments
+from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.coder.encoding import make_search, recall
+from skipcoder.trainer.config import CoderConfig, EncodeConfig, Kind
+from skipcoder.trainer.data.filter import TokenFilter
+from skipcoder.trainer.data.stream import ActivationStream
 
 TOKENS = 8192
 
@@ -28,7 +29,7 @@ def problems(store: Path | None, runs: list[Path]) -> list[tuple[str, SparseCode
     g = torch.Generator().manual_seed(0)
     random = SparseCoder(CoderConfig(kind=Kind.transcoder, k=32, width=18432), 576, 576)
     x = torch.randn(TOKENS, 576, generator=g)
-    random.encoding = replace(make_encoding(EncodeConfig(), Moments.of(x.numpy()), 1.0, "cpu"), mode="float32")
+    random.search = make_search(EncodeConfig(), Moments.of(x.numpy()), 1.0, "cpu")._replace(mode="float32")
     found = [("random", random, x)]
     for run in runs:
         assert store is not None
@@ -38,7 +39,7 @@ def problems(store: Path | None, runs: list[Path]) -> list[tuple[str, SparseCode
             stream = ActivationStream(opened, coder.meta["hookpoint"], TOKENS, filter=kept)
             batch = next(iter(stream))
             moments = opened.moments(coder.meta["hookpoint"], side, positions=TokenFilter().classes)
-            coder.encoding = replace(make_encoding(EncodeConfig(), moments, 1.0, "cpu"), mode="float32")
+            coder.search = make_search(EncodeConfig(), moments, 1.0, "cpu")._replace(mode="float32")
             label = f"{coder.cfg.kind} k={coder.cfg.k}, {name} tokens"
             found.append((label, coder, batch.x if side == "input" else batch.y))
     return found
@@ -53,10 +54,10 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{'inputs and coder':40}{'bfloat16':>10}{'scout':>10}{'bfloat16 alone':>16}{'scout alone':>13}")
     for name, coder, x in problems(args.store, args.runs):
-        values, exact = [], coder.encoding
+        values, exact = [], coder.search
         for nominated in (args.nominated, 1.0):
             for mode in ("bfloat16", "scout"):
-                coder.encoding = replace(exact, mode=mode, nominated=nominated)
+                coder.search = exact._replace(mode=mode, nominated=nominated)
                 values.append(recall(coder, x, TOKENS))
         print(f"{name:40}{values[0]:10.6f}{values[1]:10.6f}{values[2]:16.6f}{values[3]:13.6f}", flush=True)
 

@@ -6,18 +6,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from skipcoder.pipeline import writer
-from skipcoder.pipeline.place import Place
-from skipcoder.pipeline.store import ActivationStore, read_attrs
+
+from skipcoder.pipeline.store import writer
+from skipcoder.pipeline.store.attrs import read_attrs
+from skipcoder.pipeline.store.places import place_at
+from skipcoder.pipeline.store.reader import ActivationStore
 
 
 def recoded(store: ActivationStore, path: Path, units: int, **identity: str) -> tuple[ActivationStore, float]:
     """The first `units` units of `store` at `path`, with another `codec` or `compression`; seconds that writing took
     (encoding, compression, statistics, checksums, fsync)."""
     own = ("format", "version", "identity_hash", "rows")
-    attrs: dict[str, Any] = {key: value for key, value in store.attrs.items() if key not in own}
-    place, seconds = Place.at(path), 0.0
-    empty = writer.create(place, {**attrs, "identity": {**attrs["identity"], **identity}})
+    described: Any = {key: value for key, value in store.attrs.items() if key not in own}
+    place, seconds = place_at(path), 0.0
+    empty = writer.create(place, {**described, "identity": {**store.attrs["identity"], **identity}})
     rows = min(units * store.unit_rows, store.rows)
     writer.write_tokens(place, empty, rows, (row for unit in range(units) for row in store.tokens(unit)))
     now = read_attrs(place)

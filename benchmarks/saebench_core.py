@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from skipcoder.evals.metrics import ReconstructionMetrics
-from skipcoder.evals.passes import Part, ablation, token_losses
-from skipcoder.evals.run import Evaluator, Run
-from skipcoder.evals.saebench import SaeBenchSAE
-from skipcoder.pipeline.capture import capture
-from skipcoder.pipeline.hookpoints import Hookpoint
-from skipcoder.pipeline.store import ActivationStore
+
+from skipcoder.evals.core.evaluator import Evaluator
+from skipcoder.evals.core.metrics import ReconstructionMetrics
+from skipcoder.evals.core.passes import Part, ablation, token_losses
+from skipcoder.evals.tables.saebench_adapter import SaeBenchSAE
+from skipcoder.pipeline.model.hookpoints import Hookpoint
+from skipcoder.pipeline.model.hooks import capture
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.run.run import Run
 
 BATCH = 4
 WRONG = {
@@ -71,7 +73,7 @@ def hooked(lm: Any) -> Any:
 @torch.no_grad()
 def ours(lm: Any, run: Run, tokens_BT: torch.Tensor) -> dict[str, float]:
     """Our numbers under sae-bench's names."""
-    write = run.site("write")
+    write = run.write
     metrics = ReconstructionMetrics(run.coder.d_out, run.coder.cfg.width)
     for tokens in tokens_BT.split(BATCH):
         ((_, y),) = capture(lm.base_model, [Hookpoint("it", write.module, write.module)], tokens).values()
@@ -113,7 +115,7 @@ def main() -> None:
     with torch.no_grad():
         gap = (model(tokens_BT[:1]) - lm(tokens_BT[:1]).logits).abs().max()
     print(f"largest difference of the two models' logits: {gap:.1e}")
-    layer = int(run.site("write").module.split(".")[1])
+    layer = int(run.write.module.split(".")[1])
     sae = SaeBenchSAE(run.coder, store.attrs["model"]["name"], f"blocks.{layer}.hook_mlp_out", layer)
     batches = len(tokens_BT) // BATCH
     config = CoreEvalConfig(

@@ -23,8 +23,9 @@ import torch
 import zarr
 from numcodecs import blosc
 from recode import recoded
-from skipcoder.pipeline.codec import BLOCK, LEVELS
-from skipcoder.pipeline.store import ActivationStore
+
+from skipcoder.pipeline.store.codec import BLOCK, LEVELS
+from skipcoder.pipeline.store.reader import ActivationStore
 
 CODECS, COMPRESSIONS = ("bf16", "int8", "fp8"), ("zstd", "lz4")
 

@@ -26,11 +26,13 @@ import numpy as np
 import peer_saelens
 import torch
 from safetensors.torch import load_file, save_file
-from skipcoder.pipeline.store import ActivationStore
-from skipcoder.trainer.order import block_permutation, epoch_order
-from skipcoder.trainer.stream import ActivationStream, TokenFilter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.data.filter import TokenFilter
+from skipcoder.trainer.data.order import block_permutation, epoch_order
+from skipcoder.trainer.data.stream import ActivationStream
 
 BATCH = 4096
 KEEP_ALL = TokenFilter(0, False)

@@ -14,12 +14,15 @@ from typing import Any
 
 import matplotlib
 import torch
-from skipcoder.evals.run import Evaluator, Run
-from skipcoder.pipeline.store import ActivationStore
-from skipcoder.trainer.assemble import make_learner, make_stream, provenance
-from skipcoder.trainer.config import CoderConfig, Kind, LoopConfig, OptimConfig, SkipInit, StoreRef, TrainConfig
-from skipcoder.trainer.learner import Learner
 from torch import Tensor
+
+from skipcoder.evals.core.evaluator import Evaluator
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.config import CoderConfig, Kind, LoopConfig, OptimConfig, SkipInit, StoreRef, TrainConfig
+from skipcoder.trainer.run.build import make_learner, make_stream, token_filter
+from skipcoder.trainer.run.provenance import provenance
+from skipcoder.trainer.run.run import Run
+from skipcoder.trainer.step.learner import Learner
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "skipcoder"  # the same picture from the same numbers
@@ -75,12 +78,13 @@ class Judge:
         """FVU, dead fraction and the rest; cross-entropy (nats) with the MLP replaced at the positions trained on, by
         the coder and, where it has one, by its skip alone."""
         coder = learner.folded()
-        coder.meta = provenance(self.store, self.hookpoint, learner)
-        run = Run(Path("-"), {"hookpoint": self.hookpoint}, coder, str(self.store.path))
+        coder.meta = provenance(self.store, self.hookpoint, token_filter(learner.cfg), learner)
+        summary: Any = {"hookpoint": self.hookpoint}
+        run = Run(Path("-"), summary, coder, str(self.store.path))
         (result,) = self.evaluator.reconstruction([run])
         del result["density_histogram"]
         ways = self.evaluator.replacements(run)
-        wanted = {(way,): [ways[way][1]] for way in ("spliced", "skip_only") if way in ways}
+        wanted = {(way,): [ways[way].part] for way in ("spliced", "skip_only") if way in ways}
         losses = self.evaluator.losses(wanted)
         names = {None: "clean", ("spliced",): "spliced", ("skip_only",): "skip_only"}
         return result | {f"ce_{names[key]}": float(of.ce_BT.mean()) for key, of in losses.items()}

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from matplotlib import pyplot
 from recode import recoded
-from skipcoder.pipeline.store import ActivationStore
-from skipcoder.trainer.config import Kind
 from study import OUT, SEEDS, Judge, config, from_stream, interval, keep, table, trained
+
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.config import Kind
 
 METRICS = {"fvu": "held-out FVU", "dead_fraction": "dead fraction", "ce_spliced": "cross-entropy, spliced (nats)"}
 

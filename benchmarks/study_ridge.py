@@ -11,9 +11,10 @@ import json
 from pathlib import Path
 
 from matplotlib import pyplot
-from skipcoder.pipeline.store import ActivationStore
-from skipcoder.trainer.config import Kind, SkipInit
 from study import BATCH, OUT, SEEDS, Judge, config, from_stream, interval, keep, show, trained
+
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.config import Kind, SkipInit
 
 STEPS = (15, 30, 60, 120, 235)
 METRICS = {

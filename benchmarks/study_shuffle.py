@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import pyplot
-from skipcoder.pipeline.store import ActivationStore
-from skipcoder.trainer.stream import TokenFilter
 from study import BATCH, OUT, SEEDS, Judge, config, from_stream, interval, keep, table, trained
 from torch import Tensor
+
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.data.filter import TokenFilter
 
 WINDOWS = {"none": 1, "2^12": 2**12, "2^15": 2**15, "2^18": 2**18, "all": 2**62}
 ORDERS = (*WINDOWS, "stream")

@@ -30,14 +30,15 @@ from pathlib import Path
 import numpy as np
 import peer_sparsify
 import torch
-from skipcoder.evals.metrics import ReconstructionMetrics
-from skipcoder.pipeline import model
-from skipcoder.pipeline.cache import model_config
-from skipcoder.pipeline.store import ActivationStore
-from skipcoder.trainer.bank import train_bank
-from skipcoder.trainer.coder import SparseCoder
+
+from skipcoder.evals.core.metrics import ReconstructionMetrics
+from skipcoder.pipeline.model import load as model
+from skipcoder.pipeline.store.attrs import model_config
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.bank.bank import train_bank
+from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.config import CoderConfig, Kind, LoopConfig, OptimConfig, SkipInit, StoreRef, TrainConfig
-from skipcoder.trainer.stream import ActivationStream
+from skipcoder.trainer.data.stream import ActivationStream
 
 REPO = Path(__file__).resolve().parent.parent
 KINDS, KS, WIDTH, LR = (Kind.transcoder, Kind.skip_transcoder), (16, 32, 64, 128), 4608, 8e-3

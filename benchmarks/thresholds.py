@@ -8,11 +8,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from skipcoder.evals.run import Run
-from skipcoder.pipeline.store import ActivationStore
+
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.coder.activations.threshold import CALIBRATION_TOKENS, set_threshold
+from skipcoder.trainer.coder.thresholds import converted
 from skipcoder.trainer.formats.fit import Sample, fit
-from skipcoder.trainer.member import CALIBRATION_TOKENS
-from skipcoder.trainer.thresholds import converted, set_threshold
+from skipcoder.trainer.run.run import Run
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -21,7 +22,7 @@ if __name__ == "__main__":
     for path in parser.parse_args().runs:
         run = Run.open(path)
         store, hookpoint = ActivationStore.open(run.store_path), run.summary["hookpoint"]
-        sides = run.site("read").side, run.site("write").side
+        sides = run.read.side, run.write.side
         held_out = Sample.of(store, hookpoint, run.filter)
         x = Sample.of(store, hookpoint, run.filter, "train", CALIBRATION_TOKENS).side(sides[0])
         each = converted(run.coder, x)

@@ -46,9 +46,9 @@ def gemm_bf16(n: int, d: int, m: int, k: int) -> Callable[[], float]:
 
 def ours(n: int, d: int, m: int, k: int, mode: str) -> Callable[[], float]:
     """A transcoder step of the trainer."""
-    from skipcoder.pipeline.stats import Moments
+    from skipcoder.pipeline.store.stats import Moments
     from skipcoder.trainer.config import CoderConfig, EncodeConfig, EncodeMode, Kind, TrainConfig
-    from skipcoder.trainer.learner import Learner
+    from skipcoder.trainer.step.learner import Learner
 
     x, y = pair(n, d)
     cfg = TrainConfig(coder=CoderConfig(kind=Kind.transcoder, k=k, width=m), encode=EncodeConfig(mode=EncodeMode(mode)))

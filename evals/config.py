@@ -1,12 +1,14 @@
 """Configuration of `evals/evaluate.py`."""
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 
-from skipcoder.pipeline.errors import UserError
+from skipcoder.errors import UserError
 
 
-class Task(Enum):
+class TaskName(StrEnum):
+    """The built-in evaluations; `TASKS` in tasks/registry.py holds all of them."""
+
     core = "core"
     probing = "probing"
     absorption = "absorption"
@@ -110,8 +112,9 @@ class EvaluateConfig:
     """A glob of run directories: one model load, one table, one report."""
     out: str | None = None
     """With `runs`: the table, NAME.json; NAME.parquet, NAME.seeds.json and report.html are written beside it."""
-    tasks: list[Task] = field(default_factory=lambda: [Task.core])
-    """core: reconstruction and cross-entropy; probing, absorption, tpp, scr, ravel: SAEBench's, for both sides."""
+    tasks: list[str] = field(default_factory=lambda: [str(TaskName.core)])
+    """core: reconstruction and cross-entropy; probing, absorption, tpp, scr, ravel: SAEBench's, for both sides; or one
+    of your own (docs/extending.md)."""
     controls: list[Control] = field(default_factory=list)
     """With `out`: rows of the table for what is no coder. neurons: the MLP's own, the k largest, for each k of the
     runs; affine: the best affine map from input to output."""
@@ -141,7 +144,7 @@ class EvaluateConfig:
         if (self.controls or self.together) and self.out is None:
             raise UserError("controls and together are written into a table: set out=FILE.json")
         if not self.tasks:
-            raise UserError(f"tasks=[]: name some of {', '.join(task.value for task in Task)}")
+            raise UserError(f"tasks=[]: name some of {', '.join(TaskName)}")
         _at_least(self, 1, "ce_tokens", "batch_rows")
 
 

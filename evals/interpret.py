@@ -3,14 +3,18 @@
 import asyncio
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
+
+from skipcoder import cli
 from skipcoder.evals.config import InterpretConfig, Scorer
-from skipcoder.pipeline import cli
+from skipcoder.progress import progress
+from skipcoder.settings import typed
 
 MOST_COMPARED = 8
 """Coders that each run's pages can be compared with."""
@@ -20,8 +24,7 @@ ConfigStore.instance().store(name="interpret_schema", node=InterpretConfig)
 
 def interpret(cfg: InterpretConfig) -> None:
     """Explain and score latents of every chosen run, then write the pages."""
-    from skipcoder.evals.run import Run
-    from skipcoder.trainer.checkpoint import find_runs
+    from skipcoder.trainer.run.run import Run, find_runs
 
     paths = [Path(cfg.run)] if cfg.run else find_runs(cfg.runs or "")
     runs = [Run.open(path) for path in paths]
@@ -29,14 +32,14 @@ def interpret(cfg: InterpretConfig) -> None:
 
 
 async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> None:
-    from skipcoder.evals.interpretation import Interpreter
-    from skipcoder.evals.judge import Judge
-    from skipcoder.evals.latents import LatentIndex
-    from skipcoder.pipeline.cache import model_config
-    from skipcoder.pipeline.model import load_tokenizer
-    from skipcoder.pipeline.place import write_atomically
-    from skipcoder.pipeline.store import ActivationStore
-    from skipcoder.trainer.assemble import pick_device
+    from skipcoder.evals.explain.interpreter import Interpreter
+    from skipcoder.evals.explain.judge import Judge
+    from skipcoder.evals.latents.index import LatentIndex
+    from skipcoder.files import write_atomically
+    from skipcoder.pipeline.model.load import load_tokenizer
+    from skipcoder.pipeline.store.attrs import model_config
+    from skipcoder.pipeline.store.reader import ActivationStore
+    from skipcoder.trainer.run.device import pick_device
 
     device = pick_device(cfg.device, "device")
     stores = {path: ActivationStore.open(path) for path in dict.fromkeys(run.store_path for run in runs)}
@@ -54,7 +57,7 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> None:
             if cfg.judge.model is None:
                 print(f"{run.path}: no judge.model is set, so nothing is explained")
                 continue
-            with cli.progress("latents", len(interpreter.chosen()), "latents") as advance:
+            with progress("latents", len(interpreter.chosen()), "latents") as advance:
                 summary = await interpreter.run(advance)
             _say(run.path, summary)
             rows.append({**run.summary, **summary, "run": str(run.path)})
@@ -65,7 +68,7 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> None:
         _write_pages(made, models)
 
 
-class Models(dict):
+class Models(dict[str, Any]):
     """{path of a store: its language model}, loaded when it is asked for."""
 
     def __init__(self, stores: dict[str, Any], device: str) -> None:
@@ -73,25 +76,25 @@ class Models(dict):
         self.stores, self.device = stores, device
 
     def __missing__(self, path: str) -> Any:
-        from skipcoder.pipeline.cache import model_config
-        from skipcoder.pipeline.model import load_causal_lm
+        from skipcoder.pipeline.model.load import load_causal_lm
+        from skipcoder.pipeline.store.attrs import model_config
 
         self[path] = load_causal_lm(model_config(self.stores[path].attrs), self.device)
         return self[path]
 
 
 def _write_pages(interpreters: list[Any], models: "Models") -> None:
-    from skipcoder.evals.pages import write_pages
+    from skipcoder.evals.features.pages import write_pages
 
     for one in interpreters:
         run = one.index.run
         others = [o.index.run for o in interpreters if o is not one][:MOST_COMPARED]
-        with cli.progress("pages", one.index.width, "latents") as advance:
+        with progress("pages", one.index.width, "latents") as advance:
             page = write_pages(one.index, one.maker, one.tokenizer, models[run.store_path], others, advance)
         print(f"wrote {page}")
 
 
-def _say(path: Path, summary: dict[str, Any]) -> None:
+def _say(path: Path, summary: Mapping[str, Any]) -> None:
     use = summary["use"]
     print(
         f"{path}: {summary['explained']} of {summary['latents']} latents explained; {use['requests']} requests, "
@@ -124,7 +127,7 @@ def _number(value: float | None, ci: list[float] | None) -> str:
 @cli.task
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
-    interpret(cli.typed(cfg, InterpretConfig))
+    interpret(typed(cfg, InterpretConfig))
 
 
 def cli_main() -> None:

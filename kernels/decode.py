@@ -7,15 +7,17 @@ Legend: N tokens, M latents, E output width.
 
 from typing import Any
 
-from skipcoder.kernels.encode import Codes
-from skipcoder.kernels.rows import ByLatent, gather_dot, gather_sum
 from torch import Tensor
 from torch.autograd import Function
+
+from skipcoder.kernels.encode import Codes
+from skipcoder.kernels.rows import ByLatent, gather_dot, gather_sum
 
 
 def sparse_decode(codes: Codes, W_dec_ME: Tensor, base: Tensor) -> Tensor:
     """[N, E]. `base` is what the sum is added to in the same pass: the bias [E], or bias and skip [N, E]."""
-    return _SparseDecode.apply(codes.values, W_dec_ME, base, codes.indices, codes.offsets, *codes.by_latent)
+    result: Tensor = _SparseDecode.apply(codes.values, W_dec_ME, base, codes)  # type: ignore[no-untyped-call]
+    return result
 
 
 def sparse_decode_reference(f_NM: Tensor, W_dec_ME: Tensor, base: Tensor) -> Tensor:
@@ -25,13 +27,11 @@ def sparse_decode_reference(f_NM: Tensor, W_dec_ME: Tensor, base: Tensor) -> Ten
 
 class _SparseDecode(Function):
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, W_dec_ME: Tensor, base: Tensor, indices: Tensor, offsets: Tensor | None,
-        *order: Tensor,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(values, W_dec_ME, indices, offsets, *order)
+    def forward(ctx: Any, values: Tensor, W_dec_ME: Tensor, base: Tensor, codes: Codes) -> Tensor:
+        ctx.save_for_backward(values, W_dec_ME, codes.indices, codes.offsets, *codes.by_latent)
         ctx.base_is_bias = base.dim() == 1
-        return gather_sum(indices, values, W_dec_ME, offsets, base)
+        result: Tensor = gather_sum(codes.indices, values, W_dec_ME, codes.offsets, base)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor | None, ...]:
@@ -44,4 +44,4 @@ class _SparseDecode(Function):
             grad_W = ByLatent(*order).sum_rows(values, grad_NE)
         if ctx.needs_input_grad[2]:
             grad_base = grad_NE.sum(0) if ctx.base_is_bias else grad_NE
-        return grad_values, grad_W, grad_base, None, None, *[None] * len(order)
+        return grad_values, grad_W, grad_base, None

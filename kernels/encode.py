@@ -2,18 +2,23 @@
 
     pre = W_enc (x - b_pre) + b_enc,   f = select(ReLU(pre))
 
-The [N, M] pre-activations are made in chunks and never kept. Legend: N tokens, K active latents, M latents,
-D input width, L entries of a flat batch.
+There is one operation for each way of selecting (select.py). The [N, M] pre-activations are made in chunks and never
+kept. Values have the dtype of `x_ND` whatever the search, equal values are taken by rising index, and a latent with
+value 0 gets no gradient.
+
+Legend: N tokens, K active latents, M latents, D input width, L entries of a flat batch.
 """
 
 from typing import Any, NamedTuple
 
 import torch
-from skipcoder.kernels.preactivations import MODES
-from skipcoder.kernels.rows import ByLatent, by_latent, gather_sum, token_of_entry
-from skipcoder.kernels.select import ACTIVATIONS, FLAT, select
 from torch import Tensor
 from torch.autograd import Function
+
+from skipcoder.kernels import select
+from skipcoder.kernels.preactivations import EXACT, Search
+from skipcoder.kernels.rows import ByLatent, by_latent, gather_sum, token_of_entry
+from skipcoder.kernels.select import Chosen
 
 
 class Codes(NamedTuple):
@@ -34,7 +39,7 @@ class Codes(NamedTuple):
         return token_of_entry(self.indices, self.offsets).view(self.indices.shape)
 
     def padded(self) -> tuple[Tensor, Tensor]:
-        """Values and indices as [N, K], K that of the token with most; what is missing is value 0 of latent 0."""
+        """Values and indices as [N, K], where K is the largest number of any token; the rest is value 0 of latent 0."""
         if self.offsets is None:
             return self.values, self.indices
         token, n = self.token, len(self.offsets)
@@ -44,47 +49,51 @@ class Codes(NamedTuple):
         return values.index_put((token, place), self.values), indices.index_put((token, place), self.indices)
 
 
-def encode(
+def encode_topk(
+    x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, k: int, b_pre_D: Tensor | None = None, search: Search = EXACT
+) -> Codes:
+    """Codes [N, K]: the k largest latents of each token. ValueError unless 1 <= k <= M."""
+    centred_ND, search = _centred(x_ND, b_pre_D, search)
+    chosen = select.topk(centred_ND, W_enc_MD.detach(), b_enc_M.detach(), k, search)
+    return _codes(x_ND, W_enc_MD, b_enc_M, b_pre_D, centred_ND, chosen)
+
+
+def encode_groupmax(
+    x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, k: int, b_pre_D: Tensor | None = None, search: Search = EXACT
+) -> Codes:
+    """Codes [N, K]: the largest latent of each of k equal runs. ValueError unless k divides M."""
+    centred_ND, search = _centred(x_ND, b_pre_D, search)
+    chosen = select.groupmax(centred_ND, W_enc_MD.detach(), b_enc_M.detach(), k, search)
+    return _codes(x_ND, W_enc_MD, b_enc_M, b_pre_D, centred_ND, chosen)
+
+
+def encode_batchtopk(
     x_ND: Tensor,
     W_enc_MD: Tensor,
     b_enc_M: Tensor,
     k: int,
     b_pre_D: Tensor | None = None,
-    activation: str = "topk",
-    mode: str = "float32",
-    nominated: float = 1.25,
-    chunk_elements: int = 2**24,
-    centre_D: Tensor | None = None,
-    spread_D: Tensor | None = None,
-    threshold_M: Tensor | None = None,
+    search: Search = EXACT,
+    hint: Tensor | None = None,
 ) -> Codes:
-    """Encode tokens; `select` says what activation does, `preactivations` what mode, centre and spread do.
+    """Flat codes: the N k largest positive latents of the whole batch. The `hint` is as in `select.batchtopk`."""
+    centred_ND, search = _centred(x_ND, b_pre_D, search)
+    chosen = select.batchtopk(centred_ND, W_enc_MD.detach(), b_enc_M.detach(), k, search, hint)
+    return _codes(x_ND, W_enc_MD, b_enc_M, b_pre_D, centred_ND, chosen)
 
-    Values are those of the dtype of `x_ND` whatever the mode. Equal values are taken by rising index. A latent with
-    value 0 gets no gradient. `chunk_elements` bounds the pre-activations held at once.
-    """
-    m = W_enc_MD.shape[0]
-    if not 1 <= k <= m:
-        raise ValueError(f"k={k} must be between 1 and the number of latents, {m}")
-    if activation not in ACTIVATIONS or mode not in MODES:
-        raise ValueError(f"activation={activation!r}, mode={mode!r}: choose from {ACTIVATIONS} and {MODES}")
-    if activation == "groupmax" and m % k:
-        raise ValueError(f"groupmax takes the largest of k groups, but {m} latents do not divide by k={k}")
-    values, indices, offsets, *order = _Encode.apply(
-        x_ND,
-        W_enc_MD,
-        b_enc_M,
-        b_pre_D,
-        k,
-        activation,
-        mode,
-        nominated,
-        chunk_elements,
-        centre_D,
-        spread_D,
-        threshold_M,
-    )
-    return Codes(values, indices, offsets if activation in FLAT else None, ByLatent(*order))
+
+def encode_above(
+    x_ND: Tensor,
+    W_enc_MD: Tensor,
+    b_enc_M: Tensor,
+    threshold_M: Tensor,
+    b_pre_D: Tensor | None = None,
+    search: Search = EXACT,
+) -> Codes:
+    """Flat codes: every latent that exceeds both 0 and its threshold. The search is exact whatever its mode."""
+    centred_ND, search = _centred(x_ND, b_pre_D, search)
+    chosen = select.above(centred_ND, W_enc_MD.detach(), b_enc_M.detach(), threshold_M, search)
+    return _codes(x_ND, W_enc_MD, b_enc_M, b_pre_D, centred_ND, chosen)
 
 
 def first(codes: Codes, k: int) -> Codes:
@@ -116,49 +125,49 @@ def encode_reference(
     return pre * torch.zeros(shape).to(pre).scatter_(1, kept, 1).view(n, m)
 
 
-class _Encode(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, b_pre_D: Tensor | None, k: int, activation: str,
-        mode: str, nominated: float, chunk_elements: int, centre_D: Tensor | None, spread_D: Tensor | None,
-        threshold_M: Tensor | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        centred_ND = x_ND if b_pre_D is None else x_ND - b_pre_D
-        if centre_D is not None and b_pre_D is not None:
-            centre_D = centre_D - b_pre_D
-        values, indices, offsets = select(
-            centred_ND,
-            W_enc_MD,
-            b_enc_M,
-            k,
-            activation,
-            mode,
-            nominated,
-            chunk_elements,
-            centre_D,
-            spread_D,
-            threshold_M,
-        )
-        values = torch.relu(values)
-        ragged = activation in FLAT
-        order = by_latent(indices, W_enc_MD.shape[0], offsets if ragged else None)
-        ctx.save_for_backward(centred_ND, W_enc_MD, values, indices, offsets, *order)
-        ctx.has_b_pre, ctx.ragged = b_pre_D is not None, ragged
-        ctx.mark_non_differentiable(indices, offsets, *order)
-        return values, indices, offsets, *order
+def _centred(x_ND: Tensor, b_pre_D: Tensor | None, search: Search) -> tuple[Tensor, Search]:
+    """x - b_pre without gradients, and the search with its centre moved alike."""
+    if b_pre_D is None:
+        return x_ND.detach(), search
+    if search.centre_D is not None:
+        search = search._replace(centre_D=search.centre_D - b_pre_D.detach())
+    return x_ND.detach() - b_pre_D.detach(), search
+
+
+def _codes(
+    x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, b_pre_D: Tensor | None, centred_ND: Tensor, chosen: Chosen
+) -> Codes:
+    order = by_latent(chosen.indices, len(W_enc_MD), chosen.offsets)
+    codes = Codes(torch.relu(chosen.values), chosen.indices, chosen.offsets, order)
+    values: Tensor = _Values.apply(x_ND, W_enc_MD, b_enc_M, b_pre_D, centred_ND, codes)  # type: ignore[no-untyped-call]
+    return codes._replace(values=values)
+
+
+class _Values(Function):
+    """The values of codes that are chosen already, as a function of inputs and encoder."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any, x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, b_pre_D: Tensor | None, centred_ND: Tensor,
+        codes: Codes,
+    ) -> Tensor:  # fmt: skip
+        values, indices, offsets, order = codes
+        ctx.save_for_backward(centred_ND, W_enc_MD, values, indices, offsets, *order)
+        ctx.has_b_pre = b_pre_D is not None
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         centred_ND, W_enc_MD, values, indices, offsets, *order = ctx.saved_tensors
         latents = ByLatent(*order)
         grad = torch.where(values > 0, grad, 0)
         grad_x = grad_W = grad_b = grad_b_pre = None
         if ctx.needs_input_grad[0]:
-            grad_x = gather_sum(indices, grad, W_enc_MD, offsets if ctx.ragged else None)
+            grad_x = gather_sum(indices, grad, W_enc_MD, offsets)
         if ctx.needs_input_grad[1]:
             grad_W = latents.sum_rows(grad, centred_ND)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             grad_b = latents.sum_weights(grad)
         if ctx.has_b_pre and ctx.needs_input_grad[3]:
             grad_b_pre = -(grad_b @ W_enc_MD)  # O(M D), where the sum over tokens would be O(N K D)
-        return grad_x, grad_W, grad_b if ctx.needs_input_grad[2] else None, grad_b_pre, *[None] * 8
+        return grad_x, grad_W, grad_b if ctx.needs_input_grad[2] else None, grad_b_pre, None, None

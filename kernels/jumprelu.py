@@ -10,24 +10,28 @@ window.
 from typing import Any
 
 import torch
-from skipcoder.kernels.rows import ByLatent
 from torch import Tensor
 from torch.autograd import Function
+
+from skipcoder.kernels.rows import ByLatent
 
 
 def jumprelu(pre_L: Tensor, theta_L: Tensor, bandwidth: float) -> Tensor:
     """[L] activations; gradients to both."""
-    return _JumpReLU.apply(pre_L, theta_L, bandwidth)
+    result: Tensor = _JumpReLU.apply(pre_L, theta_L, bandwidth)  # type: ignore[no-untyped-call]
+    return result
 
 
 def fires(pre_L: Tensor, theta_L: Tensor, bandwidth: float) -> Tensor:
     """[L] 1 where a latent fires; gradient to the thresholds."""
-    return _Fires.apply(pre_L, theta_L, bandwidth)
+    result: Tensor = _Fires.apply(pre_L, theta_L, bandwidth)  # type: ignore[no-untyped-call]
+    return result
 
 
 def per_entry(theta_M: Tensor, indices_L: Tensor, latents: ByLatent) -> Tensor:
     """[L] each entry's threshold; the gradient adds up in a fixed order."""
-    return _PerEntry.apply(theta_M, indices_L, *latents)
+    result: Tensor = _PerEntry.apply(theta_M, indices_L, *latents)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _PerEntry(Function):

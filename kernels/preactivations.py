@@ -1,7 +1,7 @@
 """Pre-activations W x + b of a batch in chunks of tokens, at three precisions; [N, M] never exists whole.
 
-`float32` is that of the parameters: what it says, decides. `bfloat16` and `scout` (int8) are estimates that only
-nominate latents, whose values are then computed exactly.
+In `float32` mode the pre-activations are exact and decide which latents fire. The other modes, `bfloat16` and `scout`
+(int8), give estimates that only nominate latents, whose exact values are computed afterwards.
 
 A scout centres the inputs and divides each dimension by its spread (multiplying the weights by it), so that a dimension
 with a large mean or variance does not use up the 8 bits; then every token and every latent has a scale of its own.
@@ -10,13 +10,12 @@ Legend: N tokens, M latents, D input width, R tokens of one chunk.
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Mode = Literal["float32", "bfloat16", "scout"]
-MODES: tuple[Mode, ...] = ("float32", "bfloat16", "scout")
+MODES = ("float32", "bfloat16", "scout")
 
 SCOUT_ELEMENTS = 5 * 2**19
 """Estimates held at once by a scout on a CPU. They pass through the cache three times: at 4096 x 18432 on 2 cores the
@@ -25,23 +24,41 @@ passes take 12 ms in chunks of 128 tokens, 40 ms in chunks of 1024, the product 
 Chunk = tuple[slice, Tensor]
 
 
-def preactivations(
-    x_ND: Tensor,
-    W_MD: Tensor,
-    b_M: Tensor,
-    mode: str,
-    chunk_elements: int,
-    centre_D: Tensor | None = None,
-    spread_D: Tensor | None = None,
-) -> Iterator[Chunk]:
-    """(which tokens, their [R, M]), R * M at most `chunk_elements` (R at least 1). Each chunk overwrites the last."""
-    n, m = len(x_ND), len(W_MD)
-    if mode == "scout":
+class Search(NamedTuple):
+    """How the latents that fire are searched for. The default is exact."""
+
+    mode: str = "float32"
+    """One of MODES."""
+    nominated: float = 1.25
+    """Latents nominated by estimates, as a multiple of those that are chosen."""
+    chunk_elements: int = 2**24
+    """Bound on the pre-activations held at once."""
+    centre_D: Tensor | None = None
+    """Mean of the inputs, which a scout subtracts."""
+    spread_D: Tensor | None = None
+    """What a scout divides each input dimension by."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether pre-activations decide, and do not only nominate."""
+        return self.mode == "float32"
+
+
+EXACT = Search()
+
+
+def preactivations(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, search: Search) -> Iterator[Chunk]:
+    """(which tokens, their [R, M]), R * M at most `search.chunk_elements` (R at least 1). Each chunk overwrites the
+    last. ValueError for an unknown mode."""
+    if search.mode not in MODES:
+        raise ValueError(f"mode={search.mode!r}: choose from {', '.join(MODES)}")
+    n, m, chunk_elements = len(x_ND), len(W_MD), search.chunk_elements
+    if search.mode == "scout":
         if not x_ND.is_cuda:
             chunk_elements = min(chunk_elements, max(SCOUT_ELEMENTS, 32 * m))  # fewer tokens starve the product
-        yield from _scout(x_ND, W_MD, b_M, max(1, chunk_elements // m), centre_D, spread_D)
+        yield from _scout(x_ND, W_MD, b_M, max(1, chunk_elements // m), search.centre_D, search.spread_D)
         return
-    dtype = torch.bfloat16 if mode == "bfloat16" else x_ND.dtype
+    dtype = torch.bfloat16 if search.mode == "bfloat16" else x_ND.dtype
     W_cast, b_cast = W_MD.to(dtype), b_M.to(dtype)
     # One buffer for all chunks: fresh pages cost as much as a fifth of the product.
     rows = min(max(1, chunk_elements // m), max(n, 1))

@@ -1,7 +1,7 @@
 """The sparse operations under encode and decode: sums and dot products of chosen rows, and the one list per step that
 every gradient reads, which tokens each latent fired on, in order.
 
-The tensors decide at each call: on CUDA devices Triton (`gpu.py`), elsewhere, and in float64, torch's embedding bags.
+The tensors decide at each call: on CUDA devices Triton (`gpu/rows.py`), else, and in float64, torch's embedding bags.
 The operations are registered with torch.library, so that torch.compile takes each as one node.
 
 Legend: N tokens, K active latents per token, L entries (token, latent) in all, M latents, D width. Choices have either
@@ -28,12 +28,16 @@ class ByLatent(NamedTuple):
 
     def sum_rows(self, weights: Tensor, rows_ND: Tensor) -> Tensor:
         """[M, D]: for each latent, the sum over its entries of weight * row of the entry's token."""
-        return sum_rows(self.token_L, weights.flatten()[self.entry_L], self.starts_M, rows_ND)
+        result: Tensor = sum_rows(self.token_L, weights.flatten()[self.entry_L], self.starts_M, rows_ND)
+        return result
 
     def sum_weights(self, weights: Tensor) -> Tensor:
         """[M]: for each latent, the sum of its entries' weights."""
         ones = weights.new_ones(1, 1)
-        return sum_rows(torch.zeros_like(self.token_L), weights.flatten()[self.entry_L], self.starts_M, ones).squeeze(1)
+        result: Tensor = sum_rows(
+            torch.zeros_like(self.token_L), weights.flatten()[self.entry_L], self.starts_M, ones
+        ).squeeze(1)
+        return result
 
 
 def by_latent(indices: Tensor, m: int, offsets: Tensor | None = None) -> ByLatent:
@@ -58,7 +62,7 @@ def sum_rows(token_L: Tensor, weights_L: Tensor, starts_M: Tensor, rows_ND: Tens
     if not len(token_L):
         return rows_ND.new_zeros(len(starts_M), rows_ND.shape[1])
     if _in_triton(rows_ND):
-        from skipcoder.kernels import gpu
+        from skipcoder.kernels.gpu import rows as gpu
 
         return gpu.sum_rows(token_L, weights_L, starts_M, rows_ND).to(rows_ND.dtype)
     return F.embedding_bag(token_L, rows_ND, starts_M, mode="sum", per_sample_weights=weights_L.to(rows_ND.dtype))
@@ -76,7 +80,7 @@ def gather_sum(
     """[N, D]: for each token, the sum of its chosen rows of W, weighted, on top of `base` ([D] or [N, D])."""
     n, d = len(indices if offsets is None else offsets), W_MD.shape[1]
     if _in_triton(W_MD):
-        from skipcoder.kernels import gpu
+        from skipcoder.kernels.gpu import rows as gpu
 
         return gpu.gather_sum(indices, weights, W_MD, offsets, base)
     if not indices.numel():
@@ -103,14 +107,15 @@ def gather_dot(rows_ND: Tensor, W_MD: Tensor, indices: Tensor, offsets: Tensor |
         return rows_ND.new_zeros(indices.shape)
     token = token_of_entry(indices, offsets)
     if _in_triton(rows_ND):
-        from skipcoder.kernels import gpu
+        from skipcoder.kernels.gpu import rows as gpu
 
         return gpu.gather_dot(rows_ND, W_MD, indices, token)
     starts = torch.arange(0, indices.numel(), indices.shape[1]) if offsets is None else offsets
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         rows_ND.contiguous(), W_MD, indices.flatten(), starts.to(indices.device), token, 0
     )
-    return dots.view(indices.shape)
+    result: Tensor = dots.view(indices.shape)
+    return result
 
 
 @gather_dot.register_fake

@@ -1,109 +1,173 @@
-"""Which latents fire, and how strongly: top-k per token, the largest of each of k groups, top-k of the whole batch, or
-all above a threshold.
+"""Which latents fire, and with what pre-activation: one operation for each way of selecting.
 
-In `float32` mode the pre-activations themselves are compared. In the other modes they are estimates that nominate
-`nominated` times as many latents; these get exact values, and the best of them are taken.
+An exact search (`float32`) compares the pre-activations themselves. In the other modes they are estimates, which
+nominate `search.nominated` times as many latents; these get exact values, and the best of them are taken.
+
+Each operation is registered with torch.library, so that torch.compile takes it as one node; registered operations take
+the parts of a Search, not the Search.
 
 Legend: N tokens, K latents per token, C nominated per token, M latents, D input width, L entries of a whole batch.
 """
 
 import math
 from collections.abc import Iterator
-from functools import partial
+from typing import NamedTuple
 
 import torch
-from skipcoder.kernels.preactivations import Chunk, preactivations
-from skipcoder.kernels.rows import gather_dot
-from skipcoder.kernels.topk import above, candidates, largest, rank, topk_lowest
 from torch import Tensor
 
-ACTIVATIONS = ("topk", "groupmax", "batchtopk", "above")
-FLAT = ("batchtopk", "above")
-"""Those whose codes differ in length from token to token."""
+from skipcoder.kernels.candidates import candidates, largest, rank, reaching, topk_lowest
+from skipcoder.kernels.preactivations import EXACT, Chunk, Search, preactivations
+from skipcoder.kernels.rows import gather_dot
 
 
-@torch.library.custom_op("skipcoder::select", mutates_args=())
-def select(
-    x_ND: Tensor,
-    W_MD: Tensor,
-    b_M: Tensor,
-    k: int,
-    activation: str = "topk",
-    mode: str = "float32",
-    nominated: float = 1.25,
-    chunk_elements: int = 2**24,
-    centre_D: Tensor | None = None,
-    spread_D: Tensor | None = None,
-    threshold_M: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pre-activations of the chosen latents, their indices, and (batchtopk) where each token's begin.
+class Chosen(NamedTuple):
+    """The latents that were selected."""
 
-    topk: [N, K] values descending. groupmax: [N, K], column j from the j-th run of M/K latents. batchtopk: flat, by
-    token, then latent, positive values only; the third result is [N], else it is empty. above: in the same form all
-    that exceed both 0 and their latent's threshold, in float32 whatever the mode. Equal values: the lowest index
-    (batchtopk: the earliest token). batchtopk is faster, and chooses the same, if `threshold_M` is something that a few
-    more than N K exceed.
-    """
-    n, m = len(x_ND), len(W_MD)
-    none = torch.empty(0, dtype=torch.int64, device=x_ND.device)
-    if not n:
-        shape = (0,) if activation in FLAT else (0, k)
-        return x_ND.new_empty(shape), none.new_empty(shape), none
-    mode = "float32" if activation == "above" else mode
-    chunks = partial(preactivations, x_ND, W_MD, b_M, mode, chunk_elements, centre_D, spread_D)
-    tokens = torch.arange(n, device=x_ND.device)
-    if activation == "above":
-        assert threshold_M is not None
-        flat, values = _above_threshold(chunks(), threshold_M.clamp_min(0))
-        return values, flat % m, torch.searchsorted(flat // m, tokens)
-    if activation == "batchtopk":
-        count = n * k if mode == "float32" else math.ceil(nominated * n * k)
-        flat, values = _largest_of_batch(chunks(), m, count, hint=threshold_M)
-        if threshold_M is not None and len(flat) < count:
-            flat, values = _largest_of_batch(chunks(), m, count)
-        if mode != "float32":
-            token, latent = flat // m, flat % m
-            offsets = torch.searchsorted(token, tokens)
-            exact = gather_dot(x_ND, W_MD, latent, offsets) + b_M[latent]
-            best = largest(exact, n * k)
-            flat, values = flat[best], exact[best]
-        flat, values = flat[values > 0], values[values > 0]
-        return values, flat % m, torch.searchsorted(flat // m, tokens)
-    if mode == "float32":
-        values_NK = x_ND.new_empty(n, k)
-        indices_NK = torch.empty(n, k, dtype=torch.int64, device=x_ND.device)
-        for part, pre in chunks():
-            values_NK[part], indices_NK[part] = topk_lowest(pre, k) if activation == "topk" else _max_of_groups(pre, k)
-        return values_NK, indices_NK, none
-    c = min(math.ceil(nominated * k), m)
-    nominate = candidates if activation == "topk" else _two_of_groups
-    columns_NC = torch.cat([nominate(pre, c if activation == "topk" else k) for _, pre in chunks()])
+    values: Tensor
+    """[N, K] or flat [L]: their pre-activations, in the dtype of the inputs."""
+    indices: Tensor
+    """int64, shaped like the values."""
+    offsets: Tensor | None
+    """int64 [N], where each token's entries begin; None where each has K."""
+
+
+def topk(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, search: Search = EXACT) -> Chosen:
+    """The k largest of each token, descending; of equal values the lowest index first."""
+    _refuse_k(k, len(W_MD))
+    values, indices = _topk(x_ND, W_MD, b_M, k, *search)
+    return Chosen(values, indices, None)
+
+
+def groupmax(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, search: Search = EXACT) -> Chosen:
+    """The largest of each of k equal runs of latents, in the order of the runs; of equal values the lowest index."""
+    _refuse_k(k, len(W_MD))
+    if len(W_MD) % k:
+        raise ValueError(f"groupmax takes the largest of k groups, but {len(W_MD)} latents do not divide by k={k}")
+    values, indices = _groupmax(x_ND, W_MD, b_M, k, *search)
+    return Chosen(values, indices, None)
+
+
+def batchtopk(
+    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, search: Search = EXACT, hint: Tensor | None = None
+) -> Chosen:
+    """The N k largest of the whole batch, positive ones alone: flat, by token, then latent; of equal values the
+    earliest token. A `hint`, a number that a few more than N k pre-activations exceed, makes it faster and changes
+    nothing else."""
+    _refuse_k(k, len(W_MD))
+    return Chosen(*_batchtopk(x_ND, W_MD, b_M, k, hint, *search))
+
+
+def above(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, threshold_M: Tensor, search: Search = EXACT) -> Chosen:
+    """All that exceed both 0 and their latent's threshold: flat, by token, then latent. Exact in every mode."""
+    return Chosen(*_above(x_ND, W_MD, b_M, threshold_M, search.chunk_elements))
+
+
+@torch.library.custom_op("skipcoder::topk", mutates_args=())
+def _topk(
+    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int,
+    mode: str, nominated: float, chunk_elements: int, centre_D: Tensor | None, spread_D: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    search = Search(mode, nominated, chunk_elements, centre_D, spread_D)
+    values_NK, indices_NK = _empty(x_ND, k)
+    if not len(x_ND):
+        return values_NK, indices_NK
+    chunks = preactivations(x_ND, W_MD, b_M, search)
+    if search.is_exact:
+        for part, pre in chunks:
+            values_NK[part], indices_NK[part] = topk_lowest(pre, k)
+        return values_NK, indices_NK
+    c = min(math.ceil(nominated * k), len(W_MD))
+    columns_NC = torch.cat([candidates(pre, c) for _, pre in chunks])
+    return rank(gather_dot(x_ND, W_MD, columns_NC) + b_M[columns_NC], columns_NC, k)
+
+
+@torch.library.custom_op("skipcoder::groupmax", mutates_args=())
+def _groupmax(
+    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int,
+    mode: str, nominated: float, chunk_elements: int, centre_D: Tensor | None, spread_D: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    search = Search(mode, nominated, chunk_elements, centre_D, spread_D)
+    values_NK, indices_NK = _empty(x_ND, k)
+    if not len(x_ND):
+        return values_NK, indices_NK
+    chunks = preactivations(x_ND, W_MD, b_M, search)
+    if search.is_exact:
+        for part, pre in chunks:
+            values_NK[part], indices_NK[part] = _max_of_groups(pre, k)
+        return values_NK, indices_NK
+    columns_NC = torch.cat([_two_of_groups(pre, k) for _, pre in chunks])
     exact_NC = gather_dot(x_ND, W_MD, columns_NC) + b_M[columns_NC]
-    if activation == "topk":
-        return *rank(exact_NC, columns_NC, k), none
-    pairs, columns = exact_NC.view(n, k, -1), columns_NC.view(n, k, -1)
+    pairs, columns = exact_NC.view(len(x_ND), k, -1), columns_NC.view(len(x_ND), k, -1)
     best = pairs.max(2, keepdim=True)
-    return best.values.squeeze(2), columns.gather(2, best.indices).squeeze(2), none
+    return best.values.squeeze(2), columns.gather(2, best.indices).squeeze(2)
 
 
-@select.register_fake
-def _(
-    x_ND: Tensor,
-    W_MD: Tensor,
-    b_M: Tensor,
-    k: int,
-    activation: str = "topk",
-    mode: str = "float32",
-    nominated: float = 1.25,
-    chunk_elements: int = 2**24,
-    centre_D: Tensor | None = None,
-    spread_D: Tensor | None = None,
-    threshold_M: Tensor | None = None,
+@torch.library.custom_op("skipcoder::batchtopk", mutates_args=())
+def _batchtopk(
+    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, hint: Tensor | None,
+    mode: str, nominated: float, chunk_elements: int, centre_D: Tensor | None, spread_D: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    search = Search(mode, nominated, chunk_elements, centre_D, spread_D)
+    n, m = len(x_ND), len(W_MD)
+    if not n:
+        return _empty_flat(x_ND)
+    tokens = torch.arange(n, device=x_ND.device)
+    count = n * k if search.is_exact else math.ceil(nominated * n * k)
+    flat, values = _largest_of_batch(preactivations(x_ND, W_MD, b_M, search), m, count, hint)
+    if hint is not None and len(flat) < count:
+        flat, values = _largest_of_batch(preactivations(x_ND, W_MD, b_M, search), m, count)
+    if not search.is_exact:
+        token, latent = flat // m, flat % m
+        offsets = torch.searchsorted(token, tokens)
+        exact = gather_dot(x_ND, W_MD, latent, offsets) + b_M[latent]
+        best = largest(exact, n * k)
+        flat, values = flat[best], exact[best]
+    flat, values = flat[values > 0], values[values > 0]
+    return values, flat % m, torch.searchsorted(flat // m, tokens)
+
+
+@torch.library.custom_op("skipcoder::above", mutates_args=())
+def _above(
+    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, threshold_M: Tensor, chunk_elements: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n = len(x_ND)
-    shape = (torch.library.get_ctx().new_dynamic_size(),) if activation in FLAT else (n, k)
-    ints = x_ND.new_empty(shape, dtype=torch.int64)
-    return x_ND.new_empty(shape), ints, ints.new_empty(n if activation in FLAT else 0)
+    m, bound_M = len(W_MD), threshold_M.clamp_min(0)
+    if not len(x_ND):
+        return _empty_flat(x_ND)
+    flat, values = [], []
+    for part, pre in preactivations(x_ND, W_MD, b_M, Search(chunk_elements=chunk_elements)):
+        row, column = (pre > bound_M).nonzero(as_tuple=True)
+        flat.append((row + part.start) * m + column)
+        values.append(pre[row, column])
+    flat_L = torch.cat(flat)
+    return torch.cat(values), flat_L % m, torch.searchsorted(flat_L // m, torch.arange(len(x_ND), device=x_ND.device))
+
+
+@_topk.register_fake
+@_groupmax.register_fake
+def _(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, *search: object) -> tuple[Tensor, Tensor]:
+    return _empty(x_ND, k)
+
+
+@_batchtopk.register_fake
+@_above.register_fake
+def _(x_ND: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size()
+    indices = x_ND.new_empty(size, dtype=torch.int64)
+    return x_ND.new_empty(size), indices, indices.new_empty(len(x_ND))
+
+
+def _empty(x_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return x_ND.new_empty(len(x_ND), k), x_ND.new_empty(len(x_ND), k, dtype=torch.int64)
+
+
+def _empty_flat(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x_ND.new_empty(0), x_ND.new_empty(0, dtype=torch.int64), x_ND.new_empty(0, dtype=torch.int64)
+
+
+def _refuse_k(k: int, m: int) -> None:
+    if not 1 <= k <= m:
+        raise ValueError(f"k={k} must be between 1 and the number of latents, {m}")
 
 
 def _max_of_groups(pre_NM: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -120,16 +184,6 @@ def _two_of_groups(pre_NM: Tensor, k: int) -> Tensor:
     return (two + first).flatten(1)
 
 
-def _above_threshold(chunks: Iterator[Chunk], threshold_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat positions (rising) and values of what exceeds its column's threshold."""
-    flat, values = [], []
-    for part, pre in chunks:
-        row, column = (pre > threshold_M).nonzero(as_tuple=True)
-        flat.append((row + part.start) * len(threshold_M) + column)
-        values.append(pre[row, column])
-    return torch.cat(flat), torch.cat(values)
-
-
 def _largest_of_batch(chunks: Iterator[Chunk], m: int, count: int, hint: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Flat positions (rising) and values of the `count` largest non-negative elements of the [N, M] that the chunks
     make up, holding one chunk and 4 `count` elements at a time; with a hint, of those among them that reach it."""
@@ -139,8 +193,8 @@ def _largest_of_batch(chunks: Iterator[Chunk], m: int, count: int, hint: Tensor 
             flat = torch.empty(0, dtype=torch.int64, device=pre.device)
             values, bound = pre.new_empty(0), pre.new_zeros(())
             if hint is not None:
-                bound = hint.amin().clamp_min(0).to(pre.dtype)
-        row, column = above(pre, bound)
+                bound = hint.clamp_min(0).to(pre.dtype)
+        row, column = reaching(pre, bound)
         flat = torch.cat([flat, (row + part.start) * m + column])
         values = torch.cat([values, pre[row, column]])
         if len(values) > 4 * count:

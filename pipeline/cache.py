@@ -11,23 +11,41 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
-from skipcoder.pipeline import cli, codec, commit, layout, text, writer
-from skipcoder.pipeline.config import CacheConfig, ModelConfig
-from skipcoder.pipeline.model import identity as model_identity
-from skipcoder.pipeline.place import Place
-from skipcoder.pipeline.store import ActivationStore, read_attrs
+from omegaconf import DictConfig
+
+from skipcoder import cli
+from skipcoder.pipeline.capture.neighbour import neighbour_with, stored_rows
+from skipcoder.pipeline.config import CacheConfig
+from skipcoder.pipeline.model import load
+from skipcoder.pipeline.store import commit, layout, writer
+from skipcoder.pipeline.store.attrs import (
+    Attributes,
+    Described,
+    HookpointFacts,
+    Identity,
+    read_attrs,
+    refuse_other_identity,
+)
+from skipcoder.pipeline.store.codec import CODECS, REVISION
+from skipcoder.pipeline.store.place import Place
+from skipcoder.pipeline.store.places import place_at
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.pipeline.text import sources
+from skipcoder.pipeline.text.rows import bos_of, rows_of
+from skipcoder.settings import typed
 
 ConfigStore.instance().store(name="cache_schema", node=CacheConfig)
 
 
 def capture(cfg: CacheConfig) -> None:
     """Create, extend or finish the store; on a finished one, say so and return. With plan=true: only what it costs."""
+    sources.check(cfg.data)
+    CODECS[cfg.store.codec]  # UserError for an unknown one
     if cfg.plan:
         from skipcoder.pipeline import plan
 
         return plan.show(cfg)
-    place = Place.at(cfg.store.path)
+    place = place_at(cfg.store.path)
     with place.only_writer() as alone:
         _capture(cfg, place, alone)
 
@@ -42,7 +60,7 @@ def _capture(cfg: CacheConfig, place: Place, alone: bool) -> None:
     # Killed before its tokens were written: nothing to keep. Unless that capture is still alive.
     stale = alone and attrs is not None and not attrs["rows"] and attrs["identity"] != identity
     if attrs is not None and not stale:
-        writer.refuse_other_identity(place, attrs, identity)
+        refuse_other_identity(place, attrs, identity)
         rows = max(rows, attrs["rows"])
     if alone and attrs is not None:
         place.sweep()
@@ -56,7 +74,7 @@ def _capture(cfg: CacheConfig, place: Place, alone: bool) -> None:
         print(f"{where}: complete, nothing to do")
         return _say_loss(place)
     print(f"{where}: {len(missing)} units to capture")
-    from skipcoder.pipeline import job
+    from skipcoder.pipeline.capture import job
 
     job.run(place, attrs, missing, cfg.model, cfg.ray)
     if alone:
@@ -77,17 +95,17 @@ def _say_loss(place: Place) -> None:
             print(f"{name}: lost to {store.attrs['identity']['codec']}, as a fraction of variance: {facts}")
 
 
-def _identity(cfg: CacheConfig, unit_rows: int) -> dict[str, Any]:
+def _identity(cfg: CacheConfig, unit_rows: int) -> Identity:
     """Everything that decides the store's bytes, except how many tokens it holds."""
     return {
-        "model": model_identity(cfg.model),
-        "data": text.identity(cfg.data),
+        "model": load.identity(cfg.model),
+        "data": sources.identity(cfg.data),
         "context": cfg.data.context,
         "repeat": cfg.data.repeat,
         "hookpoints": sorted(cfg.hookpoints),
         "write_modules": dict(cfg.model.write_modules),
         "codec": cfg.store.codec,
-        "codec_revision": codec.REVISION,
+        "codec_revision": REVISION,
         "compression": cfg.store.compression.value,
         "unit_rows": unit_rows,
         "micro_batch_tokens": cfg.micro_batch_tokens,
@@ -96,39 +114,37 @@ def _identity(cfg: CacheConfig, unit_rows: int) -> dict[str, Any]:
 
 
 def _lay_out(
-    cfg: CacheConfig, place: Place, attrs: dict[str, Any] | None, identity: dict[str, Any], rows: int, stale: bool
-) -> dict[str, Any]:
+    cfg: CacheConfig, place: Place, attrs: Attributes | None, identity: Identity, rows: int, stale: bool
+) -> Attributes:
     """Make a store (`attrs`: None), in place of a `stale` one, or grow the one that is there, and write its token rows.
     Its attributes then."""
-    from skipcoder.pipeline import model, tokens
-
-    tokenizer = model.load_tokenizer(cfg.model)
+    tokenizer = load.load_tokenizer(cfg.model)
     if attrs is None or not attrs["rows"]:
-        hookpoints, widths, _ = model.describe(cfg.model, cfg.hookpoints, cfg.data.context)
-        described = {
+        hookpoints, widths, _ = load.describe(cfg.model, cfg.hookpoints, cfg.data.context)
+        facts: dict[str, HookpointFacts] = {
             h.name: {"read": h.read, "write": h.write, "d_in": widths[h.name][0], "d_out": widths[h.name][1]}
             for h in hookpoints
         }
         software = ("skipcoder", "torch", "transformers", "zarr", "numcodecs", "numpy")
-        asked = {
+        described: Described = {
             "identity": identity,
-            "hookpoints": described,
+            "hookpoints": facts,
             "model": _plain(asdict(cfg.model)),
             "data": {key: value for key, value in _plain(asdict(cfg.data)).items() if key != "tokens"},  # it may grow
             "special_tokens": sorted(tokenizer.all_special_ids),
-            "bos": tokens.bos_of(tokenizer),
+            "bos": bos_of(tokenizer),
             "software": {name: version(name) for name in software},
         }
         if stale:
             place.clear()
-        attrs = writer.create(place, asked)
-    source = tokens.neighbour_with(place, identity, rows)
+        attrs = writer.create(place, described)
+    source = neighbour_with(place, identity, rows)
     if source is not None:
         print(f"taking the token rows of {source.place}")
-        token_rows = tokens.stored_rows(source, rows)
+        token_rows = stored_rows(source, rows)
     else:
         print(f"tokenising {rows * cfg.data.context:,} tokens")
-        token_rows = tokens.rows_of(cfg.data, tokenizer, rows)
+        token_rows = rows_of(cfg.data, tokenizer, rows)
     writer.write_tokens(place, attrs, rows, token_rows)
     now = read_attrs(place)
     assert now is not None
@@ -144,16 +160,11 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def model_config(attrs: dict[str, Any]) -> ModelConfig:
-    """The configuration of the model that a store was captured from."""
-    return cli.typed(OmegaConf.create(attrs["model"]), ModelConfig)
-
-
 @hydra.main(version_base="1.3", config_path=cli.CONF, config_name="cache")
 @cli.task
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
-    config = cli.typed(cfg, CacheConfig)
+    config = typed(cfg, CacheConfig)
     capture(config)
 
 

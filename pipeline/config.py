@@ -1,9 +1,13 @@
-"""Configuration of `pipeline/cache.py`. Unknown keys, types and presets are refused by Hydra."""
+"""Configuration of `pipeline/cache.py`. Hydra refuses unknown keys, types and presets.
+
+Each class checks its own numbers. Names that a table extends (`data.kind`, `store.codec`) are checked where the table
+is, when a capture begins.
+"""
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
-from skipcoder.pipeline.errors import UserError
+from skipcoder.errors import UserError
 
 # Enum members are spelt as users type them (model.dtype=bfloat16).
 
@@ -20,7 +24,7 @@ class Compression(Enum):
 
 
 class SourceKind(StrEnum):
-    """Those built in; text.SOURCES has all."""
+    """The built-in sources; `SOURCES` in text/sources.py holds all of them."""
 
     stdlib = "stdlib"
     text = "text"
@@ -84,10 +88,6 @@ class DataConfig:
             raise UserError(f"data.tokens={self.tokens}: ask for at least 1 token")
         if self.context < 2:
             raise UserError(f"data.context={self.context}: a row needs at least 2 tokens")
-        from skipcoder.pipeline.text import SOURCES
-
-        if (wanted := SOURCES[self.kind].path_is) and not self.path:
-            raise UserError(f"data.path is missing: data.kind={self.kind} needs {wanted}")
 
 
 @dataclass
@@ -105,9 +105,6 @@ class StoreConfig:
     """Token rows in one unit of work (= one shard of every array). null: min(16384/context, rows/64)."""
 
     def __post_init__(self) -> None:
-        from skipcoder.pipeline.codec import CODECS
-
-        CODECS[self.codec]  # UserError for an unknown one
         if self.unit_rows is not None and self.unit_rows < 1:
             raise UserError(f"store.unit_rows={self.unit_rows}: must be at least 1, or null to choose it")
 

@@ -10,11 +10,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numcodecs import blosc
-from skipcoder.pipeline import halves, layout
-from skipcoder.pipeline.codec import CODECS, compress
+
 from skipcoder.pipeline.config import CacheConfig
-from skipcoder.pipeline.model import describe
-from skipcoder.pipeline.stats import Moments
+from skipcoder.pipeline.model import half_precision
+from skipcoder.pipeline.model.load import describe
+from skipcoder.pipeline.store import layout
+from skipcoder.pipeline.store.codec import CODECS, compress
+from skipcoder.pipeline.store.stats import Moments
 
 _SECONDS = 0.3
 """How long a matrix product is timed."""
@@ -102,7 +104,7 @@ def _codec(cfg: CacheConfig, chunk: int, d: int) -> tuple[float, float, float]:
 def _matmul_speed(d: int, dtype: torch.dtype) -> float:
     """FLOP/s of [4096, d] x [d, 4 d]."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not halves.supported(dtype):
+    if device == "cpu" and not half_precision.supported(dtype):
         dtype = torch.float32  # as the model's linear layers
     a, b = torch.randn(4096, d, device=device, dtype=dtype), torch.randn(d, 4 * d, device=device, dtype=dtype)
     float((a @ b)[0, 0])

@@ -3,10 +3,12 @@
 import argparse
 import sys
 
-from skipcoder.pipeline import cli, commit, layout
-from skipcoder.pipeline.place import Place
-from skipcoder.pipeline.store import ActivationStore
-from skipcoder.pipeline.verify import problems
+from skipcoder import cli
+from skipcoder.pipeline.store import layout
+from skipcoder.pipeline.store.place import Place
+from skipcoder.pipeline.store.places import place_at
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.pipeline.store.verify import problems
 
 
 def info(place: Place) -> int:
@@ -30,11 +32,11 @@ def info(place: Place) -> int:
         print(f"{name:10}{value}")
     print(f"{'hookpoint':24}{'side':8}{'module':32}{'d':>7}{'bytes/token':>13}{'mean norm':>12}{'lost':>10}")
     for name, facts in store.hookpoints.items():
-        for side, module, d in zip(commit.SIDES, ("read", "write"), ("d_in", "d_out"), strict=True):
+        for side, module, d in (("input", facts["read"], facts["d_in"]), ("output", facts["write"], facts["d_out"])):
             size = sum(n for shard, n in shards.items() if shard.startswith((f"{name}/{side}/", f"{name}/{side}_")))
             all_units = store.moments(name, side, split=None)
-            facts_of_side = f"{facts[d]:>7}{size / stored:>13.0f}{all_units.mean_norm:>12.3g}{all_units.lost:>10.1e}"
-            print(f"{name:24}{side:8}{facts[module]:32}{facts_of_side}")
+            facts_of_side = f"{d:>7}{size / stored:>13.0f}{all_units.mean_norm:>12.3g}{all_units.lost:>10.1e}"
+            print(f"{name:24}{side:8}{module:32}{facts_of_side}")
     return cli.DONE
 
 
@@ -58,7 +60,7 @@ def cli_main() -> None:
 
     def run() -> None:
         nonlocal outcome
-        outcome = {"info": info, "verify": verify}[args.command](Place.at(args.path))
+        outcome = {"info": info, "verify": verify}[args.command](place_at(args.path))
 
     sys.exit(cli.run(run) or outcome)
 

@@ -1,30 +1,27 @@
 """Sparse coders for language models: capture once, train many, measure, explain."""
 
 from importlib import import_module
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-# In a checkout the folders pipeline/, trainer/, ... stand beside this package, not inside it: an
-# editable install and a plain PYTHONPATH then find them here. In a wheel they lie inside.
-_root = Path(__file__).resolve().parent.parent
-if (_root / "pyproject.toml").is_file():
-    __path__.append(str(_root))
-
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
-    from skipcoder.evals.export import push_to_hub as push_to_hub
-    from skipcoder.evals.splice import splice as splice
-    from skipcoder.pipeline.store import ActivationStore as ActivationStore
-    from skipcoder.trainer.coder import SparseCoder as SparseCoder
-    from skipcoder.trainer.stream import ActivationStream as ActivationStream
+    from skipcoder.evals.export.export import push_to_hub as push_to_hub
+    from skipcoder.evals.splice.splice import splice as splice
+    from skipcoder.pipeline.store.reader import ActivationStore as ActivationStore
+    from skipcoder.trainer.coder.coder import SparseCoder as SparseCoder
+    from skipcoder.trainer.data.stream import ActivationStream as ActivationStream
+
+try:
+    __version__ = version("skipcoder")  # as pyproject.toml says
+except PackageNotFoundError:  # a checkout on PYTHONPATH that was never installed
+    __version__ = "0+unknown"
 
 _PUBLIC = {
-    "ActivationStore": "skipcoder.pipeline.store",
-    "ActivationStream": "skipcoder.trainer.stream",
-    "SparseCoder": "skipcoder.trainer.coder",
-    "push_to_hub": "skipcoder.evals.export",
-    "splice": "skipcoder.evals.splice",
+    "ActivationStore": "skipcoder.pipeline.store.reader",
+    "ActivationStream": "skipcoder.trainer.data.stream",
+    "SparseCoder": "skipcoder.trainer.coder.coder",
+    "push_to_hub": "skipcoder.evals.export.export",
+    "splice": "skipcoder.evals.splice.splice",
 }
 __all__ = ["ActivationStore", "ActivationStream", "SparseCoder", "push_to_hub", "splice"]
 

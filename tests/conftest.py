@@ -12,11 +12,14 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if os.environ.get("SKIPCODER_TEST_
 
 import pytest
 import torch
-from skipcoder.pipeline import cache, job
+
+from skipcoder.pipeline import cache
+from skipcoder.pipeline.capture import job
+from skipcoder.pipeline.capture.worker import Worker
 from skipcoder.pipeline.config import CacheConfig, DataConfig, ModelConfig, RayConfig, SourceKind, StoreConfig
-from skipcoder.pipeline.place import Place
-from skipcoder.pipeline.store import ActivationStore
-from skipcoder.pipeline.worker import Worker
+from skipcoder.pipeline.model.load import load_causal_lm
+from skipcoder.pipeline.store.place import Place
+from skipcoder.pipeline.store.reader import ActivationStore
 
 REPO = Path(__file__).resolve().parent.parent
 D_MODEL, LAYERS, CONTEXT, UNIT_ROWS, UNITS = 24, 3, 16, 4, 33
@@ -102,3 +105,9 @@ def store(tmp_path_factory: pytest.TempPathFactory, cache_config: Any, capture_h
     """A finished store of two hookpoints; 33 units, so two are held out. Read only."""
     path = tmp_path_factory.mktemp("store") / "tiny.zarr"
     return capture_here(cache_config(path, ("layers.*.mlp",)))
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_model: Path) -> Any:
+    """The tiny Llama with its head."""
+    return load_causal_lm(ModelConfig(name="tiny", id=str(tiny_model)), "cpu")

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from skipcoder.pipeline import job
-from skipcoder.pipeline.config import ModelConfig, RayConfig
-from skipcoder.pipeline.place import Place
-from skipcoder.pipeline.worker import Worker
 
+from skipcoder.pipeline.capture import job
+from skipcoder.pipeline.capture.worker import Worker
+from skipcoder.pipeline.config import ModelConfig, RayConfig
+from skipcoder.pipeline.store.place import Place
 from tests.conftest import REPO, make_tiny_model
 from tests.documented import ENTRIES, Command, commands
-from tests.evals.judging import Oracle
+from tests.evals.explain.judging import Oracle
 
 ELSEWHERE = ("ray.address", "launcher.address", "model=gemma", "judge=llama", "s3://", "tasks=", "circuit_tracer")
 SMALL = {

@@ -1,6 +1,5 @@
 """The folders at the top are packages of ours without getting in anyone's way."""
 
-import ast
 import importlib.machinery
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-FOLDERS = ("pipeline", "trainer", "kernels", "evals", "conf")
 
 
 def test_hugging_face_kernels_and_transformers_work_beside_ours() -> None:
@@ -25,38 +23,16 @@ def test_hugging_face_kernels_and_transformers_work_beside_ours() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     theirs, ours = done.stdout.split()
     assert Path(theirs).is_relative_to(sysconfig.get_paths()["purelib"])
-    assert Path(ours) == REPO / "kernels" / "encode.py"
-
-
-def test_top_level_folders_carry_no_init() -> None:
-    assert not [f for f in FOLDERS if (REPO / f / "__init__.py").exists()]
+    assert Path(ours).resolve() == REPO / "kernels" / "encode.py"
 
 
 @pytest.mark.parametrize("folder", ["pipeline", "trainer", "evals"])
 def test_no_file_beside_an_entry_point_hides_another_module(folder: str) -> None:
-    """`python pipeline/cache.py` puts pipeline/ first on sys.path."""
+    """`python pipeline/cache.py` puts pipeline/, with its files and rooms, first on sys.path."""
     site = [sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]]
-    for path in (REPO / folder).glob("*.py"):
+    for path in (p for p in (REPO / folder).iterdir() if p.suffix == ".py" or (p.is_dir() and p.name[0] != "_")):
         assert path.stem not in sys.stdlib_module_names, path
         assert importlib.machinery.PathFinder.find_spec(path.stem, site) is None, path
-
-
-def test_imports_go_one_way() -> None:
-    allowed = {"kernels": {"kernels"}, "pipeline": {"pipeline"}, "trainer": {"kernels", "pipeline", "trainer"}}
-    for folder, may in allowed.items():
-        for path in (REPO / folder).rglob("*.py"):
-            if path.name == "export.py":  # an entry point, which nothing imports: firings and cards are of evals
-                continue
-            for node in ast.walk(ast.parse(path.read_text())):
-                module = getattr(node, "module", None) or ""
-                if isinstance(node, ast.ImportFrom) and module.startswith("skipcoder."):
-                    assert module.split(".")[1] in may, f"{path} imports {module}"
-
-
-def test_files_stay_small() -> None:
-    for folder in (*FOLDERS, "tests", "benchmarks", "skipcoder"):
-        for path in (REPO / folder).rglob("*.py"):
-            assert path.stat().st_size < 20_000, path
 
 
 def test_public_names() -> None:

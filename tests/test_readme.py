@@ -7,30 +7,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
 import skipcoder.evals.evaluate
 import skipcoder.evals.interpret
 import skipcoder.pipeline.cache
 import skipcoder.trainer.export
 import skipcoder.trainer.import_coder
 import skipcoder.trainer.train  # noqa: F401 (importing an entry point registers its schema)
-import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from skipcoder import registry
+from skipcoder.errors import UserError
 from skipcoder.evals.config import EvaluateConfig, InterpretConfig
-from skipcoder.pipeline import registry
-from skipcoder.pipeline.cli import typed
 from skipcoder.pipeline.config import CacheConfig, DataConfig
-from skipcoder.pipeline.errors import UserError
-from skipcoder.pipeline.store import ActivationStore
-from skipcoder.trainer import bank
-from skipcoder.trainer.coder import SparseCoder
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.settings import typed
+from skipcoder.trainer.bank import bank
+from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.config import CoderConfig, TrainConfig
 from skipcoder.trainer.formats.config import ExportConfig, ImportConfig
-
 from tests.conftest import REPO
 from tests.documented import PAGES, Command, commands
-from tests.trainer.test_run import config
+from tests.trainer.run.test_run import config
 
 README = (REPO / "README.md").read_text()
 COMMANDS = [command for command in commands() if command.entry != "store_cli"]

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +19,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from skipcoder.pipeline import model
-from skipcoder.pipeline.cache import model_config
 
 from skipcoder import ActivationStore
+from skipcoder.pipeline.model import load as model
+from skipcoder.pipeline.store.attrs import model_config
 from tests.conftest import REPO
 
 pytestmark = pytest.mark.slow
@@ -94,13 +95,26 @@ def test_quick_start(quick_start: QuickStart) -> None:
     assert shown.startswith("512 576 ") and str(quick_start.venv) in shown
 
 
-def test_the_source_distribution_is_the_repository(quick_start: QuickStart) -> None:
-    (sdist,) = quick_start.dist.glob("*.tar.gz")
+def test_source_distribution_and_wheel_leave_nothing_out(quick_start: QuickStart) -> None:
+    """Both hold real folders in place of the links in skipcoder/; the sdist holds the rest of the repository, too."""
+    (sdist,), (wheel,) = quick_start.dist.glob("*.tar.gz"), quick_start.dist.glob("*.whl")
     with tarfile.open(sdist) as tar:
-        names = {name.partition("/")[2] for name in tar.getnames()}
+        of_sdist = {member.name.partition("/")[2] for member in tar.getmembers() if member.isfile()}
+    of_wheel = set(zipfile.ZipFile(wheel).namelist())
     tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout.split()
-    assert {name for name in tracked if not name.startswith(".")} <= names
-    assert not [name for name in names if "__pycache__" in name or name.startswith(("build", "runs", "."))]
+    links = {path.name for path in (REPO / "skipcoder").iterdir() if path.is_symlink()}
+    for name in tracked:
+        top, _, below = name.partition("/")
+        if name.startswith(".") or (REPO / name).is_symlink():
+            continue
+        if name.startswith("trainer/hydra_plugins/"):
+            assert name in of_sdist and below in of_wheel, name
+        elif top in (*links, "skipcoder"):
+            installed = name if top == "skipcoder" else f"skipcoder/{name}"
+            assert installed in of_sdist and installed in of_wheel, name
+        else:
+            assert name in of_sdist, name
+    assert not [n for n in of_sdist | of_wheel if "__pycache__" in n or n.startswith(("build", "runs", "."))]
 
 
 def test_captured_bits_are_those_of_plain_hooks_on_the_whole_model(folder: Path) -> None:

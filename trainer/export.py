@@ -6,7 +6,9 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
-from skipcoder.pipeline import cli
+
+from skipcoder import cli
+from skipcoder.settings import typed
 from skipcoder.trainer.formats.config import ExportConfig
 
 ConfigStore.instance().store(name="export_schema", node=ExportConfig)
@@ -16,9 +18,9 @@ ConfigStore.instance().store(name="export_schema", node=ExportConfig)
 @cli.task
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
-    config = cli.typed(cfg, ExportConfig)
-    from skipcoder.evals.export import export
-    from skipcoder.trainer.checkpoint import find_runs
+    config = typed(cfg, ExportConfig)
+    from skipcoder.evals.export.export import export
+    from skipcoder.trainer.run.run import find_runs
 
     export(config, [Path(config.run)] if config.run else find_runs(config.runs or ""))
 

@@ -7,7 +7,9 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from skipcoder.pipeline import cli
+
+from skipcoder import cli
+from skipcoder.settings import typed
 from skipcoder.trainer.config import TrainConfig
 
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
@@ -17,8 +19,8 @@ ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 @cli.task
 def main(cfg: DictConfig) -> None:
     """Hydra's entry, once per job. A sweep's job writes where Hydra says, a single run to run.dir."""
-    config = cli.typed(cfg, TrainConfig)
-    from skipcoder.trainer.bank import train
+    config = typed(cfg, TrainConfig)
+    from skipcoder.trainer.bank.bank import train
 
     directory = Path(HydraConfig.get().runtime.output_dir)
     summary = train(config, directory)

@@ -5,18 +5,29 @@ at most a few hundred terms, so 1e-4 absolute and relative leaves a factor of te
 """
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from skipcoder.kernels.decode import sparse_decode, sparse_decode_reference
-from skipcoder.kernels.encode import Codes, encode, encode_reference, first
-from skipcoder.kernels.jumprelu import fires, jumprelu
-from skipcoder.kernels.rows import by_latent, gather_dot, gather_sum
 from torch import Tensor
 
-ACTIVATIONS = ("topk", "groupmax", "batchtopk")
+from skipcoder.kernels.decode import sparse_decode, sparse_decode_reference
+from skipcoder.kernels.encode import (
+    Codes,
+    encode_above,
+    encode_batchtopk,
+    encode_groupmax,
+    encode_reference,
+    encode_topk,
+    first,
+)
+from skipcoder.kernels.jumprelu import fires, jumprelu
+from skipcoder.kernels.preactivations import Search
+from skipcoder.kernels.rows import by_latent, gather_dot, gather_sum
+
+ENCODERS = {"topk": encode_topk, "groupmax": encode_groupmax, "batchtopk": encode_batchtopk}
 DEVICE = os.environ.get("SKIPCODER_TEST_DEVICE", "cpu")
 
 
@@ -27,9 +38,9 @@ def problem(n: int, d: int, m: int, seed: int, dtype: torch.dtype = torch.float6
     return [torch.randn(s, generator=g, dtype=torch.float64).to(DEVICE, dtype).requires_grad_() for s in shapes]
 
 
-def ours(p: list[Tensor], k: int, **options: object) -> Tensor:
+def ours(p: list[Tensor], k: int, activation: str = "topk", **search: Any) -> Tensor:
     x, W_enc, b_enc, b_pre, W_dec, b_dec = p
-    return sparse_decode(encode(x, W_enc, b_enc, k, b_pre, **options), W_dec, b_dec)
+    return sparse_decode(ENCODERS[activation](x, W_enc, b_enc, k, b_pre, Search(**search)), W_dec, b_dec)
 
 
 def dense(p: list[Tensor], k: int, activation: str = "topk") -> Tensor:
@@ -40,7 +51,7 @@ def dense(p: list[Tensor], k: int, activation: str = "topk") -> Tensor:
 @settings(deadline=None, max_examples=150)
 @given(
     st.integers(1, 20), st.integers(1, 9), st.integers(1, 40), st.data(), st.integers(0, 999),
-    st.sampled_from(ACTIVATIONS),
+    st.sampled_from(sorted(ENCODERS)),
 )  # fmt: skip
 def test_forward_and_every_gradient_equal_dense_autograd(
     n: int, d: int, m: int, data: st.DataObject, seed: int, activation: str
@@ -73,7 +84,7 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *q: ours(list(q), 3), p, eps=1e-7, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ENCODERS)
 def test_memory_bound_does_not_change_the_result(activation: str) -> None:
     p = problem(50, 6, 32, 2)
     few = ours(p, 4, activation=activation, chunk_elements=96)  # 3 tokens at a time
@@ -84,7 +95,7 @@ def test_latents_at_zero_get_no_gradient() -> None:
     x, W_enc, b_enc, b_pre, W_dec, b_dec = problem(7, 4, 12, 3)
     with torch.no_grad():
         b_enc -= 100  # every pre-activation negative
-    codes = encode(x, W_enc, b_enc, 5, b_pre)
+    codes = encode_topk(x, W_enc, b_enc, 5, b_pre)
     sparse_decode(codes, W_dec, b_dec).sum().backward()
     assert (codes.values == 0).all()
     for p in (x, W_enc, b_enc, b_pre, W_dec):
@@ -92,7 +103,7 @@ def test_latents_at_zero_get_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "scout"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ENCODERS)
 def test_empty_batch(activation: str, mode: str) -> None:
     p = problem(0, 4, 12, 3, torch.float32)
     y = ours(p, 3, activation=activation, mode=mode)
@@ -125,14 +136,15 @@ def test_same_bits_every_time() -> None:
 
 
 @pytest.mark.parametrize("mode", ["bfloat16", "scout"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ENCODERS)
 def test_estimates_choose_and_float32_computes(mode: str, activation: str) -> None:
     """Two input dimensions are massive, as in language models: one far from 0, one with a large variance."""
     x, W_enc, b_enc, b_pre, *_ = (q.detach() for q in problem(400, 64, 512, 7, torch.float32))
     x[:, 3] += 300
     x[:, 5] *= 50
     centre, spread = x.mean(0), x.std(0).sqrt()
-    codes = encode(x, W_enc, b_enc, 16, b_pre, activation, mode, 1.25, 2**24, centre, spread)
+    search = Search(mode, centre_D=centre, spread_D=spread)
+    codes = ENCODERS[activation](x, W_enc, b_enc, 16, b_pre, search)
     pre = (x - b_pre).double() @ W_enc.double().T + b_enc.double()
     token = torch.arange(400, device=DEVICE)[:, None].expand(-1, 16)
     if codes.offsets is not None:
@@ -151,10 +163,10 @@ def test_scout_needs_centre_and_spread_where_dimensions_are_massive() -> None:
     x, W_enc, b_enc, *_ = (q.detach() for q in problem(400, 64, 512, 7, torch.float32))
     x[:, 3] += 1000
     W_enc[:, 3] *= 1e-3
-    exact = encode(x, W_enc, b_enc, 16).indices
+    exact = encode_topk(x, W_enc, b_enc, 16).indices
 
     def recall(**statistics: Tensor) -> float:
-        found = encode(x, W_enc, b_enc, 16, mode="scout", **statistics).indices
+        found = encode_topk(x, W_enc, b_enc, 16, search=Search("scout", **statistics)).indices
         return float((exact[:, :, None] == found[:, None]).any(2).double().mean())
 
     assert recall() < 0.99 < 0.999 < recall(centre_D=x.mean(0))
@@ -173,8 +185,9 @@ def test_above_a_threshold(n: int, m: int, seed: int, chunk_elements: int) -> No
     """Also where no latent of a token, or none at all, fires."""
     mine, theirs = problem(n, 5, m, seed), problem(n, 5, m, seed)
     threshold = 6 * torch.rand(m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE) - 1
-    options = {"activation": "above", "threshold_M": threshold, "chunk_elements": chunk_elements}
-    y = ours(mine, 1, **options)
+    x, W_enc, b_enc, b_pre, W_dec, b_dec = mine
+    codes = encode_above(x, W_enc, b_enc, threshold, b_pre, Search(chunk_elements=chunk_elements))
+    y = sparse_decode(codes, W_dec, b_dec)
     x, W_enc, b_enc, b_pre, W_dec, b_dec = theirs
     y_ref = sparse_decode_reference(encode_reference(x, W_enc, b_enc, 1, b_pre, threshold_M=threshold), W_dec, b_dec)
     torch.testing.assert_close(y, y_ref, rtol=1e-12, atol=1e-12)
@@ -189,10 +202,8 @@ def test_above_a_threshold(n: int, m: int, seed: int, chunk_elements: int) -> No
 def test_a_hint_does_not_change_batchtopk(hint: float, mode: str) -> None:
     """Too low, about right, too high and absurd."""
     x, W_enc, b_enc, *_ = (q.detach() for q in problem(60, 16, 256, 3, torch.float32))
-    plain = encode(x, W_enc, b_enc, 4, activation="batchtopk", mode=mode)
-    hinted = encode(
-        x, W_enc, b_enc, 4, activation="batchtopk", mode=mode, threshold_M=torch.full((256,), hint).to(DEVICE)
-    )
+    plain = encode_batchtopk(x, W_enc, b_enc, 4, search=Search(mode))
+    hinted = encode_batchtopk(x, W_enc, b_enc, 4, search=Search(mode), hint=torch.tensor(hint).to(DEVICE))
     assert torch.equal(plain.indices, hinted.indices) and torch.equal(plain.values, hinted.values)
 
 
@@ -229,9 +240,9 @@ def test_first_of_more_codes() -> None:
     """Multi-TopK: the k largest out of 4 k are those of a selection of k, and gradients of both reach the encoder."""
     mine, theirs = problem(10, 5, 40, 3), problem(10, 5, 40, 3)
     x, W_enc, b_enc, b_pre, W_dec, b_dec = mine
-    wide = encode(x, W_enc, b_enc, 12, b_pre)
+    wide = encode_topk(x, W_enc, b_enc, 12, b_pre)
     narrow = first(wide, 3)
-    assert torch.equal(narrow.indices, encode(x, W_enc, b_enc, 3, b_pre).indices)
+    assert torch.equal(narrow.indices, encode_topk(x, W_enc, b_enc, 3, b_pre).indices)
     (sparse_decode(narrow, W_dec, b_dec).square().sum() + sparse_decode(wide, W_dec, b_dec).square().sum()).backward()
     (dense(theirs, 3).square().sum() + dense(theirs, 12).square().sum()).backward()
     for a, b in zip(mine, theirs, strict=True):
@@ -253,10 +264,13 @@ def test_torch_compile_takes_the_step_whole() -> None:
 def test_operations_are_registered_as_they_behave() -> None:
     """torch's own check: schemas, no aliasing, shapes without data."""
     x, W_enc, b_enc, *_ = (q.detach() for q in problem(6, 5, 40, 3, torch.float32))
-    codes = encode(x, W_enc, b_enc, 3)
+    codes = encode_topk(x, W_enc, b_enc, 3)
     latents, ops = codes.by_latent, torch.ops.skipcoder
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.select.default, (x, W_enc, b_enc, 3), test_utils=checks)
+    for select in (ops.topk, ops.groupmax):
+        torch.library.opcheck(select.default, (x, W_enc, b_enc, 4, *Search()), test_utils=checks)
+    torch.library.opcheck(ops.batchtopk.default, (x, W_enc, b_enc, 3, None, *Search()), test_utils=checks)
+    torch.library.opcheck(ops.above.default, (x, W_enc, b_enc, b_enc, 2**24), test_utils=checks)
     torch.library.opcheck(ops.gather_sum.default, (codes.indices, codes.values, W_enc), test_utils=checks)
     torch.library.opcheck(ops.gather_dot.default, (x, W_enc, codes.indices), test_utils=checks)
     weights = codes.values.flatten()[latents.entry_L]
@@ -288,12 +302,12 @@ def test_flat_codes_of_tokens_with_none_and_many() -> None:
 def test_k_out_of_range(k: int) -> None:
     x, W_enc, b_enc, *_ = problem(2, 4, 12, 0)
     with pytest.raises(ValueError, match=f"k={k} must be between 1 and the number of latents, 12"):
-        encode(x, W_enc, b_enc, k)
+        encode_topk(x, W_enc, b_enc, k)
 
 
 def test_unknown_names_and_groups_that_do_not_divide() -> None:
     x, W_enc, b_enc, *_ = problem(2, 4, 12, 0)
-    with pytest.raises(ValueError, match="relu"):
-        encode(x, W_enc, b_enc, 3, activation="relu")
+    with pytest.raises(ValueError, match="mode='fp4': choose from float32, bfloat16, scout"):
+        encode_topk(x, W_enc, b_enc, 3, search=Search("fp4"))
     with pytest.raises(ValueError, match="12 latents do not divide by k=5"):
-        encode(x, W_enc, b_enc, 5, activation="groupmax")
+        encode_groupmax(x, W_enc, b_enc, 5)

@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from skipcoder.pipeline import commit
-from skipcoder.pipeline.place import Place
-from skipcoder.pipeline.store import ActivationStore
 
+from skipcoder.pipeline.store import commit
+from skipcoder.pipeline.store.places import place_at
+from skipcoder.pipeline.store.reader import ActivationStore
 from tests.conftest import CONTEXT, REPO, UNIT_ROWS, UNITS
-from tests.pipeline.test_store import files
+from tests.pipeline.store.test_store import files
 
 
 def command(tiny_model: Path, text_file: Path, path: Path | str, *more: str, kind: str = "jsonl") -> list[str]:
@@ -34,11 +34,11 @@ def test_ray_writes_what_one_process_writes_and_survives_kill_9(
     while job.poll() is None and not (path / "commits").exists():
         time.sleep(0.01)
     deadline = time.monotonic() + 120
-    while job.poll() is None and not commit.committed_units(Place.at(path)) and time.monotonic() < deadline:
+    while job.poll() is None and not commit.committed_units(place_at(path)) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
-    assert 0 < len(commit.committed_units(Place.at(path))) <= UNITS
+    assert 0 < len(commit.committed_units(place_at(path))) <= UNITS
     time.sleep(3)  # orphaned workers of a killed driver may write that long
     again = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
@@ -112,8 +112,9 @@ def test_help_explains(script: str, tmp_path: Path) -> None:
 
 
 def test_gemma_preset_captures_what_the_residual_stream_sees() -> None:
-    import skipcoder.pipeline.cache  # noqa: F401 (registers the schema)
     from hydra import compose, initialize_config_dir
+
+    import skipcoder.pipeline.cache  # noqa: F401 (registers the schema)
 
     with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
         cfg = compose("cache", ["model=gemma-2-2b"])

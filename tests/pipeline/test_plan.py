@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from skipcoder.pipeline import cache, model, plan
-from skipcoder.pipeline.codec import CODECS
-from skipcoder.pipeline.config import CacheConfig
 
+from skipcoder.pipeline import cache, plan
+from skipcoder.pipeline.config import CacheConfig
+from skipcoder.pipeline.model import load as model
+from skipcoder.pipeline.store.codec import CODECS
 from tests.conftest import CONTEXT, D_MODEL
 
 

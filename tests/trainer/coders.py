@@ -3,15 +3,21 @@
 from typing import Any
 
 import torch
-from skipcoder.trainer.coder import SparseCoder
-from skipcoder.trainer.config import Activation, CoderConfig, Kind
+
+from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.config import ActivationName, CoderConfig, Kind
 
 EPS = 2.0**-23
 
 
 @torch.no_grad()
 def random_coder(
-    kind: Kind, activation: Activation = Activation.topk, d: int = 24, width: int = 64, k: int = 4, d_out: int = 0
+    kind: Kind,
+    activation: ActivationName = ActivationName.topk,
+    d: int = 24,
+    width: int = 64,
+    k: int = 4,
+    d_out: int = 0,
 ) -> SparseCoder:
     """Every tensor is random; thresholds are such that about k latents fire on standard normal inputs."""
     generator = torch.Generator().manual_seed(7)
@@ -27,7 +33,10 @@ def meta(hookpoint: str = "layers.1.mlp", kind: Kind = Kind.transcoder) -> dict[
     """Where a coder attaches, as coder.json has it."""
     read = "output" if kind == Kind.sae else "input"
     return {
-        "model": {"id": "tiny", "revision": None, "dtype": "bfloat16"},
+        "model": {
+            **{"id": "tiny", "revision": None, "gguf_file": None, "fingerprint": "0", "dtype": "bfloat16"},
+            "attention": "sdpa",
+        },
         "hookpoint": hookpoint,
         "read": {"module": hookpoint, "side": read},
         "write": {"module": hookpoint, "side": "output"},
@@ -53,7 +62,7 @@ def assert_same_function(coder: SparseCoder, x_ND: torch.Tensor, y_NE: torch.Ten
     pre = (centred.double() @ coder.W_enc.double().T + coder.b_enc.double()).clamp_min(0)
     if coder.threshold is not None:
         clear = (((pre - coder.threshold).abs() > off_NM) | (coder.threshold == 0)).all(1)  # at 0 nothing jumps
-    elif coder.cfg.activation == Activation.groupmax:
+    elif coder.cfg.activation == ActivationName.groupmax:
         top, off = (z.view(len(x), coder.cfg.k, -1).topk(2, -1).values for z in (pre, off_NM))
         clear = ((top[..., 0] - top[..., 1] > 2 * off[..., 0]) | (top[..., 0] == 0)).all(1)
     else:

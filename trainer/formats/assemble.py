@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from skipcoder.pipeline.errors import UserError
-from skipcoder.trainer.coder import SparseCoder
-from skipcoder.trainer.config import Activation, CoderConfig, Kind
 from torch import Tensor
+
+from skipcoder.errors import UserError
+from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.config import ActivationName, CoderConfig, Kind
 
 
 @torch.no_grad()
 def assemble(
-    kind: Kind, activation: Activation, k: int, tensors: Mapping[str, Tensor], subtracts_b_dec: bool | None = None
+    kind: Kind, activation: ActivationName, k: int, tensors: Mapping[str, Tensor], subtracts_b_dec: bool | None = None
 ) -> SparseCoder:
     """A coder of these tensors, named and shaped as SparseCoder's. `subtracts_b_dec`: whether they were made for an
     encoder that takes x - b_dec; ours does so for SAEs and not for transcoders, and the difference goes into b_enc.

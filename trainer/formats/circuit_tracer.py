@@ -12,14 +12,15 @@ from pathlib import Path
 import torch
 import yaml
 from safetensors.torch import save_file
-from skipcoder.pipeline.errors import UserError
-from skipcoder.trainer.coder import SparseCoder
-from skipcoder.trainer.config import Activation, Kind
+
+from skipcoder.errors import UserError
+from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.config import ActivationName, Kind
 from skipcoder.trainer.formats.assemble import assemble, must_hold, need, read_tensors, refuse
 from skipcoder.trainer.formats.hooks import layer_of, transformer_lens
 
 MARK = "layer_*.safetensors"
-_ACTIVATIONS = (Activation.topk, Activation.batchtopk, Activation.jumprelu)
+_ACTIVATIONS = (ActivationName.topk, ActivationName.batchtopk, ActivationName.jumprelu)
 _THRESHOLD = "activation_function.threshold"
 _LOCAL = """\
 # Of a folder on this machine, circuit-tracer's ReplacementModel.from_pretrained ignores `activation`. Load it by:
@@ -74,14 +75,15 @@ def read(folder: Path, *, layer: int) -> SparseCoder:
         config = yaml.safe_load((folder / "config.yaml").read_text())
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{folder / 'config.yaml'} cannot be read: {error}") from None
-    if config.get("model_kind") != "transcoder_set":
-        raise UserError(f"{folder}: model_kind={config.get('model_kind')}: only transcoder_set can be read")
+    model_kind = config.get("model_kind") if isinstance(config, dict) else None
+    if model_kind != "transcoder_set":
+        raise UserError(f"{folder / 'config.yaml'}: model_kind={model_kind}: only transcoder_set can be read")
     file = folder / f"layer_{layer}.safetensors"
     tensors = read_tensors(file)
     need(tensors, ("W_enc", "b_enc", "W_dec", "b_dec"), file)
     threshold = tensors.pop(_THRESHOLD, torch.zeros_like(tensors["b_enc"]))
-    activation = Activation.topk if config.get("activation") == "topk" else Activation.jumprelu
-    if activation == Activation.jumprelu:
+    activation = ActivationName.topk if config.get("activation") == "topk" else ActivationName.jumprelu
+    if activation == ActivationName.jumprelu:
         tensors["threshold"] = torch.zeros_like(threshold) if config.get("activation") == "relu" else threshold
     kind = Kind.skip_transcoder if "W_skip" in tensors else Kind.transcoder
     coder = assemble(kind, activation, int(config.get("k", 32)), tensors)

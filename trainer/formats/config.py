@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
-from skipcoder.pipeline.errors import UserError
+from skipcoder.errors import UserError
 from skipcoder.trainer.config import RunConfig, Side, StoreRef
 
 

@@ -3,17 +3,19 @@
 from typing import NamedTuple
 
 import torch
-from skipcoder.pipeline.store import ActivationStore
-from skipcoder.trainer.coder import SparseCoder
-from skipcoder.trainer.stream import ActivationStream, TokenFilter
 from torch import Tensor
+
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.data.filter import TokenFilter
+from skipcoder.trainer.data.stream import ActivationStream
 
 TOKENS = 2**15
 ROWS = 4096
 
 
 class Sample(NamedTuple):
-    """Activation pairs of some tokens of one hookpoint, in a random order."""
+    """ActivationName pairs of some tokens of one hookpoint, in a random order."""
 
     x_ND: Tensor
     y_NE: Tensor

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from skipcoder.pipeline.errors import UserError
-from skipcoder.trainer.coder import SparseCoder
-from skipcoder.trainer.config import Activation, Kind
+
+from skipcoder.errors import UserError
+from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.config import ActivationName, Kind
 from skipcoder.trainer.formats.assemble import assemble, need
 
 MARK = "params.npz"
@@ -30,6 +31,6 @@ def read(folder: Path, *, transcoder: bool = False) -> SparseCoder:
     names = ("b_enc", "W_dec", "b_dec", "threshold")
     ours = {name: tensors[name] for name in names} | {"W_enc": tensors["W_enc"].T}
     kind = Kind.transcoder if transcoder else Kind.sae
-    coder = assemble(kind, Activation.jumprelu, 32, ours, subtracts_b_dec=False)
+    coder = assemble(kind, ActivationName.jumprelu, 32, ours, subtracts_b_dec=False)
     coder.meta = {"imported": {"format": "gemma_scope", "transcoder": transcoder}}
     return coder

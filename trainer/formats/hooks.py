@@ -1,9 +1,9 @@
 """Where a coder reads and writes, in TransformerLens' words."""
 
 import re
-from typing import Any
 
-from skipcoder.pipeline.errors import UserError
+from skipcoder.errors import UserError
+from skipcoder.trainer.coder.files import SiteFacts
 
 
 def layer_of(module: str) -> int:
@@ -14,8 +14,8 @@ def layer_of(module: str) -> int:
     return int(found[1])
 
 
-def transformer_lens(site: dict[str, Any]) -> str:
-    """Of a site ({"module", "side"}): the input of `layers.10.mlp` is `blocks.10.mlp.hook_in`, its output
+def transformer_lens(site: SiteFacts) -> str:
+    """The name of a site: the input of `layers.10.mlp` is `blocks.10.mlp.hook_in`, its output
     `blocks.10.hook_mlp_out`, which is what the residual stream is given. UserError for other modules."""
     module, side = site["module"], site["side"]
     if not re.search(r"\.(mlp|post_feedforward_layernorm)$", module):

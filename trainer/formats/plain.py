@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from skipcoder.trainer.checkpoint import TENSORS, load_coder, save_coder
-from skipcoder.trainer.coder import SparseCoder
+from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.coder.files import TENSORS
 
 MARK = TENSORS
 
 
 def write(coder: SparseCoder, folder: Path) -> None:
-    """Any coder, with all that is known of it."""
-    save_coder(coder, folder)
+    """Write any coder, with all that is known of it."""
+    coder.save(folder)
 
 
 def read(folder: Path) -> SparseCoder:
-    """What `write` wrote."""
-    return load_coder(folder)
+    """Read what `write` wrote."""
+    return SparseCoder.load(folder)

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from skipcoder.pipeline.errors import UserError
-from skipcoder.trainer.coder import SparseCoder
-from skipcoder.trainer.config import Activation, Kind
+
+from skipcoder.errors import UserError
+from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.config import ActivationName, Kind
 from skipcoder.trainer.formats.assemble import assemble, must_hold, need, read_json, read_tensors
 from skipcoder.trainer.formats.hooks import transformer_lens
 
@@ -21,14 +22,14 @@ MARK = "sae_weights.safetensors"
 VERSION = "6.54.12"
 """The one that the tests were run with; files without a version are taken for old ones, and lose their hooks."""
 _KINDS = {"": Kind.sae, "transcoder": Kind.transcoder, "skip_transcoder": Kind.skip_transcoder}
-_ACTIVATIONS = {"standard": Activation.jumprelu, "topk": Activation.topk, "jumprelu": Activation.jumprelu}
+_ACTIVATIONS = {"standard": ActivationName.jumprelu, "topk": ActivationName.topk, "jumprelu": ActivationName.jumprelu}
 
 
 def architecture(coder: SparseCoder) -> str:
     """SAELens' name; those of top-k transcoders are ours. UserError where there is none."""
     activation, kind = coder.cfg.activation, coder.cfg.kind
-    must_hold(coder, "saelens", list(Kind), (Activation.topk, Activation.batchtopk, Activation.jumprelu))
-    name = "topk" if activation == Activation.topk else "jumprelu"
+    must_hold(coder, "saelens", list(Kind), (ActivationName.topk, ActivationName.batchtopk, ActivationName.jumprelu))
+    name = "topk" if activation == ActivationName.topk else "jumprelu"
     return name if kind == Kind.sae else f"{name}_{kind}"
 
 
@@ -86,19 +87,19 @@ def read(folder: Path) -> SparseCoder:
         norm_M1 = ours["W_dec"].norm(dim=1, keepdim=True)
         ours["W_enc"], ours["W_dec"] = ours["W_enc"] * norm_M1, ours["W_dec"] / norm_M1
         ours["b_enc"] = ours["b_enc"] * norm_M1[:, 0]
-    if activation == Activation.jumprelu and "threshold" not in ours:  # ReLU: everything above 0
+    if activation == ActivationName.jumprelu and "threshold" not in ours:  # ReLU: everything above 0
         ours["threshold"] = torch.zeros_like(ours["b_enc"])
-    k = config.get("k", 100 if activation == Activation.topk else 32)
+    k = config.get("k", 100 if activation == ActivationName.topk else 32)
     subtracts_b_dec = kind == Kind.sae and bool(config.get("apply_b_dec_to_input", True))
     coder = assemble(kind, activation, int(k), ours, subtracts_b_dec)
     coder.meta = {"imported": {"format": "saelens", "config": config}}
     return coder
 
 
-def _parse(name: str, folder: Path) -> tuple[Kind, Activation]:
+def _parse(name: str, folder: Path) -> tuple[Kind, ActivationName]:
     """`jumprelu_skip_transcoder` -> (skip_transcoder, jumprelu)."""
     if name in ("transcoder", "skip_transcoder"):
-        return _KINDS[name], Activation.jumprelu  # SAELens' are ReLU, whatever else their files say
+        return _KINDS[name], ActivationName.jumprelu  # SAELens' are ReLU, whatever else their files say
     first, _, rest = name.partition("_")
     if first not in _ACTIVATIONS or rest not in _KINDS:
         known = ["standard", "topk", "jumprelu", "transcoder", "skip_transcoder"]

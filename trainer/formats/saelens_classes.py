@@ -44,7 +44,8 @@ class TopKTranscoder(Transcoder):
 
     def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
         """The k largest, at least 0."""
-        return TopK(self.cfg.k)
+        result: Callable[[Tensor], Tensor] = TopK(self.cfg.k)
+        return result
 
 
 class TopKSkipTranscoder(SkipTranscoder):
@@ -54,7 +55,8 @@ class TopKSkipTranscoder(SkipTranscoder):
 
     def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
         """The k largest, at least 0."""
-        return TopK(self.cfg.k)
+        result: Callable[[Tensor], Tensor] = TopK(self.cfg.k)
+        return result
 
 
 register_sae_class("topk_transcoder", TopKTranscoder, TopKTranscoderConfig)

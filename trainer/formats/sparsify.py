@@ -9,14 +9,15 @@ import json
 from pathlib import Path
 
 from safetensors.torch import save_file
-from skipcoder.pipeline.errors import UserError
-from skipcoder.trainer.coder import SparseCoder
-from skipcoder.trainer.config import Activation, Kind
+
+from skipcoder.errors import UserError
+from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.config import ActivationName, Kind
 from skipcoder.trainer.formats.assemble import assemble, must_hold, need, read_json, read_tensors, refuse
 
 MARK = "sae.safetensors"
 _NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec", "W_skip": "W_skip"}
-_ACTIVATIONS = (Activation.topk, Activation.groupmax)
+_ACTIVATIONS = (ActivationName.topk, ActivationName.groupmax)
 
 
 def write(coder: SparseCoder, folder: Path) -> None:
@@ -60,7 +61,7 @@ def read(folder: Path, *, subtract_decoder_bias: bool | None = None) -> SparseCo
         kind = Kind.skip_transcoder
     coder = assemble(
         kind,
-        Activation(activation),
+        ActivationName(activation),
         config["k"],
         {ours: tensors[name] for name, ours in _NAMES.items() if name in tensors},
         subtracts_b_dec=bool(subtract_decoder_bias) if is_transcoder else True,

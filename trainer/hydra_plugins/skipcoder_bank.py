@@ -15,6 +15,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from skipcoder.settings import typed
+
 
 @dataclass
 class BankLauncherConf:
@@ -45,14 +47,16 @@ class BankLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Record what each job would do, train them, and hand each its held-out FVU (for sweepers that optimise)."""
         setup_globals()
-        from skipcoder.pipeline import cli
+        from skipcoder.trainer.bank.sweep import Settings, report_failures, run_sweep
         from skipcoder.trainer.config import TrainConfig
-        from skipcoder.trainer.sweep import Settings, report_failures, run_sweep
+        from skipcoder.trainer.run.build import check
 
         jobs = []
 
         def record(cfg: DictConfig) -> None:
-            jobs.append((cli.typed(cfg, TrainConfig), Path(HydraConfig.get().runtime.output_dir)))
+            config = typed(cfg, TrainConfig)
+            check(config)
+            jobs.append((config, Path(HydraConfig.get().runtime.output_dir)))
 
         returns = []
         for number, overrides in enumerate(job_overrides, initial_job_idx):

@@ -1,0 +1,159 @@
+"""Evaluate the coders of run directories on held-out units: reconstruction from the store, cross-entropy from the
+model. Runs of one store and hookpoint share the model, the clean and the ablated passes."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skipcoder.errors import UserError
+from skipcoder.evals.core.ce_kl import summary
+from skipcoder.evals.core.metrics import ReconstructionMetrics
+from skipcoder.evals.core.passes import Part, Replace, TokenLosses, ablation, token_losses
+from skipcoder.evals.stats.bootstrap import MIN_ROWS
+from skipcoder.pipeline.model import load as models
+from skipcoder.pipeline.store.attrs import model_config
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.data.filter import TokenFilter
+from skipcoder.trainer.data.stream import ActivationStream
+from skipcoder.trainer.run.run import Run
+
+Key = tuple[Any, ...]
+
+AT_ONCE = 8
+"""Coders on the device together."""
+
+
+class Way(NamedTuple):
+    """One way of replacing an MLP, wherever in the text."""
+
+    key: Key
+    replace: Replace
+
+
+class Replacement(NamedTuple):
+    """A part of the model that is replaced, and what tells this replacement from others."""
+
+    key: Key
+    part: Part
+
+
+class Evaluator:
+    """Evaluates runs of one store, several in one pass over its held-out units and in one over their rows with the
+    model: `ce_tokens` of them, spread evenly."""
+
+    def __init__(
+        self, store: ActivationStore, ce_tokens: int, batch_rows: int, device: str, intervals: bool = True
+    ) -> None:
+        self.store, self.batch_rows, self.device = store, batch_rows, device
+        units = store.split("held_out")
+        if not units:
+            raise UserError(f"{store.place} has no finished held-out unit; finish the capture first")
+        rows = np.concatenate([store.tokens(unit) for unit in units])
+        if intervals and min(ce_tokens // store.context, len(rows)) < MIN_ROWS:
+            raise UserError(
+                f"ce_tokens={ce_tokens} gives {min(ce_tokens // store.context, len(rows))} rows of {store.context} "
+                f"({len(rows)} are held out), too few for intervals; ask for {MIN_ROWS * store.context} or more, "
+                "capture more text, or set intervals=false"
+            )
+        spread = np.linspace(0, len(rows) - 1, min(max(1, ce_tokens // store.context), len(rows))).astype(int)
+        self.tokens_BT = torch.from_numpy(rows[spread]).long().to(device)
+        self.row_numbers = torch.cat([torch.arange(*store.rows_of(unit)) for unit in units])
+        self._shared: dict[Key | None, TokenLosses] = {}
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        """The whole language model, checked to be the one that was captured."""
+        cfg = model_config(self.store.attrs)
+        now, then = models.identity(cfg), self.store.attrs["identity"]["model"]
+        if now != then:
+            raise UserError(
+                f"model {cfg.id} has changed since {self.store.place} was captured; restore it or capture anew"
+            )
+        return models.load_causal_lm(cfg, self.device)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        return models.load_tokenizer(model_config(self.store.attrs))
+
+    def evaluate(self, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+        """Reconstruction and behaviour of each run in turn; AT_ONCE runs at a time. `check` them first."""
+        for some in (runs[i : i + AT_ONCE] for i in range(0, len(runs), AT_ONCE)):
+            begun = time.perf_counter()
+            for run in some:
+                run.coder.to(self.device)
+            results = [a | b for a, b in zip(self.reconstruction(some), self.behaviour(some), strict=True)]
+            share = {"evaluation_seconds": round((time.perf_counter() - begun) / len(some), 2)}
+            for run, result in zip(some, results, strict=True):
+                run.coder.cpu()
+                yield result | share
+
+    @torch.no_grad()
+    def reconstruction(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """ReconstructionMetrics on all held-out tokens that training would have kept."""
+        rows = len(self.row_numbers)
+        every = [ReconstructionMetrics(run.coder.d_out, run.coder.cfg.width, rows) for run in runs]
+        streams = {(run.summary["hookpoint"], run.filter) for run in runs}
+        for hookpoint, kept in sorted(streams, key=repr):
+            stream = ActivationStream(
+                self.store, hookpoint, 4096, split="held_out", filter=kept, epochs=1, device=self.device
+            )
+            for batch in stream:
+                sides = {"input": batch.x, "output": batch.y}
+                row = torch.searchsorted(self.row_numbers, batch.position // self.store.context)
+                for run, metrics in zip(runs, every, strict=True):
+                    if (run.summary["hookpoint"], run.filter) == (hookpoint, kept):
+                        out = run.coder(sides[run.read.side])
+                        y = sides[run.write.side]
+                        metrics.update(y, out.y_hat, out.values, out.indices, row)
+        return [metrics.result() for metrics in every]
+
+    def behaviour(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """Cross-entropy and KL with the MLP replaced by the coder, by zero, by its mean and, for skip transcoders, by
+        the affine skip alone. Twice each: with the positions that training left out passing unchanged, and (`_all`) at
+        all positions."""
+        replacements: dict[Key, list[Part]] = {}
+        keys = []
+        for run in runs:
+            mine = self.replacements(run)
+            keys.append({name: one.key for name, one in mine.items()})
+            replacements |= {one.key: [one.part] for one in mine.values()}
+        new = {key: parts for key, parts in replacements.items() if key not in self._shared}
+        losses = self._shared | self.losses(new)
+        self._shared |= {key: of for key, of in losses.items() if key is None or key[0] in ("zero", "mean")}
+        return [summary(losses[None], {name: losses[key] for name, key in mine.items()}) for mine in keys]
+
+    def losses(self, replacements: Mapping[Key, Sequence[Part]]) -> dict[Key | None, TokenLosses]:
+        """Of the chosen held-out rows under each replacement."""
+        return token_losses(self.model, self.tokens_BT, self.batch_rows, replacements)
+
+    def replacements(self, run: Run) -> dict[str, Replacement]:
+        """Name in the results -> the replacement."""
+        read, write, coder, classes = run.read, run.write, run.coder, run.filter.classes
+        mean = self.store.moments(run.summary["hookpoint"], write.side, positions=classes).mean
+        mean_E = torch.from_numpy(mean).to(self.device, torch.float32)
+        # The first of a key tells ablations, which runs share, from coders.
+        ways: dict[str, Way] = {
+            "spliced": Way((run.path,), lambda x: coder(x).y_hat),
+            "zero": Way(("zero", write), ablation(torch.zeros_like(mean_E))),
+            "mean": Way(("mean", write, classes), ablation(mean_E)),
+        }
+        if coder.W_skip is not None:
+            ways["skip_only"] = Way((run.path, "skip"), coder.skip_only)
+        excluded = self._excluded(run.filter)
+        return {
+            f"{name}{suffix}": Replacement((*way.key, kept), Part(read, write, way.replace, keep))
+            for name, way in ways.items()
+            for suffix, kept, keep in (("", run.filter, excluded), ("_all", None, None))
+        }
+
+    def _excluded(self, filter: TokenFilter) -> Tensor:
+        """bool [B, T]: positions the coder was not trained on."""
+        tokens = self.tokens_BT.cpu().numpy().ravel()
+        kept = filter.keep(np.arange(tokens.size), tokens, self.store.context, self.store.attrs["special_tokens"])
+        return torch.from_numpy(~kept).view(self.tokens_BT.shape).to(self.device)

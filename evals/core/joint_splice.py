@@ -1,0 +1,44 @@
+"""Splice the coders of several layers at once: how much of the model is left when many MLPs are replaced."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+from skipcoder.errors import UserError
+from skipcoder.evals.core.ce_kl import summary
+from skipcoder.evals.core.evaluator import Evaluator
+from skipcoder.evals.core.passes import Part
+from skipcoder.trainer.run.run import Run
+
+_SAME = ("kind", "k", "width", "activation", "side", "seed")
+
+
+def spliced_together(evaluator: Evaluator, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """For each set of runs that differ by their hookpoint alone: cross-entropy and KL with all of them spliced, all
+    ablated, all reduced to their skips."""
+    rows = []
+    for some in sets_of(runs):
+        parts: dict[tuple[str], list[Part]] = {}
+        for run in some:
+            run.coder.to(evaluator.device)
+            for name, one in evaluator.replacements(run).items():
+                parts.setdefault((name,), []).append(one.part)
+        losses = evaluator.losses(parts)
+        for run in some:
+            run.coder.cpu()
+        row: dict[str, Any] = {key: value for key, value in some[0].summary.items() if key in _SAME}
+        row["hookpoints"] = [run.summary["hookpoint"] for run in some]
+        rows.append(row | summary(losses[None], {key[0]: found for key, found in losses.items() if key is not None}))
+    return rows
+
+
+def sets_of(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that differ by their hookpoint alone; UserError where two of them replace the same MLP."""
+    sets: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        sets.setdefault((run.store_path, *(str(run.summary.get(key)) for key in _SAME)), []).append(run)
+    for some in sets.values():
+        for a, b in combinations(some, 2):
+            if a.summary["hookpoint"] == b.summary["hookpoint"]:
+                raise UserError(f"together=true: {a.path} and {b.path} replace the same MLP; narrow runs=")
+    return list(sets.values())

@@ -1,0 +1,137 @@
+"""evaluation.json: what has been found of a run's weights. Tasks add to it; other weights start it over."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, cast
+
+from typing_extensions import TypedDict
+
+from skipcoder.errors import UserError
+from skipcoder.files import write_atomically
+from skipcoder.records import checked
+from skipcoder.trainer.run.run import Run
+
+FILE = "evaluation.json"
+Interval = list[float]
+"""[low, high], 95 %."""
+
+
+class Histogram(TypedDict):
+    """How many latents fire how often."""
+
+    log10_edges: list[float]
+    latents: list[int]
+
+
+class Cost(TypedDict):
+    """What splicing costs at some positions of a row: nats of cross-entropy, and KL divergence."""
+
+    first: int
+    last: int
+    ce: float
+    kl: float
+
+
+class ProbedDataset(TypedDict):
+    """Sparse probing of one data set; the numbers for each k stand beside these."""
+
+    dataset: str
+    train: int
+    test: int
+    dense_x: float
+    dense_y: float
+
+
+class AbsorbedLetter(TypedDict):
+    """Absorption of one letter."""
+
+    letter: str
+    probe_f1: float
+    words: int
+    full: float
+    fraction: float
+    split: list[int]
+
+
+class Evaluation(TypedDict, total=False):
+    """Results by task, as far as they were asked for. Numbers for each k or N (`probing_k5`, `tpp_20`), intervals
+    (`KEY_ci`) and times (`TASK_seconds`) stand beside these."""
+
+    weights: str
+    """Fingerprint of the weights that all of it is about."""
+    # core: reconstruction
+    n: int
+    fvu: float
+    fvu_ci: Interval | None
+    explained_variance: float
+    fvu_per_dim: float
+    flat_dims: int
+    cosine: float
+    l2_ratio: float
+    relative_reconstruction_bias: float | None
+    l0: float
+    l1: float
+    mse: float
+    l2_norm_in: float
+    l2_norm_out: float
+    explained_variance_legacy: float
+    dead_fraction: float
+    dense_fraction: float
+    density_histogram: Histogram
+    # core: cross-entropy
+    ce_tokens: int
+    ce_rows: int
+    ce_clean: float
+    ce_spliced: float
+    ce_zero: float
+    ce_mean: float
+    kl_spliced: float
+    kl_zero: float
+    kl_mean: float
+    ce_recovered_zero: float | None
+    ce_recovered_mean: float | None
+    kl_recovered_zero: float | None
+    kl_recovered_mean: float | None
+    by_position: list[Cost]
+    evaluation_seconds: float
+    # probing
+    probing_details: list[ProbedDataset]
+    # absorption
+    absorption_space: str
+    absorption_words: int
+    absorption_letters: int
+    absorption_unsplit_letters: int
+    absorption_probe_f1: float | None
+    absorption_full: float | None
+    absorption_fraction: float | None
+    split_latents: float | None
+    absorption_details: list[AbsorbedLetter]
+    # tpp, scr, ravel
+    tpp_texts: int
+    tpp_classes: list[str]
+    scr_texts: int
+    scr_accuracy_biased: float
+    scr_accuracy_oracle: float
+    ravel_cause: float | None
+    ravel_isolation: float | None
+    ravel_disentangle: float | None
+
+
+def read(run: Run) -> Evaluation:
+    """What is known of these weights, {} if nothing is; UserError where the file is damaged."""
+    file, remedy = run.path / FILE, "delete it and evaluate the run again"
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); {remedy}") from None
+    evaluation = checked(Evaluation, found, str(file), remedy)
+    return evaluation if evaluation.get("weights") == run.weights else {}
+
+
+def record(run: Run, result: Mapping[str, Any]) -> Evaluation:
+    """Add results to what is known of the run's weights, and return all of it."""
+    found = cast(Evaluation, {**read(run), **result, "weights": run.weights})
+    write_atomically(run.path / FILE, json.dumps(found, indent=2).encode())
+    return found

@@ -1,0 +1,180 @@
+"""Pages that show every latent of a run: RUN/features/index.html, a folder of static files that opens from disk.
+
+    index.html app.js style.css      the same for every run (evals/features)
+    data/table.js                    one row for each latent
+    data/latents-N.js                what is shown of CHUNK latents; loaded when one of them is opened
+    data/words.js                    the tokens' text
+    data/match-N.js                  each latent's nearest in another coder
+
+Data are JavaScript calls, since a browser reads no other file from a page on disk. Legend: M latents, V vocabulary.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from skipcoder.evals.core.results import read as read_evaluation
+from skipcoder.evals.explain.records import read_latents, read_summary
+from skipcoder.evals.latents.examples import ExampleMaker, Window
+from skipcoder.evals.latents.index import LatentIndex
+from skipcoder.trainer.run.run import Run
+
+TEMPLATE = Path(__file__).with_name("site")
+CHUNK, TOP, QUANTILES, WORDS, NEAREST, BINS = 64, 12, 10, 10, 6, 24
+
+
+def write_pages(
+    index: LatentIndex,
+    maker: ExampleMaker,
+    tokenizer: Any,
+    model: nn.Module | None,
+    others: Sequence[Run] = (),
+    advance: Callable[[int], object] = lambda latents: None,
+) -> Path:
+    """Write the site. `model`: for the tokens that a latent promotes; `others`: coders to compare with, whose pages are
+    written, too."""
+    run = index.run
+    final, site = run.path / "features", run.path / "features.partial"
+    shutil.rmtree(site, ignore_errors=True)
+    shutil.copytree(TEMPLATE, site)
+    (site / "data").mkdir()
+    _write(site, "table", _table(index, others))
+    up_MK, down_MK = promoted(model, run.coder.W_dec)
+    nearest = nearest_latents(run.coder.W_dec, run.coder.W_dec, NEAREST, same=True)
+    used: set[int] = set()
+    for first in range(0, index.width, CHUNK):
+        part = []
+        for latent in range(first, min(first + CHUNK, index.width)):
+            firing = index.of(latent)
+            largest = float(firing.value.max(initial=0))
+            shown = dict(zip(("top", "quantiles"), maker.shown(latent, firing, TOP, QUANTILES), strict=True))
+            used.update(int(token) for windows in shown.values() for window in windows for token in window.tokens)
+            part.append({
+                "n": len(firing.value), "largest": largest,
+                "histogram": np.histogram(firing.value, BINS, (0, largest or 1))[0].tolist(),
+                "up": [_text(tokenizer, t) for t in up_MK[latent]],
+                "down": [_text(tokenizer, t) for t in down_MK[latent]],
+                "nearest": [[int(j), round(float(c), 3)] for j, c in zip(*(x[latent] for x in nearest), strict=True)],
+                **{name: [_context(window, largest) for window in windows] for name, windows in shown.items()},
+            })  # fmt: skip
+        _write(site, f"latents-{first // CHUNK}", part)
+        advance(len(part))
+    _write(site, "words", {token: _text(tokenizer, token) for token in sorted(used)})
+    for number, other in enumerate(others):
+        latent_M1, cosine_M1 = nearest_latents(run.coder.W_dec, other.coder.W_dec, 1)
+        match = {"latent": latent_M1[:, 0].tolist(), "cosine": [round(c, 3) for c in cosine_M1[:, 0].tolist()]}
+        _write(site, f"match-{number}", match)
+    shutil.rmtree(final, ignore_errors=True)
+    site.rename(final)
+    return final / "index.html"
+
+
+@torch.no_grad()
+def promoted(model: nn.Module | None, W_dec_ME: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+    """The tokens whose logits each latent raises and lowers most: its decoder row through the final norm's weights and
+    the unembedding, as if nothing stood between (later layers do)."""
+    none: list[list[int]] = [[] for _ in W_dec_ME]
+    head = None if model is None else model.get_output_embeddings()  # type: ignore[operator]
+    if head is None or head.weight.shape[1] != W_dec_ME.shape[1]:
+        return none, none
+    unembed_VE = head.weight.float() * _final_gain(model, head.weight.shape[1])
+    up, down = [], []
+    for rows in W_dec_ME.to(unembed_VE.device).split(256):
+        logits = rows @ unembed_VE.T
+        up += logits.topk(WORDS).indices.tolist()
+        down += logits.topk(WORDS, largest=False).indices.tolist()
+    return up, down
+
+
+def _final_gain(model: Any, width: int) -> Tensor:
+    """The weights of the last norm: of an RMS norm what it makes of ones, so that Gemma's 1 + w is met."""
+    norms = [m for m in model.base_model.children() if "norm" in type(m).__name__.lower()]
+    if not norms:
+        return torch.ones(width)
+    if getattr(norms[-1], "bias", None) is not None:
+        gain: Tensor = norms[-1].weight.float()
+        return gain
+    ones = torch.ones(1, width, dtype=norms[-1].weight.dtype, device=norms[-1].weight.device)
+    result: Tensor = norms[-1](ones)[0].float()
+    return result
+
+
+@torch.no_grad()
+def nearest_latents(a_ME: Tensor, b_ME: Tensor, count: int, same: bool = False) -> tuple[Tensor, Tensor]:
+    """(latents of b [M, count], cosines) nearest to each of a; `same`: a latent is not its own neighbour."""
+    a, b = (nn.functional.normalize(w.detach().float().to(a_ME.device), dim=1) for w in (a_ME, b_ME))
+    if a.shape[1] != b.shape[1]:
+        return torch.zeros(len(a), count, dtype=torch.long), torch.zeros(len(a), count)
+    found = []
+    for start in range(0, len(a), 2048):
+        cosine = a[start : start + 2048] @ b.T
+        if same:
+            cosine[torch.arange(len(cosine)), start + torch.arange(len(cosine))] = -2
+        found.append(cosine.topk(min(count, len(b) - same)))
+    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
+
+
+def _table(index: LatentIndex, others: Sequence[Run]) -> dict[str, Any]:
+    run, summary = index.run, index.run.summary
+    columns: dict[str, list[Any]] = {name: [None] * index.width for name in ("explanation", "detection", "fuzzing")}
+    judged = read_summary(run)
+    for record in read_latents(run, judged["settings"]) if judged else []:
+        columns["explanation"][record["latent"]] = record["explanation"]
+        for scorer in columns.keys() & record["scores"].keys():
+            columns[scorer][record["latent"]] = record["scores"][scorer]["balanced_accuracy"]
+    tokens = index.tokens.size
+    facts = f"{summary['kind'].replace('_', ' ')}, k {summary['k']}, {index.width:,} latents, {tokens:,} tokens of text"
+    if "fvu" in (evaluation := read_evaluation(run)):
+        facts += f", FVU {evaluation['fvu']:.3f}"
+    if run.coder.W_skip is not None:
+        facts += f"; the skip carries {_skip_share(index):.0%} of the squared length"
+    warning = None
+    if judged and not judged["calibration"]["usable"]:
+        warning = f"The judge {judged['judge']} failed on planted latents: the scores on these pages say nothing."
+    return {
+        "title": f"{summary['model']} {summary['hookpoint']}, {run.path.name}", "facts": facts, "warning": warning,
+        "chunk": CHUNK, "density": [float(f"{n / tokens:.3g}") for n in index.counts], **columns,
+        "others": [
+            {"title": f"{o.path.name}: {o.summary['kind']} k={o.summary['k']} m={o.summary['width']}",
+             "path": os.path.relpath(o.path / "features", run.path / "features")} for o in others
+        ],
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def _skip_share(index: LatentIndex) -> float:
+    """Of the squared lengths of what skip and latents give, apart, the skip's share; over 1,024 tokens."""
+    run, store = index.run, index.store
+    start, stop = store.unit_range(store.units[0])
+    stop = min(start + 1024, stop)
+    x = store.activations(run.summary["hookpoint"], run.read.side, start, stop)
+    flat = store.read("index", start, stop).astype(np.int64)
+    kept = run.filter.keep(flat, index.tokens.ravel()[flat], store.context, store.attrs["special_tokens"])
+    x, coder = x[torch.from_numpy(kept)], run.coder
+    affine = coder.skip_only(x)
+    latents, skip = coder(x).y_hat - affine, affine - coder.b_dec
+    return float(skip.square().sum() / (skip.square().sum() + latents.square().sum()))
+
+
+def _context(window: Window, largest: float) -> list[Any]:
+    """[tokens, activations in tenths of the latent's largest, the window's largest]."""
+    tenths = np.ceil(10 * window.activations / max(largest, 1e-9)).clip(0, 10).astype(int).tolist()
+    return [window.tokens.tolist(), tenths, round(float(window.activations.max(initial=0)), 4)]
+
+
+def _text(tokenizer: Any, token: int) -> str:
+    result: str = tokenizer.decode([int(token)], clean_up_tokenization_spaces=False)
+    return result
+
+
+def _write(site: Path, name: str, content: Any) -> None:
+    text = json.dumps(content, separators=(",", ":"))
+    line = f"window.skipcoderTable = {text};" if name == "table" else f'window.skipcoderChunk("{name}", {text});'
+    (site / "data" / f"{name}.js").write_text(line)

@@ -1,0 +1,179 @@
+"""Run a language model with coders in place of its MLPs: read latents, edit them, see what they do.
+
+    with skipcoder.splice(model, {"layers.10.mlp": coder}) as spliced:
+        spliced["layers.10.mlp"].ablate(7)
+        model.generate(**inputs)
+
+Legend: B rows, T positions, N = B T tokens, K active latents, M latents, E written width.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipcoder.pipeline.model.sites import Site, replacing
+from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.config import Kind
+
+Edit = Callable[[Tensor], Tensor]
+
+
+class Spliced:
+    """A coder in a model: what its latents were in the last forward pass, and how they are edited in the next."""
+
+    values: Tensor
+    """[B, T, K] activations in the last forward pass, before edits."""
+    indices: Tensor
+    """int64 [B, T, K] the latents."""
+    y_hat: Tensor
+    """[N, E] what was written, edits included."""
+
+    def __init__(self, coder: SparseCoder) -> None:
+        self.coder = coder
+        self.edits: list[tuple[int, Edit]] = []
+
+    def edit(self, latent: int, function: Edit) -> None:
+        """From now on the latent's activation v [N] (0 where it does not fire) becomes function(v)."""
+        if not 0 <= latent < self.coder.cfg.width:
+            raise ValueError(f"latent {latent}: this coder has latents 0 to {self.coder.cfg.width - 1}")
+        self.edits.append((latent, function))
+
+    def ablate(self, *latents: int) -> None:
+        """Switch latents off."""
+        for latent in latents:
+            self.edit(latent, torch.zeros_like)
+
+    def scale(self, latent: int, factor: float) -> None:
+        """Multiply its activation."""
+        self.edit(latent, lambda v: factor * v)
+
+    def add(self, latent: int, amount: float) -> None:
+        """Add to its activation, also where it does not fire: steering along its decoder direction."""
+        self.edit(latent, lambda v: v + amount)
+
+    def set(self, latent: int, value: float) -> None:
+        """Hold it at a value everywhere."""
+        self.edit(latent, lambda v: torch.full_like(v, value))
+
+    def clear(self) -> None:
+        """Forget all edits."""
+        self.edits.clear()
+
+    def of(self, latent: int) -> Tensor:
+        """[B, T] its activation in the last forward pass, before edits."""
+        return _activation(latent, self.values, self.indices)
+
+    def attribution(self, scalar: Tensor) -> Tensor:
+        """[B, T, K] of a scalar of the last forward pass (as a logit): d scalar / d activation x activation, the share
+        of each latent to first order, all paths from this MLP on included."""
+        (gradient,) = torch.autograd.grad(scalar, self.y_hat, retain_graph=True)
+        lead = self.values.shape[:2]
+        directions = self.coder.W_dec[self.indices]
+        return self.values.detach() * torch.einsum("bte,btke->btk", gradient.view(*lead, -1), directions)
+
+    def _run(self, x_ND: Tensor, shape: tuple[int, int], changes_only: bool) -> Tensor:
+        if x_ND.shape[1] != self.coder.d_in:
+            raise ValueError(
+                f"this coder reads {self.coder.d_in} dimensions, not {x_ND.shape[1]}; is it of another model?"
+            )
+        codes = self.coder.encode(x_ND)
+        values_NK, indices_NK = codes.padded()
+        self.values, self.indices = values_NK.view(*shape, -1), indices_NK.view(*shape, -1)
+        edited: dict[int, Tensor] = {}
+        for latent, function in self.edits:
+            edited[latent] = function(edited.get(latent, _activation(latent, values_NK, indices_NK)))
+        # Adding to the output what an edit changes is exact, as the decoder is linear, and works for silent latents.
+        y_hat = x_ND.new_zeros(len(x_ND), self.coder.d_out) if changes_only else self.coder.decode(codes, x_ND)
+        for latent, after_N in edited.items():
+            change_N = after_N - _activation(latent, values_NK, indices_NK)
+            y_hat = y_hat + change_N[:, None] * self.coder.W_dec[latent]
+        self.y_hat = y_hat
+        if torch.is_grad_enabled() and not y_hat.requires_grad:
+            y_hat.requires_grad_()
+        return y_hat
+
+
+def _activation(latent: int, values: Tensor, indices: Tensor) -> Tensor:
+    return (values * (indices == latent)).sum(-1)
+
+
+@contextmanager
+def splice(
+    model: nn.Module,
+    coders: Mapping[str, SparseCoder],
+    *,
+    keep_error: bool = False,
+    first_positions: int | None = None,
+    special_tokens: Collection[int] | None = None,
+) -> Iterator[dict[str, Spliced]]:
+    """While active, `coders` stand in for the MLPs of the hookpoints that they are named by; works with generate().
+
+    `keep_error`: the model's own output stays, and only what edits change is added. Positions that a coder was not
+    trained on pass unreplaced: the first ones of each row (`first_positions`; None: as in its training) and those of
+    `special_tokens` (token ids; None: begin, end and padding of the model, if its training left special ones out).
+    ValueError for a hookpoint that the model lacks, and when the model runs for a coder of another width.
+    """
+    spliced = {name: Spliced(coder) for name, coder in coders.items()}
+    now = _Positions()
+    with ExitStack() as stack:
+        trunk = getattr(model, "base_model", model)
+        stack.callback(trunk.register_forward_pre_hook(now.see, with_kwargs=True).remove)
+        for name, one in spliced.items():
+            kept = one.coder.meta.get("data", {}).get("filter", {})
+            first = first_positions if first_positions is not None else kept.get("first_positions", 0)
+            special = special_tokens
+            if special is None:
+                special = _special(model) if kept.get("special_tokens") else ()
+            stack.enter_context(
+                replacing(
+                    model,
+                    *_sites(name, one.coder),
+                    lambda x, one=one: one._run(x.float(), now.shape, keep_error),  # type: ignore[misc]
+                    lambda first=first, special=special: now.excluded(first, special),  # type: ignore[misc]
+                    adds=keep_error,
+                )
+            )
+        yield spliced
+
+
+class _Positions:
+    """Where in their rows the tokens of the forward pass under way stand: generate() hands the model one at a time."""
+
+    def see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pass begins."""
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        like = tokens if tokens is not None else kwargs["inputs_embeds"][..., 0]
+        self.tokens_BT, (b, t) = tokens, like.shape
+        self.shape = (b, t)
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if isinstance(mask, Tensor) and mask.ndim == 2:  # padding on the left counts for nothing
+            self.position_BT = (mask.long().cumsum(1) - 1)[:, -t:]
+        else:
+            past = int(cache.get_seq_length()) if cache is not None else 0
+            self.position_BT = torch.arange(past, past + t, device=like.device).expand(b, t)
+
+    def excluded(self, first: int, special: Collection[int]) -> Tensor:
+        """bool [B, T]."""
+        keep = self.position_BT < first
+        if special and self.tokens_BT is not None:
+            keep = keep | torch.isin(self.tokens_BT, torch.tensor(sorted(special), device=keep.device))
+        return keep
+
+
+def _special(model: nn.Module) -> list[int]:
+    found: set[int] = set()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(model.config, name, None)
+        found |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return sorted(found)
+
+
+def _sites(name: str, coder: SparseCoder) -> tuple[Site, Site]:
+    """As the coder was trained, if it was for this hookpoint; else the sides of the module of that name."""
+    if coder.meta.get("hookpoint") == name:
+        return Site(**coder.meta["read"]), Site(**coder.meta["write"])
+    read = "output" if coder.cfg.kind == Kind.sae else "input"
+    return Site(name, read), Site(name, "output")

@@ -1,0 +1,63 @@
+"""What several seeds of one configuration have in common, and how far their numbers scatter."""
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import t as student
+from torch import Tensor
+
+from skipcoder.trainer.run.run import Run
+
+SHARED = 0.7
+"""Cosine from which two latents count as one (arXiv 2501.16615)."""
+MOST = 8192
+"""Latents that are matched; the matching takes time by their cube."""
+
+_NAMES = ("hookpoint", "kind", "k", "width", "activation", "side", "train_tokens", "model", "configuration")
+
+
+def groups(rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """Places of rows whose configurations differ by their seed alone."""
+    found: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        found.setdefault(row["configuration"], []).append(place)
+    return list(found.values())
+
+
+def shared_latents(a_ME: Tensor, b_ME: Tensor) -> float:
+    """Share of the latents of one decoder [M, E] that the other has too: matched one to one so that the cosines' sum is
+    the largest (Hungarian), those of at least SHARED."""
+    a, b = (torch.nn.functional.normalize(w.detach().float().cpu(), dim=1) for w in (a_ME, b_ME))
+    cosine = (a @ b.T).numpy()
+    rows, columns = linear_sum_assignment(cosine, maximize=True)
+    return float((cosine[rows, columns] >= SHARED).mean())
+
+
+def over_seeds(rows: Sequence[dict[str, Any]], runs: Sequence[Run | None]) -> list[dict[str, Any]]:
+    """One row for each group: means, 95 % intervals by Student's t (of one seed: the row's own), and the share of
+    latents that two seeds share (mean over pairs)."""
+    table = []
+    for places in groups(rows):
+        first = rows[places[0]]
+        result: dict[str, Any] = {key: first[key] for key in _NAMES if key in first} | {"seeds": len(places)}
+        for key, value in first.items():
+            if isinstance(value, float) and key != "seconds" and all(rows[i].get(key) is not None for i in places):
+                values = np.array([rows[i][key] for i in places])
+                result[key] = float(values.mean())
+                result[f"{key}_ci"] = _interval(values) if len(places) > 1 else first.get(f"{key}_ci")
+        decoders = [run.coder.W_dec for i in places if (run := runs[i]) is not None]
+        if len(decoders) > 1 and first["width"] <= MOST:
+            result["shared_latents"] = float(np.mean([shared_latents(a, b) for a, b in combinations(decoders, 2)]))
+        table.append(result)
+    return table
+
+
+def _interval(values: np.ndarray) -> list[float]:
+    n = len(values)
+    half = float(student.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
+    return [float(values.mean()) - half, float(values.mean()) + half]

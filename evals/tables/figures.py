@@ -1,0 +1,147 @@
+"""The figures of the report, drawn with matplotlib. Rows are those of the table."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from skipcoder.evals.tables.metrics import METRICS, interval_of
+
+matplotlib.use("svg")  # no display, and text stays text
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+_COLOURS = {
+    "sae": "#8a6d3b",
+    "transcoder": "#2f6db3",
+    "skip_transcoder": "#c2452d",
+    "neurons": "#6b6f76",
+    "affine": "#3a8f5c",
+}
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "skipcoder",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+TELLING = ("hookpoint", "activation", "side")
+"""What tells runs apart beside kind, width and k, where it differs."""
+
+
+def figure(draw: Callable[[Axes], None]) -> str:
+    """What `draw` draws, as an SVG element."""
+    figure, axes = plt.subplots(figsize=(5.6, 3.5), layout="constrained")
+    draw(axes)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    plt.close(figure)
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def against_k(axes: Axes, seeds: list[dict[str, Any]], key: str, baseline: str | None = None) -> None:
+    """A line for each kind and width, with 95 % intervals: over seeds, or with one seed over held-out rows."""
+    seeds = [row for row in seeds if row.get(key) is not None]
+    widths = sorted({row["width"] for row in seeds if row["kind"] not in ("neurons", "affine")})
+    lines: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    telling = [key for key in TELLING if len({row.get(key) for row in seeds}) > 1]
+    for row in sorted(seeds, key=lambda row: row["k"]):
+        apart = ", ".join(str(row[key]) for key in telling if row.get(key) is not None)
+        lines.setdefault((row["kind"], row["width"], apart), []).append(row)
+    ks = sorted({row["k"] for row in seeds if row["k"]})
+    for (kind, width, apart), group in lines.items():
+        style: dict[str, Any] = {
+            "color": _COLOURS[kind],
+            "label": " ".join(filter(None, (kind.replace("_", " "), apart))),
+        }
+        if kind == "affine":
+            axes.axhline(group[0][key], linestyle="-.", **style)
+            continue
+        if len(widths) > 1 and width in widths:
+            style |= {
+                "linestyle": ("-", "--", ":", "-.")[widths.index(width) % 4],
+                "label": f"{style['label']}, {width:,}",
+            }
+        x, y = [r["k"] for r in group], [r[key] for r in group]
+        ends = [interval_of(r, key) or (r[key], r[key]) for r in group]
+        bars = [
+            [max(v - low, 0) for v, (low, _) in zip(y, ends, strict=True)],
+            [max(high - v, 0) for v, (_, high) in zip(y, ends, strict=True)],
+        ]
+        axes.errorbar(x, y, yerr=bars, marker="o", markersize=4, capsize=2, linewidth=1.4, elinewidth=1, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ks, [str(k) for k in ks])
+    axes.minorticks_off()
+    axes.margins(y=0.2)
+    axes.set_xlabel("k")
+    axes.set_ylabel(METRICS[key].short)
+    levels = {row[baseline] for row in seeds if baseline in row} if baseline else set()
+    if len(levels) == 1:  # runs on different stores have no common line
+        axes.axhline(levels.pop(), color="#777", linestyle=":")
+    axes.legend(fontsize=8)
+
+
+def against_fvu(axes: Axes, rows: list[dict[str, Any]], key: str) -> None:
+    """The paper's figure: a point for each coder, joined by k."""
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        group = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["fvu"])
+        x, y = [row["fvu"] for row in group], [row[key] for row in group]
+        ends = [interval_of(row, key) or (row[key], row[key]) for row in group]
+        bars = [
+            [v - low for v, (low, _) in zip(y, ends, strict=True)],
+            [high - v for v, (_, high) in zip(y, ends, strict=True)],
+        ]
+        axes.errorbar(
+            x, y, yerr=bars, fmt="o-", markersize=4, capsize=2, color=_COLOURS[kind], label=kind.replace("_", " ")
+        )
+    axes.axhline(0.5, color="#777", linestyle=":")
+    axes.set_xlabel("FVU")
+    axes.set_ylabel(f"{key}, balanced accuracy")
+    axes.legend(fontsize=8)
+
+
+def _look(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One colour a kind, one line style a k."""
+    ks = sorted({r["k"] for r in rows})
+    return {
+        "color": _COLOURS[row["kind"]],
+        "linestyle": ("-", "--", ":", "-.")[ks.index(row["k"]) % 4],
+        "label": f"{row['kind'].replace('_', ' ')} k={row['k']}",
+    }
+
+
+def curves(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Training FVU of runs against tokens."""
+    for row in rows:
+        lines = [json.loads(line) for line in (Path(row["run"]) / "metrics.jsonl").read_text().splitlines()]
+        axes.plot(
+            [line["tokens"] / 1e3 for line in lines],
+            [line["fvu"] for line in lines],
+            linewidth=1.4,
+            **_look(row, rows),
+        )
+    axes.set_yscale("log")
+    axes.set_xlabel("thousand tokens")
+    axes.set_ylabel("FVU")
+    axes.legend(fontsize=8)
+
+
+def densities(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Histograms of firing densities, as ReconstructionMetrics gives them."""
+    occupied: list[float] = []
+    for row in rows:
+        edges, counts = row["density_histogram"]["log10_edges"], row["density_histogram"]["latents"]
+        axes.stairs(counts, edges, linewidth=1.2, **_look(row, rows))
+        occupied += [edge for edge, count in zip(edges, counts, strict=False) if count]
+    if occupied:
+        axes.set_xlim(min(occupied) - 0.25, 0.1)
+    axes.set_xlabel("log10 share of tokens")
+    axes.set_ylabel("latents")
+    axes.legend(fontsize=8)

@@ -1,0 +1,125 @@
+"""The one table of metrics, behind the printed lines, the report, model cards, Parquet and docs/evaluation.md.
+
+`KEY` is the name in evaluation.json and in every row of a table; `KEY_ci`, where there is one, its 95 % interval.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number that is reported of a coder."""
+
+    key: str
+    title: str
+    """In full, as in a model card."""
+    short: str
+    """At the head of a column."""
+    unit: str = ""
+    """"": a share or another number without a unit."""
+    better: Literal["lower", "higher", ""] = ""
+    """"": neither is better by itself."""
+    interval: bool = False
+    """`KEY_ci` stands beside it."""
+    baseline: str = ""
+    """Key of what it is to be compared with, in the same row."""
+    line: str = ""
+    """What it is called in the line that is printed of a run; "": it is not printed."""
+    card: bool = False
+    """Model cards show it."""
+    table: bool = True
+    """The report's tables show it."""
+    figure: str = ""
+    """Title of the report's figure of it against k; "": there is none."""
+    caption: str = ""
+    """Under that figure."""
+
+
+METRICS = {
+    metric.key: metric
+    for metric in (
+        Metric(
+            "fvu", "FVU", "FVU", better="lower", interval=True, line="FVU", card=True,
+            figure="FVU", caption="Lower is better; the mean predictor has 1.",
+        ),
+        Metric("fvu_per_dim", "FVU, mean over dimensions", "FVU per dim", better="lower", card=True),
+        Metric("l0", "L0", "L0", unit="latents", card=True),
+        Metric("cosine", "cosine similarity", "cosine", better="higher", card=True),
+        Metric("dead_fraction", "latents that never fire", "dead", better="lower", line="dead", card=True),
+        Metric(
+            "ce_clean", "cross-entropy, model as it is (nats)", "CE", unit="nats", line="CE", card=True, table=False
+        ),
+        Metric(
+            "ce_spliced", "cross-entropy, coder spliced in", "CE spliced", unit="nats", better="lower", interval=True,
+            baseline="ce_clean", line="spliced", card=True, figure="Cross-entropy with the coder spliced in",
+            caption="Nats; the dotted line is the untouched model.",
+        ),
+        Metric("ce_zero", "cross-entropy, MLP zeroed", "CE zeroed", unit="nats", card=True, table=False),
+        Metric(
+            "ce_recovered_zero", "cross-entropy recovered, against zero", "recovered (zero)", better="higher",
+            interval=True, line="recovered", card=True, figure="Cross-entropy recovered",
+            caption="Share of what zeroing the MLP costs; 1 is the untouched model.",
+        ),
+        Metric("ce_recovered_mean", "against the mean", "recovered (mean)", better="higher", interval=True, card=True),
+        Metric("ce_skip_only", "cross-entropy, skip alone", "CE skip only", unit="nats", better="lower"),
+        Metric(
+            "probing_k1", "sparse probing, one latent", "probing k=1", better="higher", interval=True,
+            baseline="probing_dense_y", line="probing k=1", card=True, figure="Sparse probing, one latent",
+            caption="Accuracy on test texts; the dotted line is a dense probe on the MLP's output.",
+        ),
+        Metric(
+            "probing_k5", "sparse probing, five latents", "probing k=5", better="higher", interval=True,
+            baseline="probing_dense_y",
+        ),
+        Metric(
+            "absorption_full", "feature absorption", "absorption", better="lower", interval=True, line="absorption",
+            card=True, figure="Feature absorption",
+            caption="Share of words whose first letter is fully absorbed; lower is better.",
+        ),
+        Metric("absorption_fraction", "absorbed fraction", "absorbed fraction", better="lower", interval=True),
+        Metric("split_latents", "latents that a letter is split into", "split latents", unit="latents"),
+        Metric("tpp_20", "targeted probe perturbation, 20 latents", "TPP 20", interval=True, line="TPP 20"),
+        Metric("scr_20", "spurious correlation removal, 20 latents", "SCR 20", interval=True, line="SCR 20"),
+        Metric("ravel_disentangle", "RAVEL, disentanglement", "RAVEL", better="higher", interval=True, line="RAVEL"),
+        Metric(
+            "shared_latents", "latents that two seeds share", "shared by seeds", better="higher",
+            figure="Latents that two seeds share", caption="Matched one to one; cosine of at least 0.7.",
+        ),
+        Metric(
+            "detection", "detection, balanced accuracy", "detection", better="higher", interval=True, card=True
+        ),
+        Metric("fuzzing", "fuzzing, balanced accuracy", "fuzzing", better="higher", interval=True, card=True),
+        Metric("seconds", "time in training", "train s", unit="s", better="lower"),
+    )
+}  # fmt: skip
+"""By key, in the order in which they are shown."""
+
+BEST = ("fvu", "fvu_per_dim", "ce_spliced")
+"""What the report marks the best coder by."""
+
+
+def interval_of(row: Mapping[str, Any], key: str) -> tuple[float, float] | None:
+    """The interval of a metric in a row, if it has one."""
+    ends = row.get(f"{key}_ci")
+    return (ends[0], ends[1]) if ends else None
+
+
+def printed(row: Mapping[str, Any]) -> str:
+    """One line about a run."""
+    facts = []
+    for metric in METRICS.values():
+        if metric.line and metric.key in row:
+            value = row[metric.key]
+            facts.append(f"{metric.line} {'-' if value is None else f'{value:.3f}'}")
+    return f"{row.get('run', '')} {row['kind']} k={row['k']}  {'  '.join(facts)}".strip()
+
+
+def documented() -> str:
+    """The table of docs/evaluation.md."""
+    lines = ["| key | metric | unit | better | interval | compare with |", "|---|---|---|---|---|---|"]
+    for m in METRICS.values():
+        interval, baseline = "yes" if m.interval else "", f"`{m.baseline}`" if m.baseline else ""
+        lines.append(f"| `{m.key}` | {m.title} | {m.unit} | {m.better} | {interval} | {baseline} |")
+    return "\n".join(lines)

@@ -1,0 +1,84 @@
+"""The evaluations, by name, and how those that are asked for are run over a set of runs."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from skipcoder.errors import UserError
+from skipcoder.evals.config import EvaluateConfig, TaskName
+from skipcoder.evals.core.evaluator import Evaluator
+from skipcoder.evals.tasks.first_letter import first_letter
+from skipcoder.evals.tasks.probing import probing
+from skipcoder.evals.tasks.ravel import ravel
+from skipcoder.evals.tasks.scr import scr
+from skipcoder.evals.tasks.texts import TextReader
+from skipcoder.evals.tasks.tpp import tpp
+from skipcoder.registry import Registry
+from skipcoder.trainer.run.run import Run
+
+Result = dict[str, Any]
+"""Additions to a run's evaluation.json (core/results.py)."""
+
+BYTES_AT_ONCE = 8 * 2**30
+"""Size of the coders that are on the device together while texts are read."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an evaluation is given beside the runs: all of one hookpoint, but for `core`."""
+
+    evaluator: Evaluator
+    cfg: EvaluateConfig
+    hookpoint: str = ""
+
+    @cached_property
+    def reader(self) -> TextReader:
+        """Runs the model over texts, up to the hookpoint."""
+        store = self.evaluator.store
+        facts, special = store.hookpoints[self.hookpoint], store.attrs["special_tokens"]
+        return TextReader(self.evaluator.model, self.evaluator.tokenizer, facts, special)
+
+
+Task = Callable[[Context, Sequence[Run]], Iterable[Result]]
+"""Results in the order of the runs, whose coders are on the evaluator's device."""
+
+TASKS: Registry[Task] = Registry(
+    "tasks",
+    {
+        TaskName.core: lambda context, runs: context.evaluator.evaluate(runs),
+        TaskName.probing: lambda context, runs: probing(context.reader, runs, context.cfg.probing),
+        TaskName.absorption: lambda context, runs: first_letter(context.reader, runs, context.cfg.absorption),
+        TaskName.tpp: lambda context, runs: tpp(context.reader, runs, context.cfg.erasure),
+        TaskName.scr: lambda context, runs: scr(context.reader, runs, context.cfg.erasure),
+        TaskName.ravel: lambda context, runs: ravel(context.evaluator.model, context.reader, runs, context.cfg.ravel),
+    },
+)
+
+
+def run_tasks(evaluator: Evaluator, runs: Sequence[Run], cfg: EvaluateConfig) -> Iterator[tuple[Run, Result]]:
+    """Each run with the results of one task, or of part of one, as they come."""
+    if TaskName.core in cfg.tasks:
+        yield from zip(runs, TASKS[TaskName.core](Context(evaluator, cfg), runs), strict=True)
+    tasks = [name for name in cfg.tasks if name != TaskName.core]
+    for hookpoint in dict.fromkeys(run.summary["hookpoint"] for run in runs):
+        context = Context(evaluator, cfg, hookpoint)
+        of_it = [run for run in runs if run.summary["hookpoint"] == hookpoint and run.coder.cfg.k]  # not affine
+        each = max(4 * sum(p.numel() for p in run.coder.state_dict().values()) for run in of_it) if of_it else 1
+        at_once = max(1, BYTES_AT_ONCE // each)
+        for some in (of_it[i : i + at_once] for i in range(0, len(of_it), at_once)):
+            for run in some:
+                run.coder.to(evaluator.device)
+            for name in tasks:
+                begun = time.perf_counter()
+                try:
+                    results = list(TASKS[name](context, some))
+                except UserError as error:  # of this model or text; what else was asked is not lost
+                    print(f"{name}: {error}")
+                    results = [{f"{name}_problem": str(error)} for _ in some]
+                seconds = round((time.perf_counter() - begun) / len(some), 2)
+                for run, result in zip(some, results, strict=True):
+                    yield run, result | {f"{name}_seconds": seconds}
+            for run in some:
+                run.coder.cpu()

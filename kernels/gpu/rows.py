@@ -1,0 +1,172 @@
+"""The three sparse operations in Triton: gather-sum, gather-dot, and the sum over each latent's tokens.
+
+No float atomics: every sum has a fixed order, so results are the same bits from run to run. Rows are tiled over their
+width with masks; accumulation is float32 whatever the dtype of the rows. Index arithmetic on rows is 64-bit: a decoder
+of 2^20 latents by 4096 does not fit 32.
+
+Legend: N tokens, K active latents per token, L entries (token, latent) in all, M latents, D row width, S segments.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SEGMENT = 256
+"""Entries of one latent that one program adds up; longer lists are split and combined in order."""
+
+
+@triton.jit
+def gather_sum_kernel(  # type: ignore[no-untyped-def]
+    index_ptr, weight_ptr, W_ptr, offset_ptr, base_ptr, out_ptr, D, K, N, L,
+    RAGGED: tl.constexpr, BASE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[n] = base + sum_j weight[n, j] * W[index[n, j]], one tile of D per program. BASE: 0 none, 1 [D], 2 [N, D]."""
+    n = tl.program_id(0).to(tl.int64)
+    offset = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = offset < D
+    begin, end = n * K, n * K + K
+    if RAGGED:
+        begin = tl.load(offset_ptr + n)
+        end = tl.load(offset_ptr + n + 1, mask=n + 1 < N, other=L)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for j in range(begin, end):
+        row = tl.load(index_ptr + j)
+        weight = tl.load(weight_ptr + j).to(tl.float32)
+        total += weight * tl.load(W_ptr + row * D + offset, mask=inside, other=0.0).to(tl.float32)
+    if BASE > 0:
+        start = n * D if BASE == 2 else 0
+        total += tl.load(base_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n * D + offset, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gather_dot_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, W_ptr, index_ptr, token_ptr, out_ptr, D, L, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """out[l] = x[token[l]] . W[index[l]] for BLOCK_L entries; neighbours share their token, so x comes from cache."""
+    entry = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    rows = tl.load(index_ptr + entry, mask=entry < L, other=-1)
+    tokens = tl.load(token_ptr + entry, mask=entry < L, other=0)
+    total = tl.zeros((BLOCK_L,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        offset = start + tl.arange(0, BLOCK_D)
+        inside = (rows >= 0)[:, None] & (offset < D)[None, :]
+        x = tl.load(x_ptr + tokens[:, None] * D + offset[None, :], mask=inside, other=0.0).to(tl.float32)
+        W = tl.load(W_ptr + rows[:, None] * D + offset[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(W * x, axis=1)
+    tl.store(out_ptr + entry, total.to(out_ptr.dtype.element_ty), mask=entry < L)
+
+
+@triton.jit
+def segment_sum_kernel(  # type: ignore[no-untyped-def]
+    latent_ptr, token_ptr, weight_ptr, rows_ptr, start_ptr, count_ptr, segments_ptr, before_ptr, partial_before_ptr,
+    out_ptr, partial_ptr, M, D, SEGMENT: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sum one segment of one latent's entries; alone it goes to `out`, else to `partial`."""
+    s = tl.program_id(0).to(tl.int64)
+    latent = tl.load(latent_ptr + s)
+    if latent < M:
+        offset = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = offset < D
+        number = s - tl.load(before_ptr + latent)  # which of the latent's segments this is
+        first = tl.load(start_ptr + latent)
+        begin = first + number * SEGMENT
+        end = tl.minimum(begin + SEGMENT, first + tl.load(count_ptr + latent))
+        total = tl.zeros((BLOCK_D,), tl.float32)
+        for i in range(begin, end):
+            token = tl.load(token_ptr + i)
+            weight = tl.load(weight_ptr + i).to(tl.float32)
+            total += weight * tl.load(rows_ptr + token * D + offset, mask=inside, other=0.0).to(tl.float32)
+        if tl.load(segments_ptr + latent) == 1:
+            tl.store(out_ptr + latent * D + offset, total, mask=inside)
+        else:
+            place = tl.load(partial_before_ptr + latent) + number
+            tl.store(partial_ptr + place * D + offset, total, mask=inside)
+
+
+@triton.jit
+def combine_kernel(  # type: ignore[no-untyped-def]
+    partial_ptr, segments_ptr, partial_before_ptr, out_ptr, D, BLOCK_D: tl.constexpr
+):
+    """Add up a split latent's segments in order; write zeros for a latent without entries."""
+    latent = tl.program_id(0).to(tl.int64)
+    segments = tl.load(segments_ptr + latent)
+    if segments != 1:
+        offset = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = offset < D
+        first = tl.load(partial_before_ptr + latent)
+        total = tl.zeros((BLOCK_D,), tl.float32)
+        for i in range(segments):
+            total += tl.load(partial_ptr + (first + i) * D + offset, mask=inside, other=0.0)
+        tl.store(out_ptr + latent * D + offset, total, mask=inside)
+
+
+def block_d(d: int) -> int:
+    """Tile width; narrower rows take the next power of two."""
+    result: int = min(512, triton.next_power_of_2(d))
+    return result
+
+
+def num_warps(tile: int, item_bytes: int, warp: int = 64 if torch.version.hip else 32) -> int:
+    """Warps with which each thread loads 16 bytes of a tile, the widest load there is."""
+    return max(1, tile * item_bytes // (16 * warp))
+
+
+def gather_sum(
+    indices: Tensor, weights: Tensor, W_MD: Tensor, offsets: Tensor | None = None, base: Tensor | None = None,
+    tile: int | None = None,
+) -> Tensor:  # fmt: skip
+    """[N, D] in W's dtype; see rows.gather_sum. `tile` does not change the result."""
+    n, d = len(indices if offsets is None else offsets), W_MD.shape[1]
+    out = W_MD.new_empty(n, d)
+    if n:
+        tile = tile or block_d(d)
+        k = 0 if offsets is not None else indices.shape[1]
+        gather_sum_kernel[(n, triton.cdiv(d, tile))](
+            indices.contiguous(), weights.contiguous(), W_MD.contiguous(), indices if offsets is None else offsets,
+            out if base is None else base.contiguous(), out, d, k, n, indices.numel(), RAGGED=offsets is not None,
+            BASE=0 if base is None else base.dim(), BLOCK_D=tile, num_warps=num_warps(tile, W_MD.element_size()),
+        )  # fmt: skip
+    return out
+
+
+def gather_dot(rows_ND: Tensor, W_MD: Tensor, indices: Tensor, token_L: Tensor) -> Tensor:
+    """Shaped like the indices, in the dtype of the rows; see rows.gather_dot."""
+    d, entries = W_MD.shape[1], indices.numel()
+    out = rows_ND.new_empty(indices.shape)
+    if entries:
+        tile, some = min(256, block_d(d)), 8
+        gather_dot_kernel[(triton.cdiv(entries, some),)](
+            rows_ND.contiguous(), W_MD.contiguous(), indices.contiguous(), token_L, out, d, entries,
+            BLOCK_L=some, BLOCK_D=tile,
+        )  # fmt: skip
+    return out
+
+
+def sum_rows(token: Tensor, weight: Tensor, starts_M: Tensor, rows_ND: Tensor, segment: int = SEGMENT) -> Tensor:
+    """float32 [M, D]: for each latent the weighted sum of the rows of its tokens.
+
+    `token` and `weight` hold the N*K entries sorted by latent, `starts_M` where each latent's begin. The number of
+    segments is bounded, not counted, so that nothing waits for the device.
+    """
+    m, d, entries = len(starts_M), rows_ND.shape[1], len(token)
+    out = rows_ND.new_empty(m, d, dtype=torch.float32)
+    ends = torch.cat([starts_M[1:], starts_M.new_full((1,), entries)])
+    count = ends - starts_M
+    segments = (count + segment - 1) // segment
+    after = segments.cumsum(0)
+    split = torch.where(segments > 1, segments, 0)
+    partial_before = split.cumsum(0) - split
+    partial = rows_ND.new_empty(2 * (entries // segment) + 1, d, dtype=torch.float32)
+    most = min(m, entries) + entries // segment
+    tile = block_d(d)
+    tiles = triton.cdiv(d, tile)
+    if most:
+        latent = torch.searchsorted(after, torch.arange(most, device=token.device), right=True)
+        segment_sum_kernel[(most, tiles)](
+            latent, token, weight, rows_ND.contiguous(), starts_M, count, segments, after - segments, partial_before,
+            out, partial, m, d, SEGMENT=segment, BLOCK_D=tile, num_warps=num_warps(tile, rows_ND.element_size()),
+        )  # fmt: skip
+    combine_kernel[(m, tiles)](partial, segments, partial_before, out, d, BLOCK_D=tile, num_warps=num_warps(tile, 4))
+    return out

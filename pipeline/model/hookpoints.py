@@ -1,0 +1,69 @@
+"""Hookpoints: which modules are read, which are written, found by glob over module names."""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from natsort import natsorted
+
+from skipcoder.errors import UserError
+
+
+@dataclass(frozen=True)
+class Hookpoint:
+    """A pair of places in a model: the input of module `read` and the output of module `write`."""
+
+    name: str
+    read: str
+    write: str
+
+
+def resolve(patterns: Iterable[str], write_modules: Mapping[str, str], modules: Iterable[str]) -> list[Hookpoint]:
+    """Hookpoints that `patterns` (globs over module names) name, in natural order, without repeats.
+
+    Raises UserError for a pattern that matches nothing, listing what is there.
+    """
+    names = [name for name in modules if name]
+    found: set[str] = set()
+    for pattern in patterns:
+        matches = fnmatch.filter(names, pattern)
+        if not matches:
+            raise UserError(f"hookpoint {pattern!r} matches no module of this model; {_hint(pattern, names)}")
+        found.update(matches)
+    return [Hookpoint(name, name, _write_module(name, write_modules, names)) for name in natsorted(found)]
+
+
+def _write_module(name: str, write_modules: Mapping[str, str], names: list[str]) -> str:
+    for pattern, target in write_modules.items():
+        match = re.fullmatch(re.escape(pattern).replace(r"\*", "(.*)"), name)
+        if match:
+            for group in match.groups():
+                target = target.replace("*", group, 1)
+            if target not in names:
+                raise UserError(
+                    f"model.write_modules: {pattern!r} leads from {name!r} to {target!r}, which does not exist"
+                )
+            return target
+    return name
+
+
+def _hint(pattern: str, names: list[str]) -> str:
+    """What the user may have meant: near names, else the distinct shapes of names (`layers.*.mlp`)."""
+    near = difflib.get_close_matches(pattern, names, n=5)
+    shapes = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
+    shown = ", ".join(shapes[:25]) + (", ..." if len(shapes) > 25 else "")
+    return (f"did you mean {', '.join(near)}? " if near else "") + f"modules: {shown}"
+
+
+def layers_needed(hookpoints: Iterable[Hookpoint]) -> int | None:
+    """Layers that must run to reach every hookpoint, or None where a name holds no layer number.
+
+    >>> layers_needed([Hookpoint("layers.3.mlp", "layers.3.mlp", "layers.3.norm")])
+    4
+    """
+    numbers = [re.search(r"\.(\d+)(\.|$)", module) for h in hookpoints for module in (h.read, h.write)]
+    if not all(numbers):
+        return None
+    return 1 + max(int(match.group(1)) for match in numbers if match)

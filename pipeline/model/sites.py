@@ -1,0 +1,91 @@
+"""Replace what a model's module takes or gives while the model runs.
+
+Legend: B rows, T positions, D read width, E written width.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from skipcoder.pipeline.model.hooks import argument, first_tensor
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Site(NamedTuple):
+    """A place in a model: the input or the output of a module (named as in the model without its head)."""
+
+    module: str
+    side: str
+
+
+@contextmanager
+def replacing(
+    model: nn.Module,
+    read: Site,
+    write: Site,
+    replace: Callable[[Tensor], Tensor],
+    keep_BT: Tensor | Callable[[], Tensor] | None = None,
+    adds: bool = False,
+) -> Iterator[None]:
+    """While active, what passes `write` becomes replace(what passed `read`); or `adds`: that is added to it.
+
+    `replace` maps [N, D] to [N, E]. Positions where `keep_BT` (or what it gives when called) is True pass unchanged.
+    """
+    modules = dict(getattr(model, "base_model", model).named_modules())
+    for site in (read, write):
+        if site.module not in modules:
+            raise ValueError(f"this model has no module {site.module!r}; was the coder trained on another model?")
+    seen: list[Tensor] = []
+
+    def remember(value: Tensor) -> None:
+        seen.append(value.reshape(-1, value.shape[-1]))
+
+    def replacement(original: Tensor) -> Tensor:
+        new = replace(seen.pop()).to(original.dtype)
+        if new.shape[-1] != original.shape[-1]:
+            raise ValueError(f"{new.shape[-1]} dimensions cannot replace the {original.shape[-1]} of {write.module!r}")
+        new = new.view_as(original)
+        if adds:
+            new = original + new
+        if keep_BT is None:
+            return new
+        keep = keep_BT() if callable(keep_BT) else keep_BT
+        return torch.where(keep.reshape(*original.shape[:-1], 1), original, new)
+
+    handles = [
+        _hook(modules[read.module], read.side, remember),
+        _hook(modules[write.module], write.side, replacement),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(module: nn.Module, side: str, act: Callable[[Tensor], Tensor | None]) -> Any:
+    """Call `act` on a module's input or output; what it returns, unless None, takes the place."""
+    if side == "input":
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+            old = argument(args, kwargs)
+            new = act(old)
+            if new is None:
+                return None
+            if args:
+                return (new, *args[1:]), kwargs
+            return args, {key: new if value is old else value for key, value in kwargs.items()}
+
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        new = act(first_tensor(output))
+        if new is None:
+            return None
+        return new if isinstance(output, Tensor) else type(output)((new, *output[1:]))
+
+    return module.register_forward_hook(after)

@@ -1,0 +1,128 @@
+"""What a store says of itself: the attributes of its Zarr group, their types, how they are read and hashed."""
+
+import hashlib
+import json
+from typing import Any
+
+from omegaconf import OmegaConf
+from typing_extensions import TypedDict
+
+from skipcoder.errors import UserError
+from skipcoder.pipeline.config import ModelConfig
+from skipcoder.pipeline.model.load import ModelIdentity
+from skipcoder.pipeline.store.place import Place
+from skipcoder.pipeline.text.sources import DataIdentity
+from skipcoder.records import checked
+from skipcoder.settings import differences, typed
+
+FORMAT, VERSION = "skipcoder.activations", 2
+FILE = "zarr.json"
+
+
+class Identity(TypedDict):
+    """Everything that decides the store's bytes, except how many tokens it holds."""
+
+    model: ModelIdentity
+    data: DataIdentity
+    context: int
+    repeat: bool
+    hookpoints: list[str]
+    """Patterns, as they were asked for."""
+    write_modules: dict[str, str]
+    codec: str
+    codec_revision: int
+    compression: str
+    unit_rows: int
+    micro_batch_tokens: int
+    seed: int
+
+
+class HookpointFacts(TypedDict):
+    """A hookpoint: the modules that are read and written, and their widths."""
+
+    read: str
+    write: str
+    d_in: int
+    d_out: int
+
+
+class Described(TypedDict):
+    """What a capture says of a store that it is about to lay out."""
+
+    identity: Identity
+    hookpoints: dict[str, HookpointFacts]
+    model: dict[str, Any]
+    """The model's configuration, with which it can be loaded again."""
+    data: dict[str, Any]
+    """The configuration of the text, without the number of tokens, which may grow."""
+    special_tokens: list[int]
+    bos: int | None
+    """The token that begins every row, where the tokenizer adds one."""
+    software: dict[str, str]
+
+
+class Attributes(Described):
+    """The attributes of a store."""
+
+    format: str
+    version: int
+    identity_hash: str
+    rows: int
+    """Token rows that the store has or, while it is captured, will have; 0 until the tokens are written."""
+
+
+def read_attrs(place: Place) -> Attributes | None:
+    """Attributes of the store at `place`; None where nothing is; UserError where something else is."""
+    try:
+        content = place.read(FILE)
+    except (FileNotFoundError, NotADirectoryError):
+        if not place.is_empty():
+            raise UserError(f"{place} exists and is not an activation store; choose another store.path") from None
+        return None
+    try:
+        attrs = json.loads(content).get("attributes", {})
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{place}/{FILE} is damaged ({error}); restore it or delete the store") from None
+    if not isinstance(attrs, dict) or attrs.get("format") != FORMAT:
+        raise UserError(f"{place} is a Zarr group, but not an activation store; choose another store.path")
+    if attrs.get("version") != VERSION:
+        raise UserError(
+            f"{place} has format version {attrs.get('version')}, this skipcoder reads {VERSION}; "
+            f"use the version of skipcoder that wrote it"
+        )
+    return checked(Attributes, attrs, f"{place}/{FILE}: attributes", "restore it or delete the store")
+
+
+def new_attrs(described: Described) -> Attributes:
+    """The attributes of an empty store."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "identity_hash": identity_hash(described["identity"]),
+        **described,
+        "rows": 0,
+    }
+
+
+def write_rows(place: Place, rows: int) -> None:
+    """Say that the store has so many token rows, which are written."""
+    metadata = json.loads(place.read(FILE))
+    metadata["attributes"]["rows"] = rows
+    place.write(FILE, json.dumps(metadata, indent=2).encode())
+
+
+def identity_hash(identity: Identity) -> str:
+    """Short hash of everything that decides the store's bytes, except its length."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def refuse_other_identity(place: Place, attrs: Attributes, identity: Identity) -> None:
+    """UserError naming the keys in which the store at `place` differs from what is asked for."""
+    facts = differences(attrs["identity"], identity)
+    if facts:
+        raise UserError(f"{place} holds another capture ({facts}); choose another store.path, or delete it")
+
+
+def model_config(attrs: Attributes) -> ModelConfig:
+    """The configuration of the model that a store was captured from."""
+    return typed(OmegaConf.create(attrs["model"]), ModelConfig)

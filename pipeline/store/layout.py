@@ -1,0 +1,92 @@
+"""Pure functions of a store's layout: units, splits, permutations, arrays and their chunks. No I/O."""
+
+from typing import Any
+
+import numpy as np
+
+from skipcoder.pipeline.store.attrs import Attributes
+from skipcoder.pipeline.store.codec import CODECS, compressors
+
+HELD_OUT_EVERY = 16
+MAX_CHUNK_ROWS = 2048
+
+
+def auto_unit_rows(rows: int, context: int) -> int:
+    """Token rows per unit when the user names none: near 16,384 tokens, and at least 64 units."""
+    return max(1, min(16384 // context, rows // 64))
+
+
+def num_units(rows: int, unit_rows: int) -> int:
+    """Number of units that `rows` token rows make."""
+    return -(-rows // unit_rows)
+
+
+def unit_token_rows(unit: int, rows: int, unit_rows: int) -> range:
+    """Token rows of `unit`; the last unit may be short."""
+    return range(unit * unit_rows, min((unit + 1) * unit_rows, rows))
+
+
+def split(units: int) -> tuple[list[int], list[int]]:
+    """(training units, held-out units): every sixteenth is held out, whatever the seeds or the growth.
+
+    >>> split(17)[1]
+    [15]
+    """
+    is_held_out = [unit % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 for unit in range(units)]
+    train = [unit for unit in range(units) if not is_held_out[unit]]
+    held_out = [unit for unit in range(units) if is_held_out[unit]]
+    return train, held_out
+
+
+def permutation(seed: int, unit: int, size: int) -> np.ndarray:
+    """Order of the `size` tokens of a unit in the store; the same for every hookpoint."""
+    return np.random.Generator(np.random.PCG64([seed, unit])).permutation(size)
+
+
+def chunk_rows(unit_tokens: int) -> int:
+    """Rows of one compressed chunk: the largest divisor of the unit up to 2048.
+
+    A unit is one shard, so chunks must divide it. Where only tiny divisors exist (a prime context),
+    the smallest divisor above the limit is taken: large chunks cost memory, tiny ones cost speed.
+    """
+    divisors = [d for d in range(1, unit_tokens + 1) if unit_tokens % d == 0]
+    small = max(d for d in divisors if d <= MAX_CHUNK_ROWS)
+    if small >= min(256, unit_tokens):
+        return small
+    return min(d for d in divisors if d > MAX_CHUNK_ROWS)
+
+
+def arrays(attrs: Attributes) -> dict[str, dict[str, Any]]:
+    """What zarr's `create_array` is given for each of a store's arrays, but its length."""
+    identity = attrs["identity"]
+    context, unit_rows = identity["context"], identity["unit_rows"]
+    unit_tokens = unit_rows * context
+    chunk = chunk_rows(unit_tokens)
+
+    def array(
+        shard: tuple[int, ...], rows: int, dtype: str, fill_value: Any, compression: str = "zstd"
+    ) -> dict[str, Any]:
+        # Holes must be visible: every array's fill value is impossible as data, and chunks that happen to equal it are
+        # written all the same.
+        return {
+            "shards": shard,
+            "chunks": (rows, *shard[1:]),
+            "dtype": dtype,
+            "fill_value": fill_value,
+            "compressors": compressors(compression, np.dtype(dtype).itemsize),
+            "config": {"write_empty_chunks": True},
+        }
+
+    found = {
+        "tokens": array((unit_rows, context), unit_rows, "int32", -1),
+        "index": array((unit_tokens,), chunk, "uint64", 2**64 - 1),
+    }
+    for name, facts in attrs["hookpoints"].items():
+        for side, d in (("input", facts["d_in"]), ("output", facts["d_out"])):
+            for suffix, spec in CODECS[identity["codec"]].arrays.items():
+                shard, rows = (1, 1) if spec.per_unit else (unit_tokens, chunk)
+                wide = (d,) if spec.wide else ()
+                found[f"{name}/{side}{suffix}"] = array(
+                    (shard, *wide), rows, spec.dtype, spec.fill_value, identity["compression"]
+                )
+    return found

@@ -1,0 +1,262 @@
+"""The activation store, for readers: open it, see what is in it, read units and chunks.
+
+On disk (Zarr v3 group): `tokens` [rows, context], `index` [n], `<hookpoint>/input` and `/output` [n, d], `commits/` and
+`statistics/`. A unit is a range of token rows and one shard of every array; what has no commit record does not exist.
+int8 and fp8 codes have scales beside them (`codec.py`). Only activations as tensors need torch.
+"""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError
+
+from skipcoder.errors import UserError
+from skipcoder.pipeline.store import commit, layout
+from skipcoder.pipeline.store.attrs import Attributes, HookpointFacts, read_attrs
+from skipcoder.pipeline.store.codec import CODECS
+from skipcoder.pipeline.store.place import Directory, Place
+from skipcoder.pipeline.store.places import place_at
+from skipcoder.pipeline.store.shards import ShardReader
+from skipcoder.pipeline.store.stats import Moments, merge_all, pack, unpack
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ActivationStore:
+    """A store of one model's MLP inputs and outputs over one token set; use `ActivationStore.open`."""
+
+    def __init__(self, place: Place, attrs: Attributes) -> None:
+        self.place = place
+        self.attrs = attrs
+        self._arrays: dict[str, Any] = {}
+        self._readers: dict[str, ShardReader | None] = {}
+
+    @classmethod
+    def open(cls, path: str | Path | Place) -> "ActivationStore":
+        """Open a store (a directory or `s3://...`) for reading. UserError where there is none or it is damaged."""
+        place = place_at(path)
+        attrs = read_attrs(place)
+        if attrs is None:
+            raise UserError(
+                f"no activation store at {place}; make one with: python pipeline/cache.py store.path={place}"
+            )
+        store = cls(place, attrs)
+        if not store.units:
+            raise UserError(f"{place} holds no finished unit yet; run pipeline/cache.py on it again")
+        sizes = place.sizes()
+        for record in store.commits.values():
+            for name, facts in record.shards.items():
+                found = sizes.get(name, "no such file")
+                if found != facts["bytes"]:
+                    mend = store._remedy(name.split("/")[0], record.unit)
+                    raise UserError(f"{place}/{name}: expected {facts['bytes']} bytes, found {found}; {mend}")
+        return store
+
+    @property
+    def path(self) -> Path:
+        """The directory of a store that is one."""
+        assert isinstance(self.place, Directory)
+        return self.place.path
+
+    # ---- what it is -------------------------------------------------------------------------------
+
+    @property
+    def context(self) -> int:
+        """Tokens in a row."""
+        return int(self.attrs["identity"]["context"])
+
+    @property
+    def rows(self) -> int:
+        """Token rows the finished store has."""
+        return int(self.attrs["rows"])
+
+    @property
+    def unit_rows(self) -> int:
+        """Token rows in a full unit."""
+        return int(self.attrs["identity"]["unit_rows"])
+
+    @property
+    def hookpoints(self) -> dict[str, HookpointFacts]:
+        """{name: {read, write, d_in, d_out}}."""
+        return self.attrs["hookpoints"]
+
+    @cached_property
+    def commits(self) -> dict[int, commit.Commit]:
+        """Record of every finished unit, in unit order."""
+        units = sorted(commit.committed_units(self.place))
+        with ThreadPoolExecutor(self.place.parallel) as pool:
+            records = dict(zip(units, pool.map(lambda unit: commit.read(self.place, unit), units), strict=True))
+        for unit, record in records.items():
+            if record.identity != self.attrs["identity_hash"]:
+                raise UserError(
+                    f"{self.place}/{commit.record_file(unit)} belongs to another store (identity {record.identity})"
+                )
+            commit.refuse_other_rows(self.place, record, self.rows_of(unit))
+        return records
+
+    @property
+    def units(self) -> list[int]:
+        """Finished units."""
+        return list(self.commits)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every unit is finished."""
+        return len(self.commits) == layout.num_units(self.rows, self.unit_rows)
+
+    def split(self, name: str) -> list[int]:
+        """Finished units of the `train` or `held_out` split."""
+        train, held_out = layout.split(layout.num_units(self.rows, self.unit_rows))
+        if not held_out:
+            raise UserError(
+                f"{self.place} has {layout.num_units(self.rows, self.unit_rows)} units, too few to hold one out "
+                f"({layout.HELD_OUT_EVERY} are needed); capture more tokens or set a smaller store.unit_rows"
+            )
+        return [unit for unit in {"train": train, "held_out": held_out}[name] if unit in self.commits]
+
+    def hookpoint(self, name: str | None) -> str:
+        """`name` if the store has it; the only hookpoint for None; else UserError listing what is there."""
+        if name in self.hookpoints:
+            assert name is not None
+            return name
+        if name is None and len(self.hookpoints) == 1:
+            return next(iter(self.hookpoints))
+        fault = "hookpoint is not set" if name is None else f"no hookpoint {name!r}"
+        raise UserError(f"{fault}: {self.place} holds {', '.join(self.hookpoints)}; choose one with hookpoint=NAME")
+
+    def width(self, hookpoint: str, side: str) -> int:
+        """Dimensions of the `input` or `output` of a hookpoint."""
+        facts = self.hookpoints[hookpoint]
+        return facts["d_in"] if side == "input" else facts["d_out"]
+
+    def moments(
+        self, hookpoint: str, side: str, split: str | None = "train", positions: tuple[str, ...] = ("other",)
+    ) -> Moments:
+        """Merged statistics of one side over a split (None: over all units), for these classes of positions
+        (commit.POSITIONS). Merged once; the result is kept beside the store."""
+        units = self.units if split is None else self.split(split)
+        names = [f"{side}/{where}" for where in positions]
+        key = json.dumps([self.content, units, hookpoint, names])
+        file = f"moments-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+        with suppress(OSError, SafetensorError, KeyError):  # not there, or not whole: merged anew
+            return unpack(self.derived.read(file))["merged"]
+        at_once = 4 * self.place.parallel  # a unit's statistics may have hundreds of kilobytes
+        merged = Moments.empty(self.width(hookpoint, side))
+        with ThreadPoolExecutor(self.place.parallel) as pool:
+            for some in (units[i : i + at_once] for i in range(0, len(units), at_once)):
+                read = pool.map(lambda unit: commit.read_statistics(self.place, hookpoint, self.commits[unit]), some)
+                merged = merge_all((found[name] for found in read for name in names), merged)
+        with suppress(OSError, UserError):  # a place that cannot be written, as of a shared store
+            self.derived.write(file, pack({"merged": merged}))
+        return merged
+
+    @cached_property
+    def content(self) -> str:
+        """Hash of the checksums of all files: other bytes, other hash."""
+        facts = json.dumps({unit: record.shards for unit, record in self.commits.items()}, sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()[:32]
+
+    @property
+    def derived(self) -> Place:
+        """Beside the store: what can be computed from it again (`NAME.derived/`)."""
+        return place_at(f"{self.place.parent}/{self.place.stem}.derived")
+
+    # ---- what is in it ----------------------------------------------------------------------------
+
+    @cached_property
+    def _group(self) -> Any:
+        import zarr
+
+        return zarr.open_group(self.place.zarr(), mode="r")
+
+    def array(self, name: str) -> Any:
+        """The Zarr array `tokens`, `index` or `<hookpoint>/<side>`, opened once."""
+        if name not in self._arrays:
+            self._arrays[name] = self._group[name]
+        return self._arrays[name]
+
+    @property
+    def chunk_rows(self) -> int:
+        """Stored tokens per compressed chunk."""
+        return int(self.array("index").chunks[0])
+
+    def rows_of(self, unit: int) -> tuple[int, int]:
+        """Token rows [start, stop) of a unit."""
+        rows = layout.unit_token_rows(unit, self.rows, self.unit_rows)
+        return rows.start, rows.stop
+
+    def unit_range(self, unit: int) -> tuple[int, int]:
+        """Stored tokens [start, stop) of a unit, in every array but `tokens`."""
+        rows = layout.unit_token_rows(unit, self.rows, self.unit_rows)
+        return rows.start * self.context, rows.stop * self.context
+
+    def tokens(self, unit: int) -> np.ndarray:
+        """Token ids int32 [rows of the unit, context]."""
+        rows = layout.unit_token_rows(unit, self.rows, self.unit_rows)
+        return self.read("tokens", rows.start, rows.stop)
+
+    def read(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows [start, stop) of an array as stored, in `out` if that is given; a damaged chunk raises UserError naming
+        it."""
+        if name not in self._readers:
+            self._readers[name] = ShardReader.of(self.place, name, self.array(name))
+        reader = self._readers[name]
+        try:
+            rows = reader.read(start, stop, out) if reader is not None else None
+            if rows is None:
+                rows = np.ascontiguousarray(self.array(name)[start:stop])
+            if out is None or rows is out:
+                return rows
+            out[:] = rows
+            return out
+        except UserError:
+            raise
+        except (ValueError, RuntimeError, OSError) as error:
+            unit = self._unit_of(name, start)
+            raise UserError(
+                f"{self.place}/{name}: rows {start}-{stop} (unit {unit}) cannot be decoded ({error}); "
+                f"{self._remedy(name, unit)}"
+            ) from error
+
+    def _unit_of(self, array: str, row: int) -> int:
+        if array.endswith("_channel_scale"):
+            return row
+        return row // (self.unit_rows * (1 if array == "tokens" else self.context))
+
+    def _remedy(self, array: str, unit: int) -> str:
+        """What mends a damaged shard: a re-run writes activations anew, tokens never."""
+        if array == "tokens":
+            return "delete the store and capture anew"
+        return f"delete {self.place}/{commit.record_file(unit)} and re-run the capture to mend it"
+
+    def activations(self, hookpoint: str, side: str, start: int, stop: int, out: "Tensor | None" = None) -> "Tensor":
+        """Stored tokens [start, stop) of one side: a bfloat16 tensor [stop - start, d], `out` if that is given."""
+        import torch
+
+        if out is None:
+            out = torch.empty(stop - start, self.width(hookpoint, side), dtype=torch.bfloat16)
+        unit_tokens = self.unit_rows * self.context
+        at = start
+        while at < stop:
+            unit = at // unit_tokens
+            end = min(stop, (unit + 1) * unit_tokens)
+            self._decode(f"{hookpoint}/{side}", unit, at, end, out[at - start : end - start])
+            at = end
+        return out
+
+    def _decode(self, name: str, unit: int, start: int, stop: int, out: "Tensor") -> None:
+        codec = CODECS[self.attrs["identity"]["codec"]]
+        in_place = codec.codes_of(out)
+        coded = {
+            suffix: self.read(name + suffix, *((unit, unit + 1) if spec.per_unit else (start, stop)), out=in_place)
+            for suffix, spec in codec.arrays.items()
+        }
+        if in_place is None:
+            out.copy_(codec.decode(coded))

@@ -1,0 +1,113 @@
+"""Re-read a store and compare everything with what its commit records say."""
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+from google_crc32c import value as crc32c
+
+from skipcoder.errors import UserError
+from skipcoder.pipeline.store import commit, layout
+from skipcoder.pipeline.store.attrs import identity_hash, read_attrs
+from skipcoder.pipeline.store.place import Place
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.pipeline.store.stats import Moments
+from skipcoder.pipeline.store.writer import classes_of
+
+# Sums may be ordered otherwise by another version of numpy.
+_RTOL = 1e-9
+
+
+def problems(place: Place) -> Iterator[str]:
+    """What is wrong with the store at `place`, one line each; UserError where there is none. Memory: one unit."""
+    attrs = read_attrs(place)
+    if attrs is None:
+        raise UserError(f"no activation store at {place}")
+    if identity_hash(attrs["identity"]) != attrs["identity_hash"]:
+        yield f"{place}/zarr.json: the identity does not match its hash; the attributes were edited"
+    if not attrs["rows"]:
+        yield "its tokens were not written to the end; run the same capture command again"
+        return
+    store = ActivationStore(place, attrs)
+    units = layout.num_units(store.rows, store.unit_rows)
+    records = sorted(commit.committed_units(place))
+    missing = sorted(set(range(units)) - set(records))
+    if missing:
+        yield f"{len(missing)} of {units} units are not captured ({_some(missing)}); run the same capture command again"
+    for unit in records:
+        for fault in _of_unit(store, unit) if unit < units else ["beyond the end of the store"]:
+            yield f"unit {unit}: {fault}"
+
+
+def _of_unit(store: ActivationStore, unit: int) -> Iterator[str]:
+    try:
+        record = commit.read(store.place, unit)
+    except UserError as error:
+        yield str(error)
+        return
+    again = f"delete {commit.record_file(unit)} and re-run the capture"
+    rows = layout.unit_token_rows(unit, store.rows, store.unit_rows)
+    if record.identity != store.attrs["identity_hash"]:
+        yield f"its record belongs to another store (identity {record.identity}); {again}"
+    if record.rows != (rows.start, rows.stop):
+        yield f"its record is of rows {record.rows}, not {(rows.start, rows.stop)}; {again}"
+        return
+    for name, facts in record.shards.items():
+        try:
+            found = commit.checksum(store.place.read(name))
+        except FileNotFoundError:
+            found = None
+        if found != facts:
+            yield f"{name}: expected {_plain(facts)}, found {_plain(found) if found else 'no such file'}"
+    try:
+        yield from _content(store, unit, record)
+    except UserError as error:
+        yield str(error)
+
+
+def _content(store: ActivationStore, unit: int, record: commit.Commit) -> Iterator[str]:
+    """Values against checksums and statistics; every chunk that cannot be decoded."""
+    tokens = store.tokens(unit)
+    if crc32c(np.ascontiguousarray(tokens, dtype="<i4").tobytes()) != record.tokens_crc32c:
+        yield "tokens: other ids than those that were captured"
+    start, stop = store.unit_range(unit)
+    chunks = [(a, min(a + store.chunk_rows, stop)) for a in range(start, stop, store.chunk_rows)]
+    bad = set()
+    for name in ("index", *(f"{h}/{side}" for h in store.hookpoints for side in commit.SIDES)):
+        for a, b in chunks:
+            try:
+                store.read(name, a, b)
+            except UserError as error:
+                bad.add(name)
+                yield str(error)
+    if "index" in bad:
+        return
+    index = store.read("index", start, stop).astype(np.int64)
+    if not np.array_equal(np.sort(index), np.arange(start, stop)):
+        yield "index: not a permutation of the unit's positions"
+        return
+    for hookpoint in store.hookpoints:
+        recorded = commit.read_statistics(store.place, hookpoint, record)
+        for side in commit.SIDES:
+            if f"{hookpoint}/{side}" in bad:
+                continue
+            values = store.activations(hookpoint, side, start, stop).float().numpy()
+            if not np.isfinite(values).all():
+                yield f"{hookpoint}/{side}: NaN or infinity"
+            chosen = classes_of(store.attrs, index, tokens.ravel()[index - start])
+            for where in commit.POSITIONS:
+                if not _equal(Moments.of(values[chosen[where]]), recorded[f"{side}/{where}"]):
+                    yield f"{hookpoint}/{side}: statistics of `{where}` positions differ from the record"
+
+
+def _equal(found: Moments, recorded: Moments) -> bool:
+    pairs = ((getattr(found, name), getattr(recorded, name)) for name in ("mean", "m2", "absmax", "norms"))
+    return found.count == recorded.count and all(np.allclose(a, b, rtol=_RTOL, atol=1e-30) for a, b in pairs)
+
+
+def _some(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+
+
+def _plain(facts: dict[str, int]) -> str:
+    return json.dumps(facts).strip("{}").replace('"', "")

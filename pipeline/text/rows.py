@@ -1,0 +1,74 @@
+"""Pack documents into full rows of tokens: nothing dropped but the last partial row."""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice, repeat
+from typing import Any
+
+import numpy as np
+
+from skipcoder.errors import UserError
+from skipcoder.pipeline.config import DataConfig
+from skipcoder.pipeline.text import sources
+
+_DOCUMENTS_AT_ONCE = 64
+
+
+def bos_of(tokenizer: Any) -> int | None:
+    """Token that the tokenizer itself puts before a text, or None where it puts none."""
+    ids = tokenizer("a").input_ids
+    return ids[0] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else None
+
+
+def pack(documents: Iterable[str], tokenizer: Any, context: int) -> Iterator[np.ndarray]:
+    """Rows int32 [context]: documents joined by the end-of-text token and cut; each row begins with BOS
+    where the tokenizer adds one. Empty documents are skipped."""
+    bos = bos_of(tokenizer)
+    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    body = context - (bos is not None)
+    pending: list[int] = []
+    source = filter(None, documents)
+    for some in iter(lambda: list(islice(source, _DOCUMENTS_AT_ONCE)), []):
+        encoded = tokenizer(some, add_special_tokens=False, verbose=False).input_ids
+        for ids in encoded:
+            pending += ids
+            if separator is not None:
+                pending.append(separator)
+        full = len(pending) // body * body
+        for start in range(0, full, body):
+            row = pending[start : start + body]
+            yield np.array(row if bos is None else [bos, *row], dtype=np.int32)
+        del pending[:full]
+
+
+def rows_of(cfg: DataConfig, tokenizer: Any, rows: int) -> Iterator[np.ndarray]:
+    """Exactly `rows` rows of the configured source, or UserError stating how many there are."""
+    count = 0
+    passes: Iterable[Iterable[str]] = (sources.documents(cfg),)
+    if cfg.repeat:
+        passes = (sources.documents(cfg) for _ in repeat(None))
+    for row in pack(chain.from_iterable(_nonempty(passes)), tokenizer, cfg.context):
+        if count == rows:
+            return
+        count += 1
+        yield row
+    if count < rows:
+        raise UserError(
+            f"the data source holds {count * cfg.context:,} tokens in full rows of {cfg.context}, "
+            f"but data.tokens asks for {rows * cfg.context:,}; ask for fewer, add data, or set data.repeat=true"
+        )
+
+
+def _nonempty(passes: Iterable[Iterable[str]]) -> Iterator[Iterable[str]]:
+    """Passes over the source; a pass without any text ends it, so that `repeat` cannot loop for ever."""
+    for documents in passes:
+        seen = False
+
+        def watched(source: Iterable[str] = documents) -> Iterator[str]:
+            nonlocal seen
+            for document in source:
+                seen = seen or bool(document)
+                yield document
+
+        yield watched()
+        if not seen:
+            return

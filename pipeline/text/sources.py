@@ -1,0 +1,218 @@
+"""Documents, one string each, in a fixed order, from every source that `data/` presets name."""
+
+import glob
+import hashlib
+import json
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from natsort import natsorted
+from typing_extensions import TypedDict
+
+from skipcoder import fingerprint, hub
+from skipcoder.errors import UserError
+from skipcoder.pipeline.config import DataConfig, SourceKind
+from skipcoder.registry import Registry
+
+PAUSES = (1, 2, 4, 8, 16, 32, 64)
+"""Seconds to wait when a stream from the hub has broken, after what datasets tries by itself."""
+
+
+class DataIdentity(TypedDict):
+    """What makes two sources the same source, as a store keeps it."""
+
+    kind: str
+    place: str | None
+    field: str
+    fingerprint: str
+
+
+class Source(Protocol):
+    """Where documents come from."""
+
+    @property
+    def path_is(self) -> str:
+        """What `data.path` must be, "" where it is not needed."""
+
+    def documents(self, cfg: DataConfig) -> Iterator[str]:
+        """In their fixed order. Raises UserError naming file, line and remedy."""
+
+    def fingerprint(self, cfg: DataConfig) -> tuple[str | None, str]:
+        """The place, if it makes a difference, and a fingerprint of the content, without reading it all."""
+
+
+def check(cfg: DataConfig) -> None:
+    """UserError for an unknown source, and for one that lacks the path it needs."""
+    if (wanted := SOURCES[cfg.kind].path_is) and not cfg.path:
+        raise UserError(f"data.path is missing: data.kind={cfg.kind} needs {wanted}")
+
+
+def documents(cfg: DataConfig) -> Iterator[str]:
+    """The source's documents in their fixed order."""
+    yield from SOURCES[cfg.kind].documents(cfg)
+
+
+def identity(cfg: DataConfig) -> DataIdentity:
+    """What makes two sources the same source: kind, place and content fingerprint, without reading it all."""
+    place, content = SOURCES[cfg.kind].fingerprint(cfg)
+    return {"kind": str(cfg.kind), "place": place, "field": cfg.field, "fingerprint": content}
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of one sort, in natural order of their paths."""
+
+    suffixes: tuple[str, ...]
+    read: Callable[[Path, str], Iterator[str]]
+    path_is: str = "a file, directory or glob"
+
+    def documents(self, cfg: DataConfig) -> Iterator[str]:
+        """Those of all files."""
+        for path in self.files(cfg)[1]:
+            yield from self.read(path, cfg.field)
+
+    def fingerprint(self, cfg: DataConfig) -> tuple[None, str]:
+        """Of names and contents; the same files elsewhere are the same source."""
+        root, files = self.files(cfg)
+        return None, fingerprint.of_files(files, root)
+
+    def files(self, cfg: DataConfig) -> tuple[Path, list[Path]]:
+        """(common root, files in reading order)."""
+        assert cfg.path is not None
+        path = Path(cfg.path).expanduser()
+        if path.is_dir():
+            files = [p for p in path.rglob("*") if p.suffix in self.suffixes and p.is_file()]
+            wanted = f"files ending in {', '.join(self.suffixes)} in directory"
+            root = path
+        else:
+            files = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+            wanted = "file or files matching"
+            root = files[0].parent if len(files) == 1 else Path(path.anchor or ".")
+        if not files:
+            raise UserError(f"data.path={cfg.path}: found no {wanted} {path}")
+        return root, natsorted(files, key=str)
+
+
+class Stdlib(Files):
+    """The sources that come with Python."""
+
+    def files(self, cfg: DataConfig) -> tuple[Path, list[Path]]:
+        """By a hash of the name, so that any prefix is a mixture of the whole library."""
+        root = Path(sysconfig.get_paths()["stdlib"])
+        inside = (path for path in root.rglob("*.py") if "site-packages" not in path.parts and path.is_file())
+        return root, sorted(inside, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest())
+
+
+class Hub:
+    """A data set of the Hugging Face Hub, streamed."""
+
+    path_is = "a dataset id"
+
+    def documents(self, cfg: DataConfig) -> Iterator[str]:
+        """In the data set's order."""
+        return _from_hub(cfg)
+
+    def fingerprint(self, cfg: DataConfig) -> tuple[str, str]:
+        """Its name, subset and split, and the commit."""
+        assert cfg.path is not None
+        commit = hub.commit_of(cfg.path, cfg.revision, "dataset")
+        return "/".join(filter(None, (cfg.path, cfg.subset, cfg.split))), commit
+
+
+def _read_text(path: Path, _: str) -> Iterator[str]:
+    raw = path.read_bytes()
+    try:
+        yield raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if path.is_relative_to(sysconfig.get_paths()["stdlib"]):
+            yield raw.decode("latin-1")  # Python's own sources may declare another encoding
+            return
+        raise UserError(
+            f"{path} is not UTF-8 (byte {error.start} is 0x{raw[error.start]:02x}); "
+            f"convert it, for example: iconv -f LATIN1 -t UTF-8 {path.name} > {path.stem}.utf8{path.suffix}"
+        ) from None
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:  # bad JSON and bad UTF-8 alike
+                raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+                raise UserError(f"{path}, line {number}: no text under {field!r} (it has: {has}); set data.field")
+            yield record[field]
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is not a readable Parquet file ({error})") from None
+    if field not in file.schema_arrow.names:
+        raise UserError(
+            f"{path} has no column {field!r} (it has: {', '.join(file.schema_arrow.names)}); set data.field"
+        )
+    for batch in file.iter_batches(columns=[field]):
+        yield from (value for value in batch.column(0).to_pylist() if value)
+
+
+def _from_hub(cfg: DataConfig) -> Iterator[str]:
+    from datasets import load_dataset
+
+    assert cfg.path is not None
+    try:
+        rows = load_dataset(cfg.path, cfg.subset, split=cfg.split, revision=cfg.revision, streaming=True)
+        for row in _patiently(rows):
+            if cfg.field not in row:
+                raise UserError(
+                    f"dataset {cfg.path} has no column {cfg.field!r} (it has: {', '.join(row)}); set data.field"
+                )
+            yield row[cfg.field]
+    except UserError:
+        raise
+    except Exception as error:  # the clients' errors (httpx, aiohttp, requests) share no base class
+        raise UserError(f"data.path={cfg.path}: cannot read this dataset from the hub ({error})") from error
+
+
+def _patiently(rows: Any) -> Iterator[dict[str, Any]]:
+    """Rows of a streamed data set, in their order; when it breaks off, from there on after a pause. A stream that never
+    began is not tried again: its name is wrong, or the hub out of reach."""
+    failures, begun = 0, False
+    while True:
+        try:
+            for row in rows:
+                failures, begun = 0, True
+                yield row
+            return
+        except Exception as error:
+            if not begun or failures == len(PAUSES):
+                raise
+            print(f"the data set's stream broke off ({error}); going on in {PAUSES[failures]} s", flush=True)
+            time.sleep(PAUSES[failures])
+            failures += 1
+            rows.load_state_dict(rows.state_dict())
+
+
+_TEXT = (".txt", ".md", ".rst", ".py")
+SOURCES: Registry[Source] = Registry(
+    "data.kind",
+    {
+        SourceKind.stdlib: Stdlib(_TEXT, _read_text, path_is=""),
+        SourceKind.text: Files(_TEXT, _read_text),
+        SourceKind.jsonl: Files((".jsonl", ".ndjson"), _read_jsonl),
+        SourceKind.parquet: Files((".parquet",), _read_parquet),
+        SourceKind.huggingface: Hub(),
+    },
+)

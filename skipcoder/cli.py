@@ -1,0 +1,64 @@
+"""What every entry point shares: Hydra, exit codes, and errors without tracebacks."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from skipcoder.errors import UserError
+from skipcoder.files import DISK_FULL, no_space
+from skipcoder.settings import explain
+
+# Absolute, since Hydra looks up a relative config path beside the caller, which fails for console scripts.
+CONF = str(Path(__file__).resolve().parent / "conf")
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 3
+
+
+def run(main: Callable[[], object]) -> int:
+    """Run a Hydra main; print foreseeable mistakes as one message; return the exit code."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its own traceback and exits 1
+    os.environ.setdefault("TQDM_DISABLE", "1")  # our own bar stands alone; libraries draw theirs unasked
+    try:
+        main()
+    except UserError as error:
+        return _fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        return _fail(explain(error))
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        return _fail(no_space(error))
+    return DONE
+
+
+def task(function: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Wrap a Hydra task so that a UserError ends the program before Hydra adds words of its own. In a sweep the
+    error goes to the launcher instead: the other jobs go on."""
+
+    @functools.wraps(function)
+    def guarded(cfg: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        try:
+            function(cfg)
+        except UserError as error:
+            if HydraConfig.get().mode is RunMode.MULTIRUN:
+                raise
+            sys.exit(_fail(str(error)))
+
+    return guarded
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return BAD_INPUT

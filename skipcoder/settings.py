@@ -1,0 +1,68 @@
+"""Settings as typed dataclasses: made from Hydra's configurations, compared, and explained where they are wrong."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+from skipcoder.errors import UserError
+
+T = TypeVar("T")
+
+
+def differences(old: Any, new: Any, ignore: tuple[str, ...] = ()) -> str:
+    """The keys in which two nested configurations differ, with both values; "" if none does.
+
+    >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})
+    'a.b: 1 there, 3 asked'
+    """
+    flat_old, flat_new = _flat(old), _flat(new)
+    return "; ".join(
+        f"{key}: {flat_old.get(key)} there, {flat_new.get(key)} asked"
+        for key in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(key) != flat_new.get(key) and not key.startswith(ignore)
+    )
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def typed(cfg: Any, schema: type[T]) -> T:
+    """Hydra's configuration as an instance of its dataclass. UserError for unknown keys (Hydra lets `+key=value`
+    add them) and missing values."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    assert isinstance(config, schema)
+    return config
+
+
+def explain(error: BaseException) -> str:
+    """Hydra's and OmegaConf's message, with the valid keys of the node that was asked.
+
+    >>> from omegaconf import OmegaConf
+    >>> from skipcoder.pipeline.config import DataConfig
+    >>> try: OmegaConf.structured(DataConfig).tokenz
+    ... except Exception as e: print(explain(e).splitlines()[-1][:31])
+    valid keys: context, field, kin
+    """
+    message = str(error).strip()
+    cause: BaseException | None = error
+    while cause is not None:
+        node_type = getattr(cause, "object_type", None)
+        if dataclasses.is_dataclass(node_type) and "Key" in f"{type(cause).__name__}{cause}":
+            names = sorted(field.name for field in dataclasses.fields(node_type))
+            return f"{str(cause).splitlines()[0]} ({message.splitlines()[0]})\nvalid keys: {', '.join(names)}"
+        if type(cause).__name__ in ("ValidationError", "OverrideParseException"):
+            message = str(cause)
+        cause = cause.__cause__
+    if "mismatched input" in message or "token recognition" in message or "no viable alternative" in message:
+        message += "\nhint: put values that hold = ( [ ~ or spaces in two sets of quotes, 'key=\"value\"'"
+    return message

@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+import torch
+
+from skipcoder.evals.core.metrics import ReconstructionMetrics
+from skipcoder.evals.stats.bootstrap import resamples
+
+
+def metrics(y: torch.Tensor, y_hat: torch.Tensor, batch: int = 100) -> dict:
+    m = ReconstructionMetrics(y.shape[1], 8)
+    values = torch.tensor([[1.0, 0.0]]).expand(len(y), 2)
+    indices = torch.tensor([[3, 5]]).expand(len(y), 2)
+    for i in range(0, len(y), batch):
+        part = slice(i, i + batch)
+        m.update(y[part], y_hat[part], values[part], indices[part])
+    return m.result()
+
+
+@pytest.fixture
+def y() -> torch.Tensor:
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(1000, 5, generator=g) * torch.tensor([1.0, 2, 3, 4, 50]) + torch.tensor([0.0, 0, 9, 0, 300])
+
+
+def test_perfect_reconstruction(y: torch.Tensor) -> None:
+    result = metrics(y, y)
+    assert result["fvu"] == result["fvu_per_dim"] == 0
+    assert result["explained_variance"] == 1 and result["cosine"] == pytest.approx(1)
+
+
+def test_mean_predictor_has_fvu_1(y: torch.Tensor) -> None:
+    result = metrics(y, y.double().mean(0).expand_as(y))
+    assert result["fvu"] == pytest.approx(1, rel=1e-12)
+    assert result["fvu_per_dim"] == pytest.approx(1, rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", [2.0**-10, 2.0**10])
+def test_scale_changes_nothing(y: torch.Tensor, scale: float) -> None:
+    y_hat = y + torch.randn_like(y)
+    assert metrics(y * scale, y_hat * scale)["fvu"] == pytest.approx(metrics(y, y_hat)["fvu"], rel=1e-12)
+
+
+def test_definition_and_batches(y: torch.Tensor) -> None:
+    y_hat = y + torch.randn_like(y)
+    error, centred = (y.double() - y_hat.double()).square(), (y.double() - y.double().mean(0)).square()
+    for batch in (1, 7, 1000):
+        result = metrics(y, y_hat, batch)
+        assert result["fvu"] == pytest.approx(float(error.sum() / centred.sum()), rel=1e-10)
+        assert result["fvu_per_dim"] == pytest.approx(float((error.sum(0) / centred.sum(0)).mean()), rel=1e-10)
+
+
+def test_dimensions_without_variance_are_counted_not_divided_by(y: torch.Tensor) -> None:
+    y[:, 1] = 7
+    result = metrics(y, y + 1)
+    assert result["flat_dims"] == 1 and result["fvu_per_dim"] < 1e3
+
+
+def test_latents(y: torch.Tensor) -> None:
+    """Latent 3 fires on every token; 5 is chosen with value 0, which is not firing."""
+    result = metrics(y, y)
+    assert result["l0"] == 1 and result["dead_fraction"] == 7 / 8 and result["n"] == 1000
+    assert sum(result["density_histogram"]["latents"]) == 1
+    assert result["density_histogram"]["latents"][-1] == 1
+
+
+def test_interval_of_fvu_is_that_of_fvus_computed_anew_on_resampled_rows() -> None:
+    """Tokens of a row are alike, so that taking each for a row of its own would be far too sure."""
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.arange(400) // 10
+    y = torch.randn(40, 5, generator=rng)[rows] + 0.3 * torch.randn(400, 5, generator=rng) + 100
+    y_hat = y + torch.randn(40, 5, generator=rng)[rows]
+    none, intervals = torch.zeros(400, 1, dtype=torch.int64), []
+    for place in (rows, torch.arange(400)):
+        m = ReconstructionMetrics(5, 8, len(place.unique()))
+        for part in torch.arange(400).split(37):  # a row may be cut by a batch
+            m.update(y[part], y_hat[part], none[part].float(), none[part], place[part])
+        intervals.append(m.result()["fvu_ci"])
+    found = []
+    for weights in torch.from_numpy(np.concatenate(resamples(40))).long():
+        chosen = torch.arange(40).repeat_interleave(weights)[:, None] * 10 + torch.arange(10)
+        part, part_hat = y[chosen.flatten()].double(), y_hat[chosen.flatten()].double()
+        found.append(float((part - part_hat).square().sum() / (part - part.mean(0)).square().sum()))
+    assert intervals[0] == pytest.approx(np.quantile(found, [0.025, 0.975]).tolist(), rel=1e-9)
+    (low, high), (low_tokens, high_tokens) = intervals
+    assert high - low > 2 * (high_tokens - low_tokens)
+
+
+def test_lengths(y: torch.Tensor) -> None:
+    result = metrics(y, 0.5 * y)
+    assert result["l2_ratio"] == pytest.approx(0.5) and result["relative_reconstruction_bias"] == pytest.approx(0.5)
+    assert result["dense_fraction"] == 1 / 8

@@ -1,0 +1,362 @@
+"""The whole command against judges whose answers are known, on latents whose meaning is known."""
+
+import json
+import re
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
+
+from skipcoder.errors import UserError
+from skipcoder.evals.config import ExamplesConfig, InterpretConfig, JudgeConfig, Negatives, Scorer
+from skipcoder.evals.explain import simulation
+from skipcoder.evals.explain.intervention import Steering
+from skipcoder.evals.export.export import export
+from skipcoder.evals.interpret import interpret
+from skipcoder.evals.latents import index as latents
+from skipcoder.evals.latents.examples import ExampleMaker
+from skipcoder.evals.latents.index import LatentIndex
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.bank import bank as training
+from skipcoder.trainer.config import Kind
+from skipcoder.trainer.formats.config import ExportConfig, Target
+from skipcoder.trainer.run.run import Run
+from tests.conftest import UNIT_ROWS
+from tests.evals.explain.judging import Oracle
+from tests.trainer.run.test_run import config
+
+LATENTS, RARE = 9, 10
+EXAMPLES = ExamplesConfig(window=8, train=4, test=5)
+
+
+@pytest.fixture(scope="module")
+def planted(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose latents 0 to 8 fire on one word each, 9 on two of those, 10 on almost nothing."""
+    path = tmp_path_factory.mktemp("planted") / "run"
+    training.train(config(store, Kind.transcoder), path)
+    index = LatentIndex(Run.open(path), store)
+    words = frequent_words(index)
+    index.folder.mkdir()
+    (units,) = index.parts
+    flat = index.tokens.ravel()
+    columns = [np.flatnonzero(flat == word) for word in words]
+    columns += [np.sort(np.concatenate(columns[:2])), np.array([5, 77])]
+    columns += [np.zeros(0, np.int64)] * (index.width - len(columns))
+    values = [1 + (column % 7).astype(np.float32) for column in columns]
+    starts = np.cumsum([0, *map(len, columns)])
+    tensors = {"starts": starts, "position": np.concatenate(columns), "value": np.concatenate(values)}
+    save_file(tensors, index._file(units))
+    (index.folder / "identity.json").write_text(json.dumps(index.identity()))
+    return path
+
+
+def frequent_words(index: LatentIndex) -> list[int]:
+    tokenizer = AutoTokenizer.from_pretrained(index.store.attrs["model"]["id"])
+    token, count = np.unique(index.tokens, return_counts=True)
+    order = token[np.argsort(-count, kind="stable")]
+    # Calibration's own words have four letters or more.
+    words = [
+        int(t)
+        for t in order
+        if tokenizer.decode([int(t)]).strip().isalpha() and len(tokenizer.decode([int(t)]).strip()) < 4
+    ]
+    seen: dict[str, int] = {}
+    for word in words:  # "re" and " re" would be one word to the oracle
+        seen.setdefault(tokenizer.decode([word]).strip(), word)
+    return list(seen.values())[5 : 5 + LATENTS]
+
+
+def teach(oracle: Oracle, run: Path, store: ActivationStore) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(store.attrs["model"]["id"])
+    strings = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in range(400)]
+    planted = {strings[word].strip(): word for word in frequent_words(LatentIndex(Run.open(run), store))}
+    for window in ExampleMaker(LatentIndex(Run.open(run), store), EXAMPLES).tokens_WT:
+        # A planted latent is one token: the same letters in another token are another matter.
+        tokens, text = {int(t) for t in window}, tokenizer.decode(window.tolist())
+        held = {word for word, token in planted.items() if token in tokens}
+        held |= {
+            word
+            for long in re.findall(r"[^\W_]{4,}", text)
+            for word in (long, long.lower(), long.upper(), long.title())
+        }
+        oracle.holds[text.replace("<<", "\u2039\u2039").replace(">>", "\u203a\u203a")] = held
+
+
+def asked(run: Path, url: str, **more: Any) -> InterpretConfig:
+    judge = JudgeConfig(base_url=url, model="oracle", timeout=1.0, attempts=8, price_in=1.0, price_out=10.0)
+    return InterpretConfig(
+        run=str(run), which=[*range(LATENTS), RARE], examples=EXAMPLES, judge=judge, pages=False, **more
+    )
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    return json.loads((run / "interpretation" / "summary.json").read_text())
+
+
+@pytest.fixture
+def fresh(planted: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(planted, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("mood", "accuracy", "auroc"), [("honest", 1, 1), ("inverted", 0, 0), ("constant", 0.5, 0.5)])
+def test_oracles_score_what_they_must(
+    fresh: Path, store: ActivationStore, mood: str, accuracy: float, auroc: float, capsys: pytest.CaptureFixture
+) -> None:
+    oracle = Oracle(mood)
+    teach(oracle, fresh, store)
+    with oracle.serving() as url:
+        interpret(asked(fresh, url))
+    found = outcome(fresh)
+    for scorer in ("detection", "fuzzing"):
+        assert found[scorer]["balanced_accuracy"] == accuracy
+        assert found[scorer]["auroc"] == auroc
+        assert found[scorer]["latents"] == LATENTS and found[scorer]["failed"] == 0
+        assert found[scorer]["balanced_accuracy_ci"] == [accuracy, accuracy]
+    assert found["calibration"]["balanced_accuracy"] == accuracy
+    assert found["calibration"]["usable"] == (mood == "honest")
+    assert ("unusable" in capsys.readouterr().out) == (mood != "honest")
+    if mood == "honest":  # another latent's explanation is worth little
+        assert found["shuffled_explanations"]["balanced_accuracy"] < 0.8
+    assert found["latents"] == LATENTS + 1 and found["too_few_examples"] == 1
+    record = json.loads((fresh / "interpretation" / "latents" / f"{RARE:08d}.json").read_text())
+    assert record["explanation"] is None and "different windows; 9 are needed" in record["problem"]
+
+
+def test_explanations_name_the_planted_words(fresh: Path, store: ActivationStore) -> None:
+    oracle = Oracle()
+    teach(oracle, fresh, store)
+    with oracle.serving() as url:
+        interpret(asked(fresh, url))
+    tokenizer = AutoTokenizer.from_pretrained(store.attrs["model"]["id"])
+    for latent, word in enumerate(frequent_words(LatentIndex(Run.open(fresh), store))):
+        record = json.loads((fresh / "interpretation" / "latents" / f"{latent:08d}.json").read_text())
+        assert record["explanation"] == f"The word {tokenizer.decode([word]).strip()!r}."
+
+
+def test_a_server_in_trouble_changes_no_score_and_a_second_run_asks_nothing(
+    fresh: Path, store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    oracle = Oracle(faults=0.4)
+    teach(oracle, fresh, store)
+    with oracle.serving() as url:
+        interpret(asked(fresh, url))
+        found, requests = outcome(fresh), oracle.requests.copy()
+        assert all(requests[fault] > 1 for fault in Oracle.FAULTS)
+        assert found["use"]["retries"] > 5 and found["use"]["unreadable"] > 2
+        for scorer in ("detection", "fuzzing"):
+            score = found[scorer]
+            assert score["balanced_accuracy"] == 1
+            # What got no answer in the end is counted, and nothing else is.
+            answered = sum(
+                json.loads(file.read_text())["scores"][scorer]["n"]
+                for file in (fresh / "interpretation" / "latents").glob("*.json")
+                if json.loads(file.read_text())["scores"]
+            )
+            assert answered + score["failed"] == 10 * found["explained"]
+        oracle.faults = 0
+        interpret(asked(fresh, url))  # asks again what failed, and nothing else
+        assert outcome(fresh)["use"]["failures"] == 0
+        assert outcome(fresh)["explained"] == LATENTS and outcome(fresh)["detection"]["failed"] == 0
+        before = oracle.requests["all"]
+        interpret(asked(fresh, url))
+        assert oracle.requests["all"] == before and outcome(fresh)["use"]["requests"] == 0
+    assert oracle.keys == {"Bearer secret-key"}
+    for file in [*fresh.rglob("*.json"), fresh.parent / "judge.sqlite"]:
+        assert b"secret-key" not in file.read_bytes()
+
+
+def test_servers_without_schemas_or_probabilities(fresh: Path, store: ActivationStore) -> None:
+    oracle = Oracle(logprobs=False, schemas=False)
+    teach(oracle, fresh, store)
+    with oracle.serving() as url:
+        interpret(asked(fresh, url))
+    found = outcome(fresh)
+    assert found["detection"]["balanced_accuracy"] == 1 and found["detection"]["auroc"] is None
+    assert found["use"]["failures"] == 0
+    use = found["use"]
+    assert use["cost"] == pytest.approx((use["prompt_tokens"] * 1.0 + use["completion_tokens"] * 10.0) / 1e6)
+
+
+def test_pages_without_a_judge_and_delphis_form(store: ActivationStore, tmp_path: Path) -> None:
+    """delphi's files hold every firing once, in the order of the text, and tile the latents."""
+    training.train(config(store), tmp_path / "run")
+    interpret(InterpretConfig(run=str(tmp_path / "run"), examples=EXAMPLES))
+    assert (tmp_path / "run" / "features" / "index.html").exists()
+    index = LatentIndex(Run.open(tmp_path / "run"), store)
+    run = ExportConfig(run=str(tmp_path / "run"), format=Target.delphi, out=str(tmp_path / "delphi"))
+    folder = export(run, [tmp_path / "run"]) / "layers.1.mlp"
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: int(file.stem.split("_")[0]))
+    ends = [tuple(map(int, file.stem.split("_"))) for file in files]
+    assert ends[0][0] == 0 and ends[-1][1] == 63 and all(a[1] + 1 == b[0] for a, b in pairwise(ends)) and len(ends) == 5
+    for file, (first, last) in zip(files, ends, strict=True):
+        content = load_file(file)
+        assert content["locations"].dtype == np.uint16 and content["activations"].dtype == np.float16
+        assert (content["tokens"] == index.tokens).all() and content["tokens"].dtype == np.int64
+        for latent in range(first, last + 1):
+            mine = content["locations"][:, 2] == latent - first
+            place = content["locations"][mine].astype(np.int64)
+            assert (place[:, 0] * store.context + place[:, 1] == index.of(latent).position).all()
+            assert (content["activations"][mine] == index.of(latent).value.astype(np.float16)).all()
+    described = json.loads((folder / "config.json").read_text())
+    assert described["cache_ctx_len"] == store.context and described["n_splits"] == 5
+
+
+def test_embeddings_of_an_oracle_rank_the_windows(fresh: Path, store: ActivationStore) -> None:
+    oracle = Oracle()
+    teach(oracle, fresh, store)
+    with oracle.serving() as url:
+        interpret(asked(fresh, url, scorers=[Scorer.embedding]))
+        found = outcome(fresh)
+        assert found["embedding"]["auroc"] == 1 and found["embedding"]["balanced_accuracy"] is None
+        before = oracle.requests["all"]
+        interpret(asked(fresh, url, scorers=[Scorer.embedding]))
+        assert oracle.requests["all"] == before
+
+
+def test_simulation_reads_what_the_judge_would_have_said(fresh: Path, store: ActivationStore) -> None:
+    oracle = Oracle()
+    teach(oracle, fresh, store)
+    with oracle.serving() as url:
+        interpret(asked(fresh, url, scorers=[Scorer.simulation]))
+    found = outcome(fresh)["simulation"]
+    assert found["latents"] == LATENTS and found["failed"] == 0
+    assert found["correlation"] > 0.8  # activations are 1 to 7 where the oracle always says 8
+    assert found["correlation_ci"][0] < found["correlation"] < found["correlation_ci"][1]
+    oracle.logprobs = False  # as most servers: nothing is scored, and that is said
+    with oracle.serving() as url:
+        interpret(asked(fresh, url, scorers=[Scorer.simulation]))
+    found = outcome(fresh)
+    assert found["simulation"]["correlation"] is None and found["simulation"]["failed"] == 10 * LATENTS
+    assert found["problems"] == {"the server gives no log-probabilities of prompts": 10 * LATENTS}
+
+
+def test_steered_continuations_are_told_from_plain_ones(fresh: Path, store: ActivationStore, lm: Any) -> None:
+    """Decoder rows that raise one token's logit: the oracle looks for that token. The strength is the same in nats for
+    rows of any length, and nothing changes before the prompt's end."""
+    run = Run.open(fresh)
+    tokenizer = AutoTokenizer.from_pretrained(store.attrs["model"]["id"])
+    unembed = lm.get_output_embeddings().weight.float() * lm.base_model.norm.weight.float()
+    run.coder.W_dec[:] = 100 * unembed[300]
+    run.coder.save(fresh / "checkpoint")
+    index = LatentIndex(Run.open(fresh), store)
+    (index.folder / "identity.json").write_text(json.dumps(index.identity()))
+    oracle = Oracle()
+    teach(oracle, fresh, store)
+    oracle.pushed = tokenizer.decode([300])
+    with oracle.serving() as url:
+        interpret(asked(fresh, url, scorers=[Scorer.intervention]))
+    found = outcome(fresh)["intervention"]
+    assert found["latents"] == LATENTS and found["failed"] == 0 and found["balanced_accuracy"] > 0.8
+    steering = Steering(lm, index.run)
+    prompts = [[5, 9, 30, 77], [8, 3, 99, 12, 61, 7]]
+    short, long = (steering.strength(prompts, factor * unembed[300]) * factor for factor in (0.1, 10.0))
+    assert short == pytest.approx(long, rel=0.2)
+    plain, steered = (steering._next(prompts, vector).log_softmax(-1) for vector in (None, long * unembed[300]))
+    assert float((plain.exp() * (plain - steered)).sum(-1).mean()) == pytest.approx(0.5, rel=0.15)
+    assert steering.continued(prompts, 0 * unembed[300]) == steering.continued(prompts, None)
+
+
+def test_guesses_are_means_over_what_the_judge_weighs() -> None:
+    tab = {"1": {"decoded_token": "\t", "logprob": 0.0}}
+    half = {str(i): {"decoded_token": t, "logprob": float(np.log(0.5))} for i, t in enumerate(("unknown", " 10", "4"))}
+    none = {"1": {"decoded_token": "unknown", "logprob": 0.0}}
+    assert simulation.guesses([None, tab, half, tab, none], 2) == [7.0, 0.0]
+    assert simulation.guesses([None, tab, half], 2) is None
+    line = simulation.prompt("x", ["a\n", "b"]).splitlines()[-2:]
+    assert line == ["a\\n\tunknown", "b\tunknown"]
+
+
+def test_no_server(fresh: Path) -> None:
+    cfg = asked(fresh, "http://127.0.0.1:9/v1")
+    cfg.judge.attempts = 1
+    with pytest.raises(UserError, match=r"the judge at http://127.0.0.1:9/v1 does not answer: ConnectError"):
+        interpret(cfg)
+
+
+def test_index_is_what_the_coder_says(store: ActivationStore, tmp_path: Path) -> None:
+    """Built in parts; every firing of every latent is there, nothing else; made anew for other weights."""
+    training.train(config(store), tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    index = LatentIndex(run, store)
+    index.parts = [store.units[:20], store.units[20:]]
+    index.build("cpu")
+    dense = np.zeros((store.rows * store.context, index.width), np.float32)
+    for latent in range(index.width):
+        firing = index.of(latent)
+        assert (np.diff(firing.position) > 0).all()
+        dense[firing.position, latent] = firing.value
+    span = [store.unit_range(unit) for unit in store.units]
+    flat = np.concatenate([store.read("index", *s) for s in span]).astype(np.int64)
+    for ((a, b),) in [(s,) for s in span[:3] + span[-2:]]:
+        out = run.coder(store.activations("layers.1.mlp", "input", a, b))
+        wanted = np.zeros((b - a, index.width), np.float32)
+        np.put_along_axis(wanted, out.indices.numpy(), out.values.detach().numpy(), 1)
+        position = flat[a:b]
+        kept = run.filter.keep(position, index.tokens.ravel()[position], store.context, store.attrs["special_tokens"])
+        wanted[~kept] = 0
+        np.testing.assert_allclose(dense[position], wanted, rtol=1e-5, atol=1e-6)
+    assert (index.counts == (dense > 0).sum(0)).all()
+    before = {file.name: file.stat().st_mtime_ns for file in index.folder.iterdir() if file.suffix == ".safetensors"}
+    index.build("cpu")
+    assert before == {f.name: f.stat().st_mtime_ns for f in index.folder.iterdir() if f.suffix == ".safetensors"}
+    (index.folder / "identity.json").write_text('{"weights": "others"}')
+    index.build("cpu")
+    after = {f.name: f.stat().st_mtime_ns for f in index.folder.iterdir() if f.suffix == ".safetensors"}
+    assert after.keys() == before.keys() and all(after[name] != before[name] for name in after)
+
+
+def test_index_of_a_grown_store_keeps_what_it_has(
+    cache_config: Any, capture_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten units a part; 33 units and a short one become 48: the first three parts stay."""
+    small = capture_here(cache_config(tmp_path / "s.zarr", rows=33 * UNIT_ROWS + 1))
+    training.train(config(small), tmp_path / "run")
+    monkeypatch.setattr(latents, "PART_TOKENS", 10 * UNIT_ROWS * small.context)
+    LatentIndex(Run.open(tmp_path / "run"), small).build("cpu")
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "latents").glob("*.safetensors")}
+    grown = capture_here(cache_config(tmp_path / "s.zarr", rows=48 * UNIT_ROWS))
+    index, told = LatentIndex(Run.open(tmp_path / "run"), grown), []
+    index.build("cpu", told.append)
+    assert sum(told) == 18 * UNIT_ROWS * grown.context
+    after = {file: file.stat().st_mtime_ns for file in index.folder.glob("*.safetensors")}
+    assert len(before) == 4 and len(after) == 5 and len(before.items() & after.items()) == 3
+    shutil.rmtree(index.folder)
+    anew = LatentIndex(Run.open(tmp_path / "run"), grown)
+    anew.build("cpu")
+    for latent in range(index.width):
+        for mine, wanted in zip(index.of(latent), anew.of(latent), strict=True):
+            np.testing.assert_array_equal(mine, wanted)
+
+
+@pytest.mark.parametrize("kind", list(Negatives))
+def test_windows_are_disjoint_distinct_and_the_latents_own(
+    planted: Path, store: ActivationStore, kind: Negatives
+) -> None:
+    index = LatentIndex(Run.open(planted), store)
+    cfg = ExamplesConfig(window=8, train=4, test=5, negatives=kind)
+    maker = ExampleMaker(index, cfg)
+    maker.prepare(np.arange(LATENTS))
+    words = frequent_words(index)
+    for latent in range(LATENTS):
+        found = maker.of(latent)
+        assert len(found.train) == 4 and len(found.test) == 5 and len(found.negative) == 5
+        every = [*found.train, *found.test, *found.negative]
+        assert len({window.number for window in every}) == len({window.tokens.tobytes() for window in every}) == 14
+        for window in every:
+            assert ((window.tokens == words[latent]) == (window.activations > 0)).all()
+            assert (window.activations > 0).any() == (window not in found.negative)
+        alone = ExampleMaker(index, cfg)
+        alone.prepare(np.array([latent]))
+        assert [w.number for w in alone.of(latent).test] == [w.number for w in found.test]
+    if kind is not Negatives.random:
+        assert any(window.kind == kind.value for window in maker.of(0).negative)
+    top, spread = maker.shown(0, index.of(0), 5, 5)
+    largest = [window.activations.max() for window in top]
+    assert largest == sorted(largest, reverse=True) and largest[0] == index.of(0).value.max()
+    assert len({window.number for window in spread}) == 5

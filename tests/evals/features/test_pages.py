@@ -1,0 +1,185 @@
+"""The feature pages in a real browser: from disk, at desktop and phone width, with hostile text and 100,000 latents."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from skipcoder.evals.config import ExamplesConfig
+from skipcoder.evals.features.pages import TEMPLATE, nearest_latents, promoted, write_pages
+from skipcoder.evals.latents.examples import ExampleMaker
+from skipcoder.evals.latents.index import LatentIndex
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.bank import bank as training
+from skipcoder.trainer.config import Kind
+from skipcoder.trainer.run.run import Run
+from tests.evals.explain import made
+from tests.trainer.run.test_run import config
+
+HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+
+
+class Hostile:
+    """A tokenizer one of whose tokens is HTML."""
+
+    def __init__(self, tokenizer: Any, token: int) -> None:
+        self.tokenizer, self.token = tokenizer, token
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        return HOSTILE if ids == [self.token] else self.tokenizer.decode(ids, **options)
+
+
+@pytest.fixture(scope="module")
+def site(store: ActivationStore, lm: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pages of two coders, the first with explanations of some latents."""
+    folder = tmp_path_factory.mktemp("sites")
+    runs = []
+    for name, kind in (("a", Kind.skip_transcoder), ("b", Kind.transcoder)):
+        training.train(config(store, kind), folder / name)
+        runs.append(Run.open(folder / name))
+        LatentIndex(runs[-1], store).build("cpu")
+    tokenizer = AutoTokenizer.from_pretrained(store.attrs["model"]["id"])
+    index = LatentIndex(runs[0], store)
+    busiest = int(index.counts.argmax())
+    token = int(index.tokens.ravel()[index.of(busiest).position[index.of(busiest).value.argmax()]])
+    for latent, text, score in ((3, "comments about zebras " + HOSTILE, 0.9), (busiest, "everything", 0.6)):
+        scores = {"detection": {"balanced_accuracy": score}, "fuzzing": {"balanced_accuracy": None}}
+        made.latent(runs[0], latent, text, scores)
+    made.latent(runs[0], 5, "of another judge", {}, settings="others")
+    made.summary(runs[0], judge="weak", calibration={"usable": False})
+    for run, others in ((runs[0], [runs[1]]), (runs[1], [runs[0]])):
+        index = LatentIndex(run, store)
+        maker = ExampleMaker(index, ExamplesConfig(window=8, train=4, test=5))
+        write_pages(index, maker, Hostile(tokenizer, token), lm, others)
+    (folder / "a" / "busiest").write_text(str(busiest))
+    return folder / "a"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if shutil.which("chromium") is None:
+        pytest.skip("no chromium on this machine")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_search_sort_open_and_compare(site: Path, browser: Any, width: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 850})
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto((site / "features" / "index.html").as_uri())
+    busiest = (site / "busiest").read_text()
+
+    def fits() -> bool:
+        return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+    assert page.get_by_text("failed on planted latents").is_visible() and fits()
+    assert page.get_by_role("status").inner_text() == "64 of 64 latents"
+    assert page.get_by_text("of another judge").count() == 0
+    page.get_by_label("search").fill("ZEBRAS")
+    assert page.get_by_role("status").inner_text() == "1 of 64 latents"
+    page.locator(".row").click()
+    page.wait_for_selector("text=Latent 3")
+    assert page.get_by_text("comments about zebras <script>").is_visible()
+    page.keyboard.press("j")
+    page.wait_for_selector("text=Latent 4")
+    page.go_back()
+    page.get_by_role("link", name="Table").click()
+    page.get_by_label("search").fill("")
+    page.get_by_role("button", name="detection").click()  # the best first
+    assert page.locator(".row").first.inner_text().split()[0] == "3"
+    page.locator(".viewport").focus()
+    for key in ("ArrowDown", "ArrowDown", "Enter"):
+        page.keyboard.press(key)
+    page.wait_for_selector(f"text=Latent {busiest}")
+    # The hostile token stands in its contexts as text.
+    assert page.locator(".context span", has_text="<script>").count() > 0
+    assert page.locator("main script, main img").count() == 0 and page.title() != "owned"
+    shaded = page.locator(".context span[title]")
+    assert shaded.count() > 10
+    assert page.locator(".bars i").count() == 24 and page.locator(".chips span").count() > 10 and fits()
+    page.get_by_role("link", name="Compare").click()
+    page.get_by_label("other coder").select_option("0")
+    page.wait_for_selector("text=have a near twin")
+    assert page.locator(".compare .row").count() > 10 and fits()
+    page.goto((site / "features" / "index.html").as_uri() + "#latent/9999")
+    assert page.get_by_text("There is no latent of this number").is_visible()
+    assert not errors
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_follow_the_system(site: Path, browser: Any, scheme: str) -> None:
+    page = browser.new_page(color_scheme=scheme)
+    page.goto((site / "features" / "index.html").as_uri())
+    ink, paper = (
+        page.evaluate(f"getComputedStyle(document.body).{name}").strip("rgb()").split(",")
+        for name in ("color", "backgroundColor")
+    )
+    brightness = [sum(map(int, colour)) for colour in (ink, paper)]
+    assert (brightness[0] < brightness[1]) == (scheme == "light")
+    page.close()
+
+
+def test_a_hundred_thousand_latents_are_usable_at_once(browser: Any, tmp_path: Path) -> None:
+    site = Path(shutil.copytree(TEMPLATE, tmp_path / "features"))
+    (site / "data").mkdir()
+    rng = np.random.default_rng(0)
+    count = 100_000
+    table = {
+        "title": "large", "facts": "many", "warning": None, "chunk": 64, "others": [],
+        "density": rng.random(count).round(5).tolist(),
+        "explanation": [f"words about subject {i % 977} and the number {i}" for i in range(count)],
+        "detection": rng.random(count).round(3).tolist(), "fuzzing": rng.random(count).round(3).tolist(),
+    }  # fmt: skip
+    (site / "data" / "table.js").write_text("window.skipcoderTable = " + json.dumps(table))
+    page = browser.new_page()
+    begun = time.perf_counter()
+    page.goto((site / "index.html").as_uri())
+    page.wait_for_selector(".row")
+    opened = time.perf_counter() - begun
+    page.get_by_label("search").fill("subject 976 ")
+    assert page.get_by_role("status").inner_text() == f"{count // 977:,} of 100,000 latents"
+    page.get_by_role("button", name="fuzzing").click()
+    assert page.locator(".row").count() < 100  # only what is in sight is in the page
+    page.get_by_label("search").fill("")
+    page.locator(".viewport").evaluate("it => it.scrollTop = it.scrollHeight")
+    fuzzing = np.array(table["fuzzing"])
+    least = int(np.flatnonzero(fuzzing == fuzzing.min())[-1])  # of equals the last
+    page.wait_for_function("document.querySelector('.viewport').scrollTop > 3e6")
+    page.wait_for_function(f"[...document.querySelectorAll('.row')].some(r => r.hash === '#latent/{least}')")
+    print(f"usable after {opened:.2f} s")
+    page.close()
+
+
+def test_promoted_tokens_are_those_of_the_unembedding(lm: Any) -> None:
+    """A decoder row that is a token's own unembedding, the norm's weights taken out, promotes that token."""
+    gain = lm.base_model.norm.weight.float()
+    unembed = lm.get_output_embeddings().weight.float()
+    wanted = unembed * gain
+    up, down = promoted(lm, wanted[[7, 300]])
+    for row, token in zip((0, 1), (7, 300), strict=True):
+        logits = unembed @ (gain * wanted[token])
+        assert up[row][0] == int(logits.argmax()) and down[row][0] == int(logits.argmin())
+    assert promoted(None, wanted[:2]) == ([[], []], [[], []])
+
+
+def test_nearest_latents() -> None:
+    torch.manual_seed(0)
+    W = torch.randn(50, 16)
+    other = 3 * W[torch.randperm(50)]
+    latent, cosine = nearest_latents(W, other, 1)
+    assert torch.allclose(cosine, torch.ones(50, 1)) and torch.allclose(other[latent[:, 0]], 3 * W)
+    own, _ = nearest_latents(W, W, 3, same=True)
+    assert not (own == torch.arange(50)[:, None]).any()

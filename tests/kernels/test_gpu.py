@@ -1,0 +1,127 @@
+"""The Triton kernels in Triton's interpreter (or on a GPU), against float64.
+
+Tolerance: float32 accumulation of n terms of size t errs by at most n * 2^-24 * sum|t|; bfloat16 inputs are exact in
+float32. A bfloat16 result is rounded to 2^-8 of its own size on a GPU; the interpreter cuts it off, which loses
+twice that.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from skipcoder.kernels.rows import by_latent, token_of_entry
+
+gpu = pytest.importorskip("skipcoder.kernels.gpu.rows")
+gpu_select = pytest.importorskip("skipcoder.kernels.gpu.candidates")
+DEVICE = os.environ.get("SKIPCODER_TEST_DEVICE", "cpu")
+SHAPES = [(5, 3, 7, 20), (1, 1, 1, 1), (4, 8, 576, 30), (9, 5, 600, 9), (3, 20, 33, 20)]  # n, k, d, m
+
+
+def problem(n: int, k: int, d: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Indices without repeats in a row, weights, rows of tokens, rows of latents."""
+    g = torch.Generator().manual_seed(n * k + d)
+    indices = torch.stack([torch.randperm(m, generator=g)[:k] for _ in range(n)])
+    weights, rows, W = (torch.randn(s, generator=g) for s in ((n, k), (n, d), (m, d)))
+    return indices.to(DEVICE), weights.to(DEVICE), rows.to(DEVICE, dtype), W.to(DEVICE, dtype)
+
+
+def assert_close(got: Tensor, exact: Tensor, magnitude: Tensor, terms: int) -> None:
+    rounding = 2.0**-7 if got.dtype == torch.bfloat16 else 2.0**-23
+    bound = terms * 2.0**-23 * magnitude + rounding * exact.abs() + 1e-12
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k", "d", "m"), SHAPES)
+def test_gather_sum(n: int, k: int, d: int, m: int, dtype: torch.dtype) -> None:
+    indices, weights, _, W = problem(n, k, d, m, dtype)
+    terms = weights.double()[:, :, None] * W.double()[indices]
+    assert_close(gpu.gather_sum(indices, weights, W), terms.sum(1), terms.abs().sum(1), k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k", "d", "m"), SHAPES)
+def test_gather_dot(n: int, k: int, d: int, m: int, dtype: torch.dtype) -> None:
+    indices, _, rows, W = problem(n, k, d, m, dtype)
+    terms = rows.double()[:, None] * W.double()[indices]
+    got = gpu.gather_dot(rows, W, indices, token_of_entry(indices))
+    assert_close(got, terms.sum(2), terms.abs().sum(2), d)
+
+
+@pytest.mark.parametrize("segment", [1, 2, 3, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k", "d", "m"), SHAPES)
+def test_sum_rows(n: int, k: int, d: int, m: int, dtype: torch.dtype, segment: int) -> None:
+    """Segments so short that most latents are split, and so long that none is; some latents never fire."""
+    indices, weights, rows, _ = problem(n, k, d, m, dtype)
+    entry, token, starts = by_latent(indices, m)
+    got = gpu.sum_rows(token, weights.flatten()[entry], starts, rows, segment)
+    terms = weights.double()[:, :, None] * rows.double()[:, None]
+    exact, magnitude = (
+        torch.zeros(m, d, dtype=torch.float64, device=DEVICE).index_add_(0, indices.flatten(), t.flatten(0, 1))
+        for t in (terms, terms.abs())
+    )
+    assert got.dtype == torch.float32
+    assert_close(got, exact, magnitude, n * k)
+
+
+def test_one_latent_takes_every_token() -> None:
+    rows = torch.randn(700, 4, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    weights = torch.ones(700, 1, device=DEVICE)
+    _, token, starts = by_latent(torch.full((700, 1), 2, device=DEVICE), 4)
+    got = gpu.sum_rows(token, weights.flatten(), starts, rows)
+    assert not got[[0, 1, 3]].any()
+    assert_close(got[2], rows.double().sum(0), rows.double().abs().sum(0), 700)
+
+
+def test_empty_batch() -> None:
+    none = torch.empty(0, 3, dtype=torch.long, device=DEVICE)
+    W = torch.ones(5, 8, device=DEVICE)
+    assert gpu.gather_sum(none, none.float(), W).shape == (0, 8)
+    assert gpu.gather_dot(W[:0], W, none, none.flatten()).shape == (0, 3)
+    starts = torch.zeros(5, dtype=torch.long, device=DEVICE)
+    assert not gpu.sum_rows(none[:, 0], none.float()[:, 0], starts, W[:0]).any()
+
+
+def test_flat_entries_on_top_of_a_base() -> None:
+    indices, offsets = torch.tensor([1, 2, 0], device=DEVICE), torch.tensor([0, 0, 2], device=DEVICE)
+    W = torch.tensor([[1.0, 0], [0, 1], [1, 1]], device=DEVICE)
+    weights = torch.tensor([1.0, 2, 3], device=DEVICE)
+    bias, base = torch.tensor([10.0, 20], device=DEVICE), torch.tensor([[1.0, 2], [3, 4], [5, 6]], device=DEVICE)
+    assert gpu.gather_sum(indices, weights, W, offsets, bias).tolist() == [[10, 20], [12, 23], [13, 20]]
+    assert gpu.gather_sum(indices, weights, W, offsets, base).tolist() == [[1, 2], [5, 7], [8, 6]]
+    assert gpu.gather_dot(W, W, indices, token_of_entry(indices, offsets)).tolist() == [1, 1, 1]
+    missing = torch.tensor([[0], [-1], [1]], device=DEVICE)
+    assert gpu.gather_dot(W, W, missing, token_of_entry(missing)).flatten().tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("n", "m", "c", "levels"),
+    [
+        (3, 50, 5, 0),
+        (4, 256, 4, 0),
+        (2, 700, 40, 10**6),
+        (2, 5000, 600, 3),
+        (2, 300, 300, 5),
+        (1, 1, 1, 1),
+        (2, 3000, 500, 10**6),
+    ],
+)
+def test_candidates(n: int, m: int, c: int, levels: int, dtype: torch.dtype) -> None:
+    """Among them are the c first of a stable sort, even where all values are equal (levels 0)."""
+    g = torch.Generator().manual_seed(m + c)
+    pre = (torch.randint(-levels, levels + 1, (n, m), generator=g) / max(levels, 1)).to(DEVICE, dtype)
+    pre[0, 0] = -0.0
+    if levels == 0:  # many duplicates of negative numbers: none may be written outside its row
+        pre[1], pre[2] = -1.0, -torch.inf
+    wanted = pre.sort(dim=1, descending=True, stable=True).indices[:, :c]
+    guarded = torch.full((n + 8, gpu_select.places(m, c)), -7, device=DEVICE)
+    gpu_select.candidates(pre, c, out=guarded[:n].fill_(-1))
+    assert (guarded[n:] == -7).all()
+    for found, first in zip(gpu_select.candidates(pre, c).tolist(), wanted.tolist(), strict=True):
+        columns = [column for column in found if column >= 0]
+        assert columns == sorted(set(columns)) and set(first) <= set(columns)
+    assert gpu_select.candidates(pre[:0], c).shape[0] == 0

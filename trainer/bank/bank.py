@@ -1,0 +1,214 @@
+"""A bank: any number of coders on one stream of batches. Each batch is read, decoded and moved once.
+
+A member takes the batches that it would take alone, in the same order, and shares nothing else with the others: its
+result is the same to the bit. Members may be at different steps (one was added later, another interrupted earlier): the
+stream begins where the one furthest behind stands, and the others wait for their batch.
+"""
+
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from skipcoder.errors import UserError
+from skipcoder.files import DISK_FULL, no_space
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.bank.live_table import live_table
+from skipcoder.trainer.bank.member import Member
+from skipcoder.trainer.config import TrainConfig
+from skipcoder.trainer.data.batch import Batch
+from skipcoder.trainer.data.ranks import Ranks
+from skipcoder.trainer.data.stream import ActivationStream, Position
+from skipcoder.trainer.run.build import check, make_stream, open_store, token_filter
+from skipcoder.trainer.run.device import pick_device
+from skipcoder.trainer.run.run import Summary
+
+
+class Outcome(NamedTuple):
+    """What became of one run."""
+
+    directory: Path
+    summary: Summary | None
+    """None if the run failed."""
+    error: Exception | None = None
+    trace: str = ""
+    """Where an unforeseen error came from."""
+
+
+def train(cfg: TrainConfig, directory: Path) -> Summary:
+    """Train one coder and return its summary; a finished run returns its summary at once."""
+    (outcome,) = train_bank([(cfg, directory)])
+    if outcome.error is not None:
+        if outcome.trace:
+            outcome.error.add_note(outcome.trace)
+        raise outcome.error
+    assert outcome.summary is not None
+    return outcome.summary
+
+
+def stream_key(cfg: TrainConfig) -> tuple[Any, ...]:
+    """What the members of a bank have in common."""
+    stream = tuple(vars(cfg.stream).items())
+    loop = cfg.train
+    machine = loop.device, loop.threads
+    return cfg.store.path, cfg.hookpoint, loop.batch_tokens, loop.eval_tokens, stream, machine
+
+
+def train_bank(jobs: Sequence[tuple[TrainConfig, Path]]) -> list[Outcome]:
+    """Train all jobs, which share their stream, to the end. One that fails is dropped; the others go on.
+
+    An interruption leaves every member where it can go on.
+    """
+    refuse_shared_directories(jobs)
+    assert len({stream_key(cfg) for cfg, _ in jobs}) <= 1
+    outcomes: dict[Path, Outcome] = {}
+    waiting: list[Member] = []
+    store: ActivationStore | None = None
+    for cfg, directory in jobs:
+        with _failing(outcomes, directory):
+            check(cfg)
+            store = open_store(cfg) if store is None else store
+            cfg.store.path = str(store.place)
+            store.hookpoint(cfg.hookpoint)
+            member = Member(cfg, directory)
+            if member.summary is not None:
+                print(f"{directory}: finished before, nothing to do")
+                outcomes[directory] = Outcome(directory, member.summary)
+            else:
+                waiting.append(member)
+    if waiting and store is not None:
+        open_ends = [member.directory for member in waiting]
+        try:
+            with _failing(outcomes, *open_ends):
+                _train(waiting, store, outcomes)
+        finally:  # also after an interruption
+            for member in waiting:
+                member.release()
+    return [outcomes[directory] for _, directory in jobs]
+
+
+def refuse_shared_directories(jobs: Sequence[tuple[TrainConfig, Path]]) -> None:
+    """UserError if two jobs would write into one directory."""
+    places = [directory.resolve() for _, directory in jobs]
+    for place in places:
+        if places.count(place) > 1:
+            raise UserError(f"{places.count(place)} jobs would write to {place}; let hydra.sweep.subdir differ by job")
+
+
+def _train(members: list[Member], store: ActivationStore, outcomes: dict[Path, Outcome]) -> None:
+    cfg = members[0].cfg
+    ranks = Ranks.join()
+    device = pick_device(cfg.train.device)
+    if cfg.train.threads:
+        torch.set_num_threads(cfg.train.threads)
+    stream = make_stream(cfg, store, device, ranks)
+    positions: dict[int, Position | None] = {}
+    for member in members:
+        with _failing(outcomes, member.directory):
+            check(member.cfg, ranks.size)
+            position = member.start(store, stream, device, ranks)
+            positions[member.learner.step_number] = position
+    if not positions:
+        return
+    begin = min(positions)
+    stream.load_state_dict(positions[begin] or stream.beginning())
+    begun = [member for member in members if member.directory not in outcomes]
+    _loop(begun, begin, stream, _held_out(cfg, store, device), outcomes, ranks)
+
+
+def _loop(
+    members: list[Member],
+    step: int,
+    stream: ActivationStream,
+    held_out: Batch | None,
+    outcomes: dict[Path, Outcome],
+    ranks: Ranks,
+) -> None:
+    """Steps until every member has made all of its own."""
+    with live_table(members, outcomes) as show, closing(iter(stream)) as batches, _stopping() as asked_to_stop:
+        members = _unfinished(members, outcomes)
+        while members:
+            begun = time.perf_counter()
+            batch = next(batches)
+            read_ms = 1e3 * (time.perf_counter() - begun)
+            taking = [member for member in members if member.learner.step_number == step]
+            step += 1
+            for member in taking:
+                with _failing(outcomes, member.directory):
+                    member.step(batch, read_ms, held_out)
+            stopping = ranks.any(asked_to_stop())
+            for member in taking:
+                if member.directory in outcomes:
+                    continue
+                if member.finished or stopping or step % member.cfg.train.save_every == 0:
+                    with _failing(outcomes, member.directory):
+                        member.save(stream.state_dict())
+            if stopping:
+                raise KeyboardInterrupt
+            members = _unfinished(members, outcomes)
+            show()
+
+
+def _unfinished(members: list[Member], outcomes: dict[Path, Outcome]) -> list[Member]:
+    """Those still at work; the summaries of the others are written."""
+    for member in members:
+        if member.directory not in outcomes and member.finished:
+            with _failing(outcomes, member.directory):
+                outcomes[member.directory] = Outcome(member.directory, member.finish())
+        if member.directory in outcomes:
+            member.release(finished=outcomes[member.directory].error is None)
+    return [member for member in members if member.directory not in outcomes]
+
+
+def _held_out(cfg: TrainConfig, store: ActivationStore, device: str) -> Batch | None:
+    """The first eval_tokens held-out tokens of a fixed order."""
+    if not cfg.train.eval_tokens:
+        return None
+    hookpoint, tokens = store.hookpoint(cfg.hookpoint), cfg.train.eval_tokens
+    kept = token_filter(cfg)
+    stream = ActivationStream(store, hookpoint, tokens, split="held_out", filter=kept, epochs=1, device=device)
+    return next(iter(stream), None)
+
+
+@contextmanager
+def _stopping() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM wait for the end of a step, so that what is saved is whole; a second Ctrl-C does not."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # signals are not ours
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _failing(outcomes: dict[Path, Outcome], *directories: Path) -> Iterator[None]:
+    """An exception inside is the outcome of these runs (as far as they have none), not the end of the others."""
+    try:
+        yield
+    except Exception as error:
+        fault: Exception = error
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            fault = UserError(no_space(error))
+        trace = "" if isinstance(fault, UserError) else traceback.format_exc()
+        # Tracebacks hold frames, and those the tensors of the whole bank.
+        fault = fault.with_traceback(None)
+        fault.__context__ = fault.__cause__ = None
+        for directory in directories:
+            outcomes.setdefault(directory, Outcome(directory, None, fault, trace))

@@ -1,0 +1,193 @@
+"""One coder in a bank: a run on its way, what it logs and what it leaves behind."""
+
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from skipcoder.errors import UserError
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.bank.loggers import Logger, loggers
+from skipcoder.trainer.config import TrainConfig
+from skipcoder.trainer.data.batch import Batch
+from skipcoder.trainer.data.ranks import ALONE, Ranks
+from skipcoder.trainer.data.stream import ActivationStream, Position
+from skipcoder.trainer.run.build import make_learner, token_filter
+from skipcoder.trainer.run.checkpoint import FOLDER, load_state, save_state
+from skipcoder.trainer.run.provenance import provenance
+from skipcoder.trainer.run.run import MetricsLine, RunDirectory, Summary
+from skipcoder.trainer.step.learner import Learner
+
+
+class Member:
+    """A run on its way. Made cheaply; `start` builds the learner."""
+
+    def __init__(self, cfg: TrainConfig, directory: Path) -> None:
+        """UserError if the directory holds a run of another configuration."""
+        self.cfg, self.directory, self.files = cfg, directory, RunDirectory(directory)
+        self.files.refuse_other(cfg)
+        self.steps = -(-cfg.train.tokens // cfg.train.batch_tokens)
+        self.label = f"{cfg.coder.kind} k={cfg.coder.k} width={cfg.coder.width}"
+        self.window: list[dict[str, torch.Tensor]] = []
+        self.read_ms: list[float] = []
+        self.seconds_before = 0.0
+        self.loggers: list[Logger] = []
+        self.last: MetricsLine | None = None
+        """The latest line of metrics."""
+        self._learner: Learner | None = None
+
+    @property
+    def summary(self) -> Summary | None:
+        """The summary of a finished run."""
+        return self.files.summary
+
+    @property
+    def learner(self) -> Learner:
+        """The learner of a member that has started and was not released."""
+        assert self._learner is not None
+        return self._learner
+
+    # ---- training ---------------------------------------------------------------------------------
+
+    def start(
+        self, store: ActivationStore, stream: ActivationStream, device: str, ranks: Ranks = ALONE
+    ) -> Position | None:
+        """Build the learner, or go on from the last save; returns the stream's position, None at the beginning."""
+        self.store, (self.hookpoint,) = store, stream.hookpoints
+        self.ranks = ranks
+        state = load_state(self.directory)
+        self._learner = make_learner(self.cfg, store, self.hookpoint, self.steps, device, state is None, ranks)
+        if ranks.is_main:
+            self.files.write_config(self.cfg)
+        self.begun = time.perf_counter()
+        self.loggers = loggers(self.cfg, self.directory) if ranks.is_main else []
+        if state is None:
+            if ranks.is_main:
+                self.files.write_metrics([])
+            return None
+        stream.load_state_dict(state["stream"])
+        self.learner.load_state_dict(state["learner"])
+        for logger in self.loggers:
+            logger.go_on_after(self.learner.step_number)
+        self.window, self.seconds_before = state["window"], state["seconds"]
+        kept = [line for line in self.files.metrics if line["step"] <= self.learner.step_number]
+        self.last = kept[-1] if kept else None
+        if ranks.is_main:
+            self.files.write_metrics(kept)
+        print(f"{self.directory}: going on from step {self.learner.step_number} of {self.steps}")
+        return state["stream"]
+
+    @property
+    def done(self) -> int:
+        """Steps made."""
+        if self._learner is not None:
+            return self._learner.step_number
+        return self.last["step"] if self.last else 0
+
+    @property
+    def finished(self) -> bool:
+        """All steps are made."""
+        return self.done == self.steps
+
+    def step(self, batch: Batch, read_ms: float, held_out: Batch | None) -> None:
+        """One optimiser step, and a line of metrics where one is due."""
+        self.window.append(self.learner.step(batch.x, batch.y, batch.tokens))
+        self.read_ms.append(read_ms)
+        every, step = self.cfg.train.log_every, self.learner.step_number
+        if self.finished:
+            self._calibrate()
+        if self.finished or step % every == 0:
+            line = self._line()
+            evaluate_every = self.cfg.train.eval_every or max(self.steps // 10, 1)
+            if held_out is not None and (self.finished or step % evaluate_every < every):
+                line["held_out_fvu"] = self.learner.fvu(held_out.x, held_out.y)
+            self.last = line
+            if self.ranks.is_main:
+                self.files.append_metrics(line)
+                for logger in self.loggers:
+                    logger.write(line)
+
+    def _line(self) -> MetricsLine:
+        mean = {key: sum(float(w[key]) for w in self.window) / len(self.window) for key in self.window[0]}
+        read_ms = sum(self.read_ms) / len(self.read_ms)
+        self.window.clear()
+        self.read_ms.clear()
+        learner = self.learner
+        if not (mean["fvu"] < float("inf")):
+            raise UserError(
+                f"{self.label}: the loss is {mean['fvu']} at step {learner.step_number}; "
+                f"lower optim.lr (it is {learner.optimiser.base_lr:g})"
+            )
+        line: dict[str, Any] = {
+            "step": learner.step_number,
+            "tokens": learner.tokens,
+            **mean,
+            "dead": learner.dead,
+            "density": learner.density,
+            "encode_mode": learner.coder.search.mode,
+            "recall": learner.recall,
+            "lr": learner.optimiser.lr,
+            "ms": {"read": round(read_ms, 3), **learner.clock.read()},
+            "seconds": round(self.seconds, 3),
+        }
+        return cast(MetricsLine, line)
+
+    @property
+    def seconds(self) -> float:
+        """Spent in training, over all resumptions."""
+        return self.seconds_before + time.perf_counter() - self.begun
+
+    def _calibrate(self) -> None:
+        """Let the activation see training tokens once more, if it wants to."""
+        tokens = self.learner.activation.calibration_tokens
+        if tokens:
+            device, kept = self.learner.coder.W_enc.device, token_filter(self.cfg)
+            start = ActivationStream(self.store, self.hookpoint, tokens, filter=kept, epochs=1, device=device)
+            batch = next(iter(start))
+            self.learner.calibrate(batch.x, batch.y)
+
+    def release(self, finished: bool = False) -> None:
+        """Let go of the learner's memory and of what is watching."""
+        for logger in self.loggers:
+            logger.close(finished)
+        self.loggers = []
+        self._learner = None
+
+    # ---- files ------------------------------------------------------------------------------------
+
+    def save(self, stream: Position) -> None:
+        """The point from which an interrupted run goes on; `stream`: the position after the last step."""
+        if self.ranks.is_main:
+            window = [{key: value.cpu() for key, value in w.items()} for w in self.window]
+            learner = self.learner.state_dict()
+            state = {"learner": learner, "stream": stream, "window": window, "seconds": self.seconds}
+            save_state(state, self.directory)  # type: ignore[arg-type]
+
+    def finish(self) -> Summary:
+        """Write the coder and the summary."""
+        assert self.last is not None
+        coder = self.learner.folded()
+        coder.meta = provenance(self.store, self.hookpoint, token_filter(self.cfg), self.learner)
+        summary: Summary = {
+            "kind": self.cfg.coder.kind,
+            "k": self.cfg.coder.k,
+            "width": self.cfg.coder.width,
+            "activation": self.cfg.coder.activation,
+            "side": self.cfg.coder.side.value,
+            "hookpoint": self.hookpoint,
+            "model": self.store.attrs["model"]["name"],
+            "seed": self.cfg.seed,
+            "train_tokens": self.learner.tokens,
+            "steps": self.steps,
+            "train_fvu": self.last["fvu"],
+            "held_out_fvu": self.last.get("held_out_fvu"),
+            "l0": self.last["l0"],
+            "dead": self.last["dead"],
+            "encode_mode": self.last["encode_mode"],
+            "seconds": round(self.seconds, 2),
+        }
+        if self.ranks.is_main:
+            coder.save(self.directory / FOLDER)
+            self.files.write_summary(summary)
+        return summary

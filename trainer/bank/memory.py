@@ -1,0 +1,61 @@
+"""How much memory a coder in training takes, and which coders fit a device together."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from skipcoder.trainer.config import Kind, OptimName, TrainConfig
+
+GIB = 2**30
+MARGIN = GIB // 2
+"""For batches, pre-activations and what a step needs beside them (benchmarks/memory.py)."""
+
+
+class Need(NamedTuple):
+    """Bytes of one coder."""
+
+    resident: int
+    """Held from the first step to the last: parameters, optimiser, counts."""
+    passing: int
+    """Held during its own step (gradients, and the encoder's weights in another precision) or while it is saved (two
+    copies of the weights)."""
+
+
+def need(cfg: TrainConfig, d_in: int, d_out: int) -> Need:
+    """Of one coder; float32 throughout."""
+    m = cfg.coder.width
+    weights = m * (d_in + d_out + 1) + d_out + (d_in * d_out if cfg.coder.kind == Kind.skip_transcoder else 0)
+    copies = 3 if cfg.optim.name is OptimName.adam else 2
+    return Need(4 * weights * copies + 8 * m, 8 * weights)
+
+
+def free_bytes(device: str) -> int:
+    """Memory that new tensors on the device may use."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # type: ignore[import-untyped]
+
+    return int(psutil.virtual_memory().available)
+
+
+def pack(needs: Sequence[Need], budget: float, devices: int = 1) -> list[list[int]]:
+    """Numbers of the coders that share a bank: as few banks as fit, at least one for each device, about equally full.
+
+    >>> pack([Need(4, 1), Need(4, 1), Need(4, 1)], MARGIN + 9)
+    [[0, 2], [1]]
+    >>> pack([Need(4, 1), Need(4, 1), Need(4, 1)], MARGIN + 100, devices=2)
+    [[0, 2], [1]]
+    """
+    for number in range(min(devices, len(needs)), len(needs) + 1):
+        banks: list[list[int]] = [[] for _ in range(number)]
+        for i in range(len(needs)):  # the emptiest takes the next
+            min(banks, key=lambda bank: sum(needs[j].resident for j in bank)).append(i)
+        if all(bank_bytes([needs[j] for j in bank]) <= budget for bank in banks):
+            break
+    return banks
+
+
+def bank_bytes(needs: Sequence[Need]) -> int:
+    """Of a bank at its fullest: members step one after the other."""
+    return MARGIN + sum(n.resident for n in needs) + max((n.passing for n in needs), default=0)

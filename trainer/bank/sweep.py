@@ -1,0 +1,139 @@
+"""A sweep as banks: group the jobs by stream, pack the groups by memory, train one bank after another, or all at once
+on Ray."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from skipcoder import cli
+from skipcoder.errors import UserError
+from skipcoder.trainer.bank import memory
+from skipcoder.trainer.bank.bank import Outcome, refuse_shared_directories, stream_key, train_bank
+from skipcoder.trainer.config import TrainConfig
+from skipcoder.trainer.run.build import open_store
+from skipcoder.trainer.run.device import pick_device
+
+Job = tuple[TrainConfig, Path]
+
+STOPPING_SECONDS = 120
+"""What interrupted banks are given to finish a step and save."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See BankLauncherConf."""
+
+    ray: bool | None = None
+    address: str | None = None
+    memory_gib: float | None = None
+
+
+def run_sweep(jobs: Sequence[Job], settings: Settings) -> list[Outcome]:
+    """Train all jobs; outcomes in their order."""
+    several = torch.cuda.device_count() > 1 or settings.address is not None
+    refuse_shared_directories(jobs)
+    if settings.address is not None and settings.memory_gib is None:
+        raise UserError("hydra.launcher.address needs hydra.launcher.memory_gib: the memory of one of its devices")
+    if settings.ray if settings.ray is not None else several:
+        found = _on_ray(jobs, settings)
+    else:
+        banks, found = plan(jobs, settings, 1)
+        found += [outcome for bank in banks for outcome in train_bank(bank)]
+    by_directory = {outcome.directory: outcome for outcome in found}
+    return [by_directory[directory] for _, directory in jobs]
+
+
+def plan(
+    jobs: Sequence[Job], settings: Settings, devices: int, together: bool = False
+) -> tuple[list[list[Job]], list[Outcome]]:
+    """(the banks, each a list of jobs; the outcomes of those that can be in none), and say how many. `together`: all
+    banks share one memory at the same time."""
+    banks: list[list[Job]] = []
+    refused: list[Outcome] = []
+    groups: dict[object, list[Job]] = {}
+    for cfg, directory in jobs:
+        if cfg.store.path is None:
+            open_store(cfg)  # finds it, and writes the path into cfg
+        groups.setdefault(stream_key(cfg), []).append((cfg, directory))
+    for group in groups.values():
+        cfg = group[0][0]
+        try:
+            device = pick_device(cfg.train.device) if settings.address is None else "there"
+            store = open_store(cfg)
+            facts = store.hookpoints[store.hookpoint(cfg.hookpoint)]
+        except UserError:  # the bank reports it for each of its jobs
+            banks.append(group)
+            continue
+        budget = settings.memory_gib * memory.GIB if settings.memory_gib else 0.9 * memory.free_bytes(device)
+        budget /= len(groups) if together else 1
+        needs, fitting = [], []
+        for job in group:
+            need = memory.need(job[0], facts["d_in"], facts["d_out"])
+            if memory.bank_bytes([need]) <= budget:
+                needs.append(need)
+                fitting.append(job)
+                continue
+            error = UserError(
+                f"coder.width={job[0].coder.width} takes about {memory.bank_bytes([need]) / memory.GIB:.1f} GiB to "
+                f"train, {device} has {budget / memory.GIB:.1f} GiB for it; lower the width"
+            )
+            refused.append(Outcome(job[1], None, error))
+        banks += [[fitting[i] for i in bank] for bank in memory.pack(needs, budget, devices)]
+    for number, bank in enumerate(banks, 1):
+        print(f"bank {number} of {len(banks)}: {len(bank)} coder{'s' if len(bank) > 1 else ''} on one stream")
+    return banks, refused
+
+
+def _on_ray(jobs: Sequence[Job], settings: Settings) -> list[Outcome]:
+    """Every bank is a Ray task with a GPU of its own, or, where Ray has none, with an equal share of the cores."""
+    from skipcoder.cluster import cluster
+
+    with cluster(settings.address, show_output=True):
+        import ray
+
+        have = ray.cluster_resources()
+        gpus = int(have.get("GPU", 0))
+        banks, found = plan(jobs, settings, max(gpus, 1), together=not gpus)
+        gpu = min(gpus, 1)
+        cores = max(1, int(have.get("CPU", 1)) // max(1, gpus or len(banks)))
+        task = ray.remote(num_gpus=gpu, num_cpus=cores, max_retries=2)(_bank_task)
+        waiting = [task.remote(bank, None if gpu else cores, os.getcwd()) for bank in banks]
+        try:
+            for bank, one in zip(banks, waiting, strict=True):
+                try:
+                    found += ray.get(one)  # type: ignore[arg-type]
+                except ray.exceptions.RayError as error:  # a worker died, again and again
+                    found += [Outcome(directory, None, RuntimeError(str(error))) for _, directory in bank]
+        except KeyboardInterrupt:
+            for one in waiting:
+                ray.cancel(one)  # a Ctrl-C there: the bank saves and ends
+            ray.wait(waiting, num_returns=len(waiting), timeout=STOPPING_SECONDS)
+            raise
+        return found
+
+
+def _bank_task(bank: list[Job], threads: int | None, directory: str) -> list[Outcome]:
+    os.chdir(directory)  # relative paths are the driver's
+    if threads:
+        torch.set_num_threads(threads)
+    outcomes = train_bank(bank)
+    # Exceptions of libraries may not survive the way to the driver.
+    return [o if o.error is None else o._replace(error=_portable(o.error)) for o in outcomes]
+
+
+def _portable(error: Exception) -> Exception:
+    return error if isinstance(error, UserError) else RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def report_failures(failures: Sequence[tuple[str, Exception, str]]) -> None:
+    """Name every failure, (where, what, traceback if unforeseen), and leave with their exit code, if there is any."""
+    if not failures:
+        return
+    for name, error, trace in failures:
+        print(trace, file=sys.stderr, end="")
+        print(f"error: {name}: {error}", file=sys.stderr)
+    sys.exit(cli.BAD_INPUT if all(isinstance(error, UserError) for _, error, _ in failures) else cli.FAILED)

@@ -1,0 +1,19 @@
+"""TopK: the k largest latents of each token (Gao et al., arXiv 2406.04093)."""
+
+from torch import Tensor
+
+from skipcoder.kernels.encode import Codes, encode_topk
+from skipcoder.trainer.coder.activations.base import Activation, Encoder
+
+
+class TopK(Activation):
+    """The k largest latents of each token."""
+
+    name = "topk"
+    nested = True
+    k_may_vary = True
+
+    def encode(self, coder: Encoder, x_ND: Tensor, k: int | None = None) -> Codes:
+        """[N, K]."""
+        k = k or coder.cfg.k
+        return encode_topk(x_ND.to(coder.W_enc.dtype), coder.W_enc, coder.b_enc, k, coder.b_pre, coder.search)

@@ -1,0 +1,165 @@
+"""SparseCoder: one module for SAEs, transcoders and skip transcoders.
+
+    pre   = W_enc (x - b_pre) + b_enc        b_pre = b_dec for an SAE, 0 for transcoders
+    f     = activation(pre)                  top-k, group max, batch top-k or jumprelu
+    y_hat = f W_dec + W_skip x + b_dec       W_skip for skip transcoders only
+
+Legend: N tokens, K active latents, M latents, D input width, E output width.
+"""
+
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from skipcoder import hub
+from skipcoder.kernels.decode import sparse_decode
+from skipcoder.kernels.encode import Codes
+from skipcoder.kernels.preactivations import EXACT
+from skipcoder.registry import Registry
+from skipcoder.settings import typed
+from skipcoder.trainer.coder import readers
+from skipcoder.trainer.coder.activations import ACTIVATIONS, Activation
+from skipcoder.trainer.coder.files import FORMAT_VERSION, Provenance, read_coder, write_coder
+from skipcoder.trainer.config import CoderConfig, Kind
+
+
+class CoderOutput(NamedTuple):
+    """What `coder(x)` gives; leading dimensions are those of x."""
+
+    y_hat: Tensor
+    """[..., E] reconstruction (SAE) or prediction (transcoder) of the MLP side the coder writes."""
+    values: Tensor
+    """[..., K] activations of the chosen latents, 0 where fewer fire; batchtopk, jumprelu: K is the most of a token."""
+    indices: Tensor
+    """int64 [..., K] the chosen latents."""
+
+
+class SparseCoder(nn.Module):
+    """A sparse coder. Parameters are float32 and take activations as the model makes them."""
+
+    threshold: Tensor | None
+    """[M], what a pre-activation must exceed: of batchtopk outside training, of jumprelu always."""
+
+    def __init__(self, cfg: CoderConfig, d_in: int, d_out: int, seed: int = 0) -> None:
+        super().__init__()
+        if cfg.kind == Kind.sae and d_in != d_out:
+            raise ValueError(f"an SAE reconstructs what it reads, but d_in={d_in} and d_out={d_out}")
+        self.cfg, self.d_in, self.d_out = cfg, d_in, d_out
+        self.activation: Activation = ACTIVATIONS[cfg.activation]
+        self.activation.check(cfg)
+        self.meta: Provenance = {}
+        self.search = EXACT
+        """How the encoder finds latents; in a mode other than float32 the skip's product is bfloat16."""
+        bound = d_in**-0.5
+        generator = torch.Generator().manual_seed(seed)
+        self.W_enc = nn.Parameter(torch.rand(cfg.width, d_in, generator=generator) * 2 * bound - bound)
+        self.b_enc = nn.Parameter(torch.zeros(cfg.width))
+        if cfg.kind == Kind.sae:
+            self.W_dec = nn.Parameter(nn.functional.normalize(self.W_enc.detach(), dim=1))
+        else:
+            self.W_dec = nn.Parameter(torch.zeros(cfg.width, d_out))
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
+        self.W_skip = nn.Parameter(torch.zeros(d_out, d_in)) if cfg.kind == Kind.skip_transcoder else None
+        self.activation.attach(self)
+        if not hasattr(self, "threshold"):
+            self.threshold = None
+
+    @torch.no_grad()
+    def init_biases(self, mean_x_D: Tensor, mean_y_E: Tensor) -> None:
+        """Start as the constant function mean(y), with the encoder centred on mean(x)."""
+        self.b_dec.copy_(mean_y_E)
+        if self.cfg.kind != Kind.sae:  # an SAE is centred by b_pre = b_dec
+            self.b_enc.copy_(-self.W_enc @ mean_x_D.to(self.W_enc))
+
+    @property
+    def b_pre(self) -> Tensor | None:
+        """What the encoder subtracts from its input."""
+        return self.b_dec if self.cfg.kind == Kind.sae else None
+
+    def encode(self, x_ND: Tensor, k: int | None = None) -> Codes:
+        """Values and indices of the active latents of each token (K of them, or `k`)."""
+        return self.activation.encode(self, x_ND, k)
+
+    def rescale(self, s_in: float, s_out: float) -> None:
+        """Change the weights so that coder(s_in x) becomes s_out times what coder(x) was (fold.py)."""
+        self.W_enc.div_(s_in)
+        self.W_dec.mul_(s_out)
+        self.b_dec.mul_(s_out)
+        if self.W_skip is not None:
+            self.W_skip.mul_(s_out / s_in)
+
+    def decode(self, codes: Codes, x_ND: Tensor) -> Tensor:
+        """[N, E]: the sparse part, plus bias, plus the skip of `x_ND`."""
+        return sparse_decode(codes, self.W_dec, self.affine(x_ND))
+
+    def affine(self, x_ND: Tensor) -> Tensor:
+        """What the latents are added to: b_dec [E], or with a skip W_skip x + b_dec [N, E]."""
+        if self.W_skip is None:
+            return self.b_dec
+        dtype = self.W_skip.dtype if self.search.is_exact else torch.bfloat16
+        return (x_ND.to(dtype) @ self.W_skip.to(dtype).T).to(self.b_dec.dtype) + self.b_dec
+
+    def forward(self, x: Tensor) -> CoderOutput:
+        """Encode and decode activations [..., D]."""
+        x_ND = x.reshape(-1, self.d_in)
+        codes = self.encode(x_ND)
+        lead, (values, indices) = x.shape[:-1], codes.padded()
+        y_hat = self.decode(codes, x_ND).view(*lead, self.d_out)
+        k = values.shape[1]
+        return CoderOutput(y_hat, values.view(*lead, k), indices.view(*lead, k))
+
+    def skip_only(self, x: Tensor) -> Tensor:
+        """[..., E]: the prediction with every latent at 0 (the affine part of a skip transcoder)."""
+        if self.W_skip is None:
+            return self.b_dec.expand(*x.shape[:-1], self.d_out)
+        return x.to(self.W_skip.dtype) @ self.W_skip.T + self.b_dec
+
+    def save(self, folder: Path) -> None:
+        """Write coder.safetensors and coder.json."""
+        asked = {key: value.value if isinstance(value, Enum) else value for key, value in vars(self.cfg).items()}
+        description: Any = {
+            "format_version": FORMAT_VERSION,
+            **asked,
+            "d_in": self.d_in,
+            "d_out": self.d_out,
+            "dtype": "float32",
+            "subtract_decoder_bias": self.cfg.kind == Kind.sae,
+            **self.meta,
+        }
+        write_coder(folder, {name: t.detach().contiguous() for name, t in self.state_dict().items()}, description)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SparseCoder":
+        """Load a run directory, its checkpoint/ folder, or a folder that holds coder.safetensors."""
+        tensors, description = read_coder(Path(path))
+        facts: dict[str, Any] = dict(description)
+        fields = {field: facts.pop(field) for field in CoderConfig.__dataclass_fields__}
+        coder = make_coder(typed(OmegaConf.create(fields), CoderConfig), facts.pop("d_in"), facts.pop("d_out"))
+        coder.load_state_dict(tensors)
+        for key in ("format_version", "dtype", "subtract_decoder_bias"):
+            del facts[key]
+        coder.meta = cast(Provenance, facts)
+        return coder.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str, revision: str | None = None, subfolder: str | None = None, **options: Any
+    ) -> "SparseCoder":
+        """Load a coder of a folder, or of ORG/NAME on the Hugging Face Hub, in any format that can be imported
+        (docs/formats.md); `options` are those of the format."""
+        coder = readers.read(hub.folder_of(name, revision, subfolder), **options)
+        assert isinstance(coder, SparseCoder)
+        return coder
+
+
+KINDS: Registry[type[SparseCoder]] = Registry("coder.kind", dict.fromkeys(Kind, SparseCoder))
+"""The class of each kind of coder; all but SAEs read an MLP's input and write its output."""
+
+
+def make_coder(cfg: CoderConfig, d_in: int, d_out: int, seed: int = 0) -> SparseCoder:
+    """A new coder; `seed` is that of its initialisation."""
+    return KINDS[cfg.kind](cfg, d_in, d_out, seed)

@@ -1,0 +1,61 @@
+"""Which precision finds the latents in training, and whether it finds the right ones.
+
+Legend: N tokens, K active latents, D input width.
+"""
+
+import torch
+from torch import Tensor
+
+from skipcoder.kernels.preactivations import Search
+from skipcoder.pipeline.store.stats import Moments
+from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.config import EncodeConfig
+
+SAMPLE = 64
+"""Tokens on which recall is measured."""
+
+_MORE_EXACT = {"scout": "bfloat16", "bfloat16": "float32"}
+
+
+def make_search(cfg: EncodeConfig, x: Moments, s_in: float, device: str) -> Search:
+    """How a run that reads inputs x / s_in searches for latents."""
+    mean = torch.from_numpy(x.mean / s_in).float()
+    # The root of each dimension's standard deviation halves, on a log scale, what dimensions differ by, in the inputs
+    # and, the other way round, in the weights.
+    spread = torch.from_numpy((x.variance / s_in**2) ** 0.25).float()
+    spread = (spread / spread.mean()).clamp_min(1e-3)
+    return Search(
+        cfg.mode.value if cfg.mode else fastest_mode(device), cfg.nominated or 1.25, cfg.chunk_elements,
+        mean.to(device), spread.to(device),
+    )  # fmt: skip
+
+
+def fastest_mode(device: str) -> str:
+    """The mode that benchmarks/train_step.py found fastest on a machine with these instructions; on CUDA bfloat16,
+    as none has been measured yet."""
+    if device.startswith("cuda"):
+        return "bfloat16"
+    has = torch.cpu.get_capabilities()
+    if has.get("avx512_vnni"):
+        return "scout"
+    return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
+
+
+@torch.no_grad()
+def recall(coder: SparseCoder, x_ND: Tensor, tokens: int = SAMPLE) -> float:
+    """Share of the float32 choice of latents (those with values above 0) that the coder's search chooses, on the
+    first tokens of a batch; 1 if there is nothing to choose."""
+    x_ND = x_ND[:tokens]
+    search = coder.search
+    chosen = coder.encode(x_ND)
+    coder.search = search._replace(mode="float32")
+    exact = coder.encode(x_ND)
+    coder.search = search
+    wanted, had = (c.token * coder.cfg.width + c.indices for c in (exact, chosen))
+    positive = exact.values > 0
+    return float(torch.isin(wanted, had)[positive].double().mean()) if positive.any() else 1.0
+
+
+def more_exact(search: Search) -> Search:
+    """The search to fall back to."""
+    return search._replace(mode=_MORE_EXACT[search.mode])

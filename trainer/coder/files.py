@@ -1,0 +1,123 @@
+"""The files of a coder, coder.safetensors and coder.json (docs/formats.md): their types, writing and reading."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import load as safetensors_load
+from safetensors.torch import save as safetensors_save
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from skipcoder.errors import UserError
+from skipcoder.files import write_atomically
+from skipcoder.pipeline.model.load import ModelIdentity
+from skipcoder.records import checked
+
+FORMAT_VERSION = 1
+TENSORS = "coder.safetensors"
+DESCRIPTION = "coder.json"
+
+
+class SiteFacts(TypedDict):
+    """A place in a model: the `input` or `output` of a module."""
+
+    module: str
+    side: str
+
+
+class FilterFacts(TypedDict):
+    """The positions that training left out."""
+
+    first_positions: int
+    special_tokens: bool
+
+
+class DataFacts(TypedDict, total=False):
+    """The activations that a coder was trained on."""
+
+    store_identity: str
+    source: dict[str, Any]
+    """The configuration of the text."""
+    filter: FilterFacts
+    train_tokens: int | None
+
+
+class ScaleFacts(TypedDict):
+    """What training divided activations by."""
+
+    input: float
+    output: float
+    folded: bool
+    """Whether the weights take raw activations (always, in our files)."""
+
+
+class Provenance(TypedDict, total=False):
+    """Where a coder comes from and where it attaches. A coder that is made by hand has none of it."""
+
+    model: ModelIdentity
+    hookpoint: str
+    read: SiteFacts
+    write: SiteFacts
+    data: DataFacts
+    scales: ScaleFacts
+    seed: int
+    imported: dict[str, Any]
+    """Of a coder from another tool's files: the format, and what those files say."""
+
+
+class Description(Provenance):
+    """coder.json: the coder's configuration, its widths, and its provenance."""
+
+    format_version: int
+    kind: str
+    k: int
+    width: int
+    activation: str
+    prefixes: list[int] | None
+    side: str
+    normalize_decoder: bool
+    skip_init: str | None
+    d_in: int
+    d_out: int
+    dtype: str
+    subtract_decoder_bias: bool
+
+
+class Loaded(NamedTuple):
+    """What the files of a coder hold."""
+
+    tensors: dict[str, Tensor]
+    description: Description
+
+
+def write_coder(folder: Path, tensors: dict[str, Tensor], description: Description) -> None:
+    """Write both files. The tensors carry the description too, so that the pair can never be read half old, half
+    new."""
+    text = json.dumps(description, indent=2)
+    write_atomically(folder / TENSORS, safetensors_save(tensors, {DESCRIPTION: text}))
+    write_atomically(folder / DESCRIPTION, text.encode())
+
+
+def read_coder(path: Path) -> Loaded:
+    """What `write_coder` wrote; `path` may be the run, its checkpoint folder or the folder itself.
+
+    Raises UserError where there is no coder, or one that is damaged or of another version, naming the field at fault.
+    """
+    for folder in (path / "checkpoint", path):
+        file = folder / TENSORS
+        if file.is_file():
+            break
+    else:
+        raise UserError(f"no {TENSORS} in {path} or {path / 'checkpoint'}; has this run been trained to its end?")
+    try:
+        content = file.read_bytes()
+        tensors = safetensors_load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        description = json.loads(header["__metadata__"][DESCRIPTION])
+    except Exception as error:  # safetensors raises its own type, json and KeyError others
+        raise UserError(f"{file} is damaged or not a skipcoder checkpoint ({error})") from None
+    if not isinstance(description, dict) or description.get("format_version") != FORMAT_VERSION:
+        version = description.get("format_version") if isinstance(description, dict) else None
+        raise UserError(f"{file} has format version {version}, this skipcoder reads {FORMAT_VERSION}")
+    return Loaded(tensors, checked(Description, description, f"{file}: {DESCRIPTION}", "train or import it again"))

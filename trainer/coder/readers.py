@@ -1,0 +1,62 @@
+"""Coders from folders: the formats that can be read, by name.
+
+Each format is a module (trainer/formats/ has the built-in ones) with `MARK`, the glob by which its folders are known,
+and `read(folder, ...)`. The modules know coders, and coders find them through this table alone.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from skipcoder.errors import UserError
+from skipcoder.registry import Registry
+
+
+class Reader(Protocol):
+    """A format that coders can be read from."""
+
+    MARK: str
+
+    def read(self, folder: Path, **options: Any) -> nn.Module:
+        """The coder in a folder; UserError for one that we have no words for."""
+
+
+class _Module:
+    """A format's module, imported when it is first used."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(import_module(self._name), attribute)
+
+
+_BUILT_IN = ("plain", "sparsify", "saelens", "circuit_tracer", "gemma_scope")
+READERS: Registry[Reader] = Registry(
+    "format", {name: _Module(f"skipcoder.trainer.formats.{name}") for name in _BUILT_IN}
+)
+
+
+def detect(folder: Path) -> str:
+    """The format of a folder's files; UserError where it is none that is known."""
+    for name, reader in READERS.items():
+        if any(folder.glob(reader.MARK)):
+            return name
+    marks = ", ".join(f"{reader.MARK} ({name})" for name, reader in READERS.items())
+    raise UserError(f"{folder} holds no coder; looked for {marks}")
+
+
+def read(folder: Path, format: str | None = None, **options: Any) -> nn.Module:
+    """The coder in a folder, ready to use; `options` are those of the format's own `read`."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such directory")
+    name = format or detect(folder)
+    reader = READERS[name]
+    try:
+        return reader.read(folder, **options).requires_grad_(False).eval()
+    except TypeError as error:
+        if "unexpected keyword" in str(error) or "required keyword" in str(error):
+            raise UserError(f"format={name}: {error}") from None
+        raise

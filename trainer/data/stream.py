@@ -1,0 +1,193 @@
+"""Shuffled batches of activation pairs from a store.
+
+The mental model: an epoch is a list of chunks (`order.epoch_order`); every `pool_chunks` of them form a block; a
+block is read, filtered, permuted as a whole and drained into batches. A batch may span two blocks, never two
+epochs. Three integers, (epoch, block, offset), say where the next token is; resuming reads one block.
+
+Two threads run ahead: one decodes the next block, straight into its place in memory, and one gathers the next batch and
+sends it to the device.
+
+Legend: B tokens of a batch, D input width, E output width.
+"""
+
+import hashlib
+import json
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from skipcoder.errors import UserError
+from skipcoder.pipeline.store.commit import SIDES
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.data.ahead import ahead
+from skipcoder.trainer.data.batch import Assembly, Batch, BatchLayout
+from skipcoder.trainer.data.filter import USUAL, TokenFilter
+from skipcoder.trainer.data.order import block_permutation, epoch_order
+from skipcoder.trainer.data.pool import KEEP_BYTES, Chunk, Columns, Pool
+
+POOL_BYTES = 2**29
+"""Pairs that are shuffled together by default. A reader holds three times as much. With more text the batches would be
+better mixed, benchmarks/README.md says how much."""
+
+
+class Position(TypedDict):
+    """Where a stream stands, as a checkpoint keeps it."""
+
+    epoch: int
+    block: int
+    offset: int
+    layout: str
+    """Hash of everything else that decides which tokens come next."""
+
+
+class _Block(NamedTuple):
+    epoch: int
+    number: int
+    is_last: bool
+    columns: Columns
+    shuffle: Tensor
+    """The rows that are served, in their order."""
+
+
+class ActivationStream:
+    """Endless (or `epochs` long) stream of batches. The order depends on (seed, epoch, layout) alone.
+
+    Several hookpoints come aligned: each batch holds the same tokens of all of them. batch_tokens counts over all
+    ranks; rank r gets rows r::world_size of each global batch, and the last batch of an epoch is short.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        hookpoint: str | Sequence[str],
+        batch_tokens: int,
+        *,
+        seed: int = 0,
+        split: str = "train",
+        filter: TokenFilter = USUAL,
+        rank: int = 0,
+        world_size: int = 1,
+        pool_chunks: int | None = None,
+        epochs: int | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        asked = [hookpoint] if isinstance(hookpoint, str) else list(hookpoint)
+        if not asked:
+            raise UserError("a stream needs at least one hookpoint")
+        self.store, self.filter = store, filter
+        self.hookpoints = [store.hookpoint(name) for name in asked]
+        self.batch_tokens, self.seed, self.epochs = batch_tokens, seed, epochs
+        self.rank, self.world_size = rank, world_size
+        self.device, self.dtype = torch.device(device), dtype
+        if self.device.type == "cuda" and self.device.index is None:  # the current device is each thread's own
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.chunks = [
+            Chunk(unit, start, min(start + store.chunk_rows, stop))
+            for unit in store.split(split)
+            for begin, stop in [store.unit_range(unit)]
+            for start in range(begin, stop, store.chunk_rows)
+        ]
+        self.tokens = sum(chunk.stop - chunk.start for chunk in self.chunks)
+        if epochs is None and batch_tokens > self.tokens:
+            raise UserError(
+                f"train.batch_tokens={batch_tokens} is more than the {self.tokens:,} training tokens of {store.place}"
+            )
+        self.epoch = self.block = self.offset = 0
+        self.widths = [store.width(name, side) for name in self.hookpoints for side in SIDES]
+        pair_bytes = 2 * sum(self.widths)
+        self.pool_chunks = pool_chunks or max(1, POOL_BYTES // (pair_bytes * store.chunk_rows))
+        keep = epochs != 1 and self.tokens * pair_bytes <= KEEP_BYTES
+        self._pool = Pool(store, self.hookpoints, self.chunks, filter, self.pool_chunks, keep)
+
+    # ---- position ---------------------------------------------------------------------------------
+
+    def layout_hash(self) -> str:
+        """Of everything but the position that decides which tokens come next."""
+        facts = {
+            "identity": self.store.attrs["identity_hash"],
+            "chunks": self.chunks,
+            "hookpoints": self.hookpoints,
+            "filter": asdict(self.filter),
+            "order": [self.seed, self.pool_chunks, self.batch_tokens],
+        }
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+    def state_dict(self) -> Position:
+        """Where the next batch begins."""
+        return {"epoch": self.epoch, "block": self.block, "offset": self.offset, "layout": self.layout_hash()}
+
+    def beginning(self) -> Position:
+        """Where the first batch begins."""
+        return {"epoch": 0, "block": 0, "offset": 0, "layout": self.layout_hash()}
+
+    def load_state_dict(self, state: Position) -> None:
+        """Go to a position that `state_dict` gave. UserError if the layout is another."""
+        if state["layout"] != self.layout_hash():
+            raise UserError(
+                f"the stream of {self.store.place} has changed since this run was saved "
+                "(more tokens in the store, or another filter, seed, pool or batch size); start a new run"
+            )
+        self.epoch, self.block, self.offset = state["epoch"], state["block"], state["offset"]
+
+    # ---- batches ----------------------------------------------------------------------------------
+
+    def __iter__(self) -> Generator[Batch]:
+        batches = ahead(self._batches())
+        try:
+            for batch, (self.epoch, self.block, self.offset) in batches:
+                yield batch
+        finally:
+            batches.close()
+
+    def _new_batch(self) -> Assembly:
+        most = -(-min(self.batch_tokens, self.tokens) // self.world_size)
+        layout = BatchLayout(self.hookpoints, self.widths, self.rank, self.world_size, self.device, self.dtype)
+        return Assembly(layout, most)
+
+    def _batches(self) -> Generator[tuple[Batch, tuple[int, int, int]]]:
+        """Batches, each with the position after it."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        epoch, number, offset = self.epoch, self.block, self.offset
+        batch, seen = self._new_batch(), False
+        blocks = ahead(self._blocks())
+        try:
+            for block in blocks:
+                size = len(block.shuffle)
+                seen = seen or size > 0
+                after = (block.epoch + 1, 0) if block.is_last else (block.epoch, block.number + 1)
+                while offset < size:
+                    stop = min(offset + self.batch_tokens - batch.tokens, size)
+                    batch.add(block.columns, block.shuffle[offset:stop])
+                    offset = stop
+                    if batch.tokens == self.batch_tokens:
+                        yield batch.done(), ((*after, 0) if stop == size else (epoch, number, stop))
+                        batch = self._new_batch()
+                if block.is_last and batch.tokens:
+                    yield batch.done(), (*after, 0)
+                    batch = self._new_batch()
+                (epoch, number), offset = after, 0
+                self._pool.release(block.columns)
+                if block.is_last and not seen:
+                    raise UserError(f"{self.store.place}: the stream's filter leaves no token ({self.filter})")
+        finally:
+            blocks.close()
+
+    def _blocks(self) -> Generator[_Block]:
+        epoch, number = self.epoch, self.block
+        with ThreadPoolExecutor(self.store.place.parallel) as threads:
+            while self.epochs is None or epoch < self.epochs:
+                order = epoch_order(self.seed, epoch, [chunk.unit for chunk in self.chunks])
+                last = -(-len(order) // self.pool_chunks) - 1
+                for block in range(number, last + 1):
+                    chosen = order[block * self.pool_chunks : (block + 1) * self.pool_chunks].tolist()
+                    columns, rows = self._pool.read(chosen, threads)
+                    shuffle = torch.from_numpy(rows[block_permutation(self.seed, epoch, block, len(rows))])
+                    yield _Block(epoch, block, block == last, columns, shuffle)
+                epoch, number = epoch + 1, 0

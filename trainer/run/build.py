@@ -1,0 +1,95 @@
+"""Build what a run needs: the store, the stream, and a learner that starts from the store's statistics."""
+
+from pathlib import Path
+
+from skipcoder.errors import UserError
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.coder.activations import ACTIVATIONS
+from skipcoder.trainer.coder.coder import KINDS
+from skipcoder.trainer.config import Kind, SkipInit, TrainConfig
+from skipcoder.trainer.data.filter import TokenFilter
+from skipcoder.trainer.data.ranks import ALONE, Ranks
+from skipcoder.trainer.data.stream import ActivationStream
+from skipcoder.trainer.step.learner import Learner, sides
+from skipcoder.trainer.step.skip_init import TOKENS_PER_DIMENSION, ridge
+
+
+def check(cfg: TrainConfig, ranks: int = 1) -> None:
+    """UserError for a kind or activation that is unknown, or that cannot do what the configuration asks of it."""
+    KINDS[cfg.coder.kind]
+    activation = ACTIVATIONS[cfg.coder.activation]
+    activation.check(cfg.coder)
+    activation.check_training(cfg, ranks)
+
+
+def open_store(cfg: TrainConfig) -> ActivationStore:
+    """The complete store that the configuration means; its path is written into the configuration."""
+    cfg.store.path = store_path(cfg.store.path)
+    store = ActivationStore.open(cfg.store.path)
+    if not store.is_complete:
+        raise UserError(
+            f"{store.place} has only {len(store.units)} of its units; finish it: run the same capture command again"
+        )
+    return store
+
+
+def token_filter(cfg: TrainConfig) -> TokenFilter:
+    """The positions that training leaves out."""
+    return TokenFilter(cfg.stream.first_positions, cfg.stream.special_tokens)
+
+
+def make_stream(cfg: TrainConfig, store: ActivationStore, device: str, ranks: Ranks = ALONE) -> ActivationStream:
+    """The configured stream of training tokens."""
+    return ActivationStream(
+        store,
+        store.hookpoint(cfg.hookpoint),
+        cfg.train.batch_tokens,
+        seed=cfg.stream.seed,
+        filter=token_filter(cfg),
+        rank=ranks.rank,
+        world_size=ranks.size,
+        pool_chunks=cfg.stream.pool_chunks,
+        device=device,
+    )
+
+
+def make_learner(
+    cfg: TrainConfig,
+    store: ActivationStore,
+    hookpoint: str,
+    steps: int,
+    device: str,
+    fresh: bool = True,
+    ranks: Ranks = ALONE,
+) -> Learner:
+    """A learner; a `fresh` one starts from the statistics of the store's training units."""
+    kept = token_filter(cfg)
+    x, y = (store.moments(hookpoint, side, positions=kept.classes) for side in sides(cfg.coder))
+    learner = Learner(cfg, x, y, steps, device, ranks)
+    if fresh and cfg.coder.kind == Kind.skip_transcoder and _starts_from_ridge(cfg, x.count, len(x.mean)):
+        if ranks.is_main:
+            learner.start_skip(*ridge(store, hookpoint, kept))
+        assert learner.coder.W_skip is not None
+        ranks.share(learner.coder.W_skip.data, learner.coder.b_dec.data)
+    return learner
+
+
+def _starts_from_ridge(cfg: TrainConfig, tokens: int, d_in: int) -> bool:
+    if cfg.coder.skip_init is not None:
+        return cfg.coder.skip_init is SkipInit.ridge
+    if tokens < TOKENS_PER_DIMENSION * d_in:
+        wanted = TOKENS_PER_DIMENSION * d_in
+        print(f"the skip starts from zero: ridge would need {wanted:,} training tokens, not {tokens:,}")
+        return False
+    return True
+
+
+def store_path(asked: str | None) -> str:
+    """The asked store; without a wish the only one under stores/."""
+    if asked is not None:
+        return asked
+    found = sorted(Path("stores").glob("*.zarr"))
+    if len(found) == 1:
+        return str(found[0])
+    have = f"stores/ holds {', '.join(p.name for p in found)}" if found else "there is none under stores/"
+    raise UserError(f"store.path is not set and {have}; set it, or capture with: python pipeline/cache.py")

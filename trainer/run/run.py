@@ -1,0 +1,206 @@
+"""A run's directory: config.yaml, metrics.jsonl, checkpoint/ and, once it is finished, summary.json."""
+
+import glob
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NotRequired
+
+from natsort import natsorted
+from omegaconf import OmegaConf
+from typing_extensions import TypedDict
+
+from skipcoder.errors import UserError
+from skipcoder.files import write_atomically
+from skipcoder.pipeline.model.sites import Site
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.records import checked
+from skipcoder.settings import differences
+from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.coder.files import TENSORS
+from skipcoder.trainer.data.filter import TokenFilter
+from skipcoder.trainer.run.checkpoint import FOLDER
+
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+
+# What may differ between a run and its resumption: it does not change what is learned.
+_FREE_KEYS = ("run", "train.device", "train.threads", "train.save_every", "train.tensorboard", "train.wandb")
+
+
+class Summary(TypedDict):
+    """summary.json: what was trained, and how it ended. Imported coders and controls know less of themselves."""
+
+    kind: str
+    k: int
+    width: int
+    activation: NotRequired[str]
+    side: NotRequired[str]
+    hookpoint: str
+    model: str
+    seed: int | None
+    train_tokens: int | None
+    steps: NotRequired[int]
+    train_fvu: NotRequired[float]
+    held_out_fvu: NotRequired[float | None]
+    l0: NotRequired[float]
+    dead: NotRequired[int]
+    encode_mode: NotRequired[str]
+    seconds: float | None
+
+
+class MetricsLine(TypedDict):
+    """A line of metrics.jsonl: means since the last line. The loss's other terms stand beside these."""
+
+    step: int
+    tokens: int
+    fvu: float
+    """Of the batches, against the variance of the training units."""
+    l0: float
+    grad_norm: float
+    dead: int
+    density: dict[str, float]
+    encode_mode: str
+    recall: float
+    lr: float
+    ms: dict[str, float]
+    seconds: float
+    held_out_fvu: NotRequired[float]
+
+
+class RunDirectory:
+    """Reads and writes the files of a run but its checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def refuse_other(self, cfg: Any) -> None:
+        """UserError naming the keys in which the run that is here was configured otherwise."""
+        if not (self.path / CONFIG).exists():
+            return
+        then, now = (OmegaConf.to_container(c, enum_to_str=True) for c in (self.config(), OmegaConf.structured(cfg)))
+        facts = differences(then, now, ignore=_FREE_KEYS)
+        if facts:
+            raise UserError(f"{self.path} holds another run ({facts}); choose another directory, or delete it")
+
+    def config(self) -> Any:
+        """config.yaml as OmegaConf reads it."""
+        return OmegaConf.load(self.path / CONFIG)
+
+    def write_config(self, cfg: Any) -> None:
+        """Write config.yaml."""
+        write_atomically(self.path / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(cfg)).encode())
+
+    @property
+    def summary(self) -> Summary | None:
+        """The summary of a finished run, None of another; UserError where it is damaged."""
+        file = self.path / SUMMARY
+        if not file.exists():
+            return None
+        try:
+            found = json.loads(file.read_text())
+        except ValueError as error:
+            raise UserError(f"{file} is damaged ({error}); delete it and run the same command again") from None
+        return checked(Summary, found, str(file), "delete it and run the same command again")
+
+    def write_summary(self, summary: Summary) -> None:
+        """Write summary.json, which says that the run is finished."""
+        write_atomically(self.path / SUMMARY, json.dumps(summary, indent=2).encode())
+
+    @property
+    def metrics(self) -> list[MetricsLine]:
+        """The lines of metrics.jsonl, up to one that a kill has cut."""
+        lines: list[MetricsLine] = []
+        file = self.path / METRICS
+        if not file.exists():
+            return lines
+        for number, text in enumerate(file.read_text().splitlines(), 1):
+            try:
+                line = json.loads(text)
+            except ValueError:
+                break
+            lines.append(checked(MetricsLine, line, f"{file}, line {number}", "delete the file; only plots need it"))
+        return lines
+
+    def write_metrics(self, lines: list[MetricsLine]) -> None:
+        """Replace metrics.jsonl; no lines: remove it."""
+        if not lines:
+            (self.path / METRICS).unlink(missing_ok=True)
+            return
+        write_atomically(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def append_metrics(self, line: MetricsLine) -> None:
+        """Add a line to metrics.jsonl."""
+        with (self.path / METRICS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run."""
+
+    path: Path
+    summary: Summary
+    coder: SparseCoder
+    store_path: str
+    is_control: bool = False
+    """No trained coder, but something that answers as one (controls.py)."""
+
+    @classmethod
+    def open(cls, path: Path) -> "Run":
+        """Read a run directory; UserError says what is missing."""
+        if not path.is_dir():
+            raise UserError(f"run={path}: no such directory")
+        coder, directory = SparseCoder.load(path), RunDirectory(path)
+        summary = directory.summary
+        for name, missing in ((SUMMARY, summary is None), (CONFIG, not (path / CONFIG).exists())):
+            if missing:
+                raise UserError(f"{path} is no finished run ({name} is missing); train it to its end")
+        assert summary is not None
+        return cls(path, summary, coder, str(directory.config().store.path))
+
+    @cached_property
+    def configuration(self) -> str:
+        """A fingerprint of all that was asked of the training but its seed and its place."""
+        if self.is_control:
+            return str(self.path)
+        asked = OmegaConf.to_container(RunDirectory(self.path).config())
+        assert isinstance(asked, dict)
+        text = json.dumps({key: value for key, value in asked.items() if key not in ("seed", "run")}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def check(self, store: ActivationStore) -> None:
+        """UserError if the run is of another capture than the store holds."""
+        if self.coder.meta["hookpoint"] not in store.hookpoints:
+            raise UserError(f"{self.path} was trained on {self.coder.meta['hookpoint']}, which {store.place} lacks")
+        if self.coder.meta["data"]["store_identity"] != store.attrs["identity_hash"]:
+            raise UserError(f"{self.path} was trained on another capture than {store.place} now holds")
+
+    @cached_property
+    def weights(self) -> str:
+        """A fingerprint of the coder's file."""
+        return hashlib.sha256((self.path / FOLDER / TENSORS).read_bytes()).hexdigest()[:16]
+
+    @property
+    def filter(self) -> TokenFilter:
+        """The positions this coder was trained on."""
+        return TokenFilter(**self.coder.meta["data"]["filter"])
+
+    @property
+    def read(self) -> Site:
+        """Where the coder reads."""
+        return Site(**self.coder.meta["read"])
+
+    @property
+    def write(self) -> Site:
+        """Where the coder writes."""
+        return Site(**self.coder.meta["write"])
+
+
+def find_runs(pattern: str) -> list[Path]:
+    """Run directories that the glob matches, in natural order; UserError where there is none."""
+    found = [Path(p) for p in natsorted(glob.glob(pattern)) if (Path(p) / CONFIG).is_file()]
+    if not found:
+        raise UserError(f"runs={pattern!r} matches no run directory (one that holds {CONFIG})")
+    return found

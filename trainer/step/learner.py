@@ -1,0 +1,228 @@
+"""One coder in training: parameters, optimiser, schedule and dead-latent counts, and the step that moves them.
+
+Legend: B tokens of a batch, M latents, E output width.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipcoder.pipeline.store.stats import Moments
+from skipcoder.trainer.coder.activations.base import Step
+from skipcoder.trainer.coder.coder import SparseCoder, make_coder
+from skipcoder.trainer.coder.encoding import make_search, more_exact, recall
+from skipcoder.trainer.coder.fold import fold, power_of_two_scale
+from skipcoder.trainer.config import CoderConfig, Kind, Side, TrainConfig
+from skipcoder.trainer.data.ranks import ALONE, Ranks
+from skipcoder.trainer.step.clock import Clock
+from skipcoder.trainer.step.losses import Losses, losses
+from skipcoder.trainer.step.optimisers import build_optimiser, schedule
+
+DENSITY_TOKENS = 2**20
+DENSE = 0.1
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What the trainer divides activations by, and the variance that its loss is measured in."""
+
+    s_in: float
+    s_out: float
+    variance: float
+    """Total variance of a target token of the training units, raw units squared."""
+
+
+class Learner:
+    """Trains one coder on batches of raw activation pairs; knows nothing of files or sweeps."""
+
+    def __init__(self, cfg: TrainConfig, x: Moments, y: Moments, steps: int, device: str, ranks: Ranks = ALONE) -> None:
+        """`x` and `y`: moments of the side read and the side written, over the training units."""
+        self.cfg, self.steps, self.step_number, self.tokens, self.ranks = cfg, steps, 0, 0, ranks
+        self.unit_norm = cfg.coder.kind == Kind.sae and cfg.coder.normalize_decoder
+        self.sides = sides(cfg.coder)
+        self.scales = Scales(
+            power_of_two_scale(x.mean_square), power_of_two_scale(y.mean_square), float(y.variance.sum())
+        )
+        self.coder = make_coder(cfg.coder, len(x.mean), len(y.mean), cfg.seed).to(device)
+        self.activation = self.coder.activation
+        s = self.scales
+        self.coder.search = make_search(cfg.encode, x, s.s_in, device)
+        self.recall = 1.0
+        self.clock = Clock(device)
+        self.coder.init_biases(torch.from_numpy(x.mean / s.s_in), torch.from_numpy(y.mean / s.s_out))
+        self.optimiser = build_optimiser(cfg.optim, self.coder)
+        self.since_fired_M = torch.zeros(cfg.coder.width, dtype=torch.int64, device=device)
+        self.density_M = torch.zeros(cfg.coder.width, device=device)
+        """How often each latent fires per token: the mean so far, later with a memory of DENSITY_TOKENS."""
+        self.dead_tokens = cfg.train.dead_tokens or min(10_000_000, max(1, cfg.train.tokens // 4))
+
+    @torch.no_grad()
+    def start_skip(self, W_ED: Tensor, b_E: Tensor) -> None:
+        """Start from the affine map y = W x + b of raw activations (before the first step)."""
+        assert self.coder.W_skip is not None
+        self.coder.W_skip.copy_(W_ED * (self.scales.s_in / self.scales.s_out))
+        self.coder.b_dec.copy_(b_E / self.scales.s_out)
+
+    def step(self, x: Tensor, y: Tensor, batch_tokens: int) -> dict[str, Tensor]:
+        """One optimiser step on this rank's raw pairs. Returns 0-d tensors, so that nothing waits for the device:
+        `fvu` (against the training units' variance) and the loss's other terms, `l0`, `grad_norm`."""
+        self.clock.start()
+        x, y = self._scaled(x, y)
+        if self.step_number % self.cfg.train.log_every == 0:
+            self._check_recall(x)
+        if self.step_number == 0:
+            self.activation.begin(self.coder, self.ranks.gather(x), self.k)
+        parts, fired_M = self._backward(x, y, batch_tokens)
+        if self.unit_norm:
+            remove_parallel_gradient(self.coder.W_dec)
+        norm = torch.nn.utils.clip_grad_norm_(self.coder.parameters(), self.cfg.optim.clip)
+        self.optimiser.step(schedule(self.cfg.optim, self.step_number, self.steps))
+        if self.unit_norm:
+            for W_dec in self.optimiser.copies(self.coder.W_dec):
+                normalise_rows(W_dec)
+        self.since_fired_M += batch_tokens
+        self.since_fired_M[fired_M > 0] = 0
+        weight = max(batch_tokens / (self.tokens + batch_tokens), min(batch_tokens / DENSITY_TOKENS, 1.0))
+        self.density_M.lerp_(fired_M / batch_tokens, weight)
+        self.step_number += 1
+        self.tokens += batch_tokens
+        self.clock.lap("optimiser")
+        return {**parts, "l0": fired_M.sum() / batch_tokens, "grad_norm": norm}
+
+    def _backward(self, x: Tensor, y: Tensor, batch_tokens: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients, the loss's terms and how often each latent fired [M], over all micro-batches and ranks."""
+        parts: dict[str, Tensor] = {}
+        fired_M = torch.zeros_like(self.since_fired_M)
+        step = self.activation.step(self.coder, self.k, self.ranks)
+        pieces = min(self.cfg.train.micro_batches, max(len(x), 1))
+        for x_part, y_part in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
+            loss = self.losses(step, x_part, y_part, batch_tokens)
+            step.backward(batch_tokens)
+            loss.total.backward()
+            for name, term in loss.parts.items():
+                parts[name] = parts.get(name, 0) + term.detach()
+            fired_M += torch.bincount(loss.codes.indices[loss.codes.values > 0], minlength=len(fired_M))
+            self.clock.lap("backward")
+        of_batch = step.finish(self.cfg.loss.l0, self.step_number == 0)
+        self.ranks.sum(*(p.grad for p in self.coder.parameters() if p.grad is not None), *parts.values(), fired_M)
+        return parts | of_batch, fired_M
+
+    def losses(self, step: Step, x: Tensor, y: Tensor, batch_tokens: int) -> Losses:
+        """The losses of scaled pairs that are part of a global batch."""
+        dead_M = (self.since_fired_M >= self.dead_tokens).nonzero()[:, 0] if self.cfg.loss.auxk else None
+        variance = batch_tokens * (self.scales.variance / self.scales.s_out**2)
+        return losses(self.coder, self.cfg.loss, step, x, y, variance, dead_M, self.clock.lap)
+
+    @property
+    def k(self) -> int:
+        """Latents active in the coming step."""
+        k, start = self.cfg.coder.k, self.cfg.train.k_start
+        left = 1 - self.step_number / (self.cfg.train.k_anneal * self.steps)
+        return k + round((start - k) * left) if start is not None and left > 0 else k
+
+    @contextmanager
+    def as_saved(self) -> Iterator[SparseCoder]:
+        """The coder as it would be saved now (in its own scale): averaged weights, exact search."""
+        search, weights = self.coder.search, [p.data for p in self.coder.parameters()]
+        self.coder.eval().search = search._replace(mode="float32")
+        for p in self.coder.parameters():
+            p.data = self.optimiser.averaged(p).data
+        if self.unit_norm and self.optimiser.schedule_free:  # an average of unit rows is shorter
+            normalise_rows(self.coder.W_dec)
+        try:
+            yield self.coder
+        finally:
+            for p, data in zip(self.coder.parameters(), weights, strict=True):
+                p.data = data
+            self.coder.train().search = search
+
+    def calibrate(self, x: Tensor, y: Tensor) -> None:
+        """What the activation does with some raw pairs when training is over."""
+        with self.as_saved() as coder:
+            self.activation.calibrate(coder, self._scaled(x, y)[0])
+
+    @torch.no_grad()
+    def fvu(self, x: Tensor, y: Tensor) -> float:
+        """Of raw pairs, with the weights that would be saved now: squared error over squared distance from the
+        mean."""
+        x, y = self._scaled(x, y)
+        with self.as_saved() as coder:
+            error = y.double() - coder(x).y_hat.double()
+        return float(error.square().sum() / (y.double() - y.double().mean(0)).square().sum())
+
+    def folded(self) -> SparseCoder:
+        """The coder to save, for raw activations, on the CPU."""
+        with self.as_saved() as coder:
+            return fold(coder, self.scales.s_in, self.scales.s_out).eval().cpu()
+
+    def _scaled(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(what the coder reads, what it should write) out of raw pairs."""
+        sides = {"input": x, "output": y}
+        return sides[self.sides[0]] / self.scales.s_in, sides[self.sides[1]] / self.scales.s_out
+
+    def _check_recall(self, x: Tensor) -> None:
+        """Measure, and go on in a more exact mode if too little is found."""
+        if not self.coder.search.is_exact:
+            self.recall = recall(self.coder, x)
+            if self.ranks.any(self.recall < self.cfg.encode.min_recall):
+                self.coder.search = more_exact(self.coder.search)
+
+    @property
+    def dead(self) -> int:
+        """Latents that have not fired for `dead_tokens` tokens."""
+        return int((self.since_fired_M >= self.dead_tokens).sum())
+
+    @property
+    def density(self) -> dict[str, float]:
+        """Of latents' firing densities: the median, and the share of latents that fire on more than a tenth of all
+        tokens."""
+        return {"median": float(self.density_M.median()), "dense": float((self.density_M > DENSE).float().mean())}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `step` depends on."""
+        return {
+            "coder": self.coder.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "since_fired": self.since_fired_M,
+            "density": self.density_M,
+            "encode_mode": self.coder.search.mode,
+            "recall": self.recall,
+            "step": self.step_number,
+            "tokens": self.tokens,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue bit for bit from a state of the same configuration."""
+        self.coder.load_state_dict(state["coder"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.since_fired_M.copy_(state["since_fired"])
+        self.density_M.copy_(state["density"])
+        self.step_number, self.tokens, self.recall = state["step"], state["tokens"], state["recall"]
+        self.coder.search = self.coder.search._replace(mode=state["encode_mode"])
+
+
+def sides(cfg: CoderConfig) -> tuple[str, str]:
+    """(side read, side written) of the MLP."""
+    if cfg.kind == Kind.sae:
+        side = "input" if cfg.side is Side.input else "output"
+        return side, side
+    return "input", "output"
+
+
+@torch.no_grad()
+def remove_parallel_gradient(W_dec_ME: Tensor) -> None:
+    """Take from each row's gradient what would only change the row's length."""
+    grad = W_dec_ME.grad
+    assert grad is not None
+    along = torch.einsum("me,me->m", grad, W_dec_ME) / W_dec_ME.norm(dim=1).square_().clamp_min_(1e-30)
+    grad.addcmul_(along[:, None], W_dec_ME, value=-1)
+
+
+@torch.no_grad()
+def normalise_rows(W_dec_ME: Tensor) -> None:
+    """Bring every row to length 1."""
+    W_dec_ME.div_(W_dec_ME.norm(dim=1, keepdim=True).clamp_min(1e-30))

@@ -1,0 +1,79 @@
+"""Ridge initialisation of the skip: the best affine map from x to y.
+
+    W = C_yx (C_xx + lambda tr(C_xx)/d I)^-1,   b = mean(y) - W mean(x)
+
+Legend: D input width, E output width.
+"""
+
+import hashlib
+from contextlib import suppress
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from skipcoder.errors import UserError
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.data.filter import TokenFilter
+from skipcoder.trainer.data.stream import ActivationStream
+
+LAMBDA = 1e-6
+TOKENS_PER_DIMENSION = 64
+
+
+def ridge(store: ActivationStore, hookpoint: str, kept: TokenFilter) -> tuple[Tensor, Tensor]:
+    """(W [E, D], b [E]) in float64 from training tokens of a store; kept beside it for the next run."""
+    stream = ActivationStream(store, hookpoint, 8192, filter=kept, epochs=1)
+    file = cache_file(store, stream)
+    try:
+        found = load(store.derived.read(file))
+        return found["W"], found["b"]
+    except (OSError, SafetensorError, KeyError):
+        pass  # not there, or not whole: made anew
+    W, b = solve(stream, store.hookpoints[hookpoint]["d_in"])
+    with suppress(OSError, UserError):  # a place that cannot be written, as of a shared store: all solve for themselves
+        store.derived.write(file, save({"W": W.contiguous(), "b": b.contiguous()}))
+    return W, b
+
+
+def cache_file(store: ActivationStore, stream: ActivationStream) -> str:
+    """Beside the store, named by all that the solution depends on."""
+    key = hashlib.sha256(
+        f"{store.content} {stream.layout_hash()} {LAMBDA} {TOKENS_PER_DIMENSION}".encode()
+    ).hexdigest()[:16]
+    return f"ridge-{key}.safetensors"
+
+
+def solve(stream: ActivationStream, d_in: int, lam: float = LAMBDA) -> tuple[Tensor, Tensor]:
+    """(W [E, D], b [E]) in float64 from at least 64 d_in filtered training tokens of `stream`.
+
+    Moments are centred on the mean of the first batch, which keeps the sums well conditioned, and corrected to the
+    true mean in the end.
+    """
+    wanted = TOKENS_PER_DIMENSION * d_in
+    n, shift_x, shift_y = 0, None, None
+    sum_x = sum_y = xx = yx = torch.zeros(())
+    for batch in stream:
+        x, y = batch.x.double(), batch.y.double()
+        if shift_x is None or shift_y is None:
+            shift_x, shift_y = x.mean(0), y.mean(0)
+            sum_x, sum_y = torch.zeros_like(shift_x), torch.zeros_like(shift_y)
+            xx, yx = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(y.shape[1], x.shape[1])
+        x, y = x - shift_x, y - shift_y
+        n += len(x)
+        sum_x, sum_y = sum_x + x.sum(0), sum_y + y.sum(0)
+        xx += x.T @ x
+        yx += y.T @ x
+        if n >= wanted:
+            break
+    if n < wanted or shift_x is None or shift_y is None:
+        raise UserError(
+            f"coder.skip_init=ridge needs {wanted:,} training tokens, the store gives {n:,}; "
+            "capture more, or leave it null"
+        )
+    c_xx = xx / n - torch.outer(sum_x, sum_x) / n**2
+    c_yx = yx / n - torch.outer(sum_y, sum_x) / n**2
+    c_xx.diagonal().add_(lam * c_xx.trace() / len(c_xx))
+    W = torch.linalg.solve(c_xx, c_yx.T).T
+    return W, (shift_y + sum_y / n) - W @ (shift_x + sum_x / n)
