@@ -37,7 +37,7 @@ from skipcoder.pipeline.store.reader import ActivationStore
 REPO = Path(__file__).resolve().parent.parent
 
 
-def whole_job(store: ActivationStore, tokens: int, *more: str) -> dict[str, float]:
+def whole_job(store: ActivationStore, tokens: int, *more: str) -> dict[str, Any]:
     """Run the command; what its log says, and the most memory that its worker took."""
     with tempfile.TemporaryDirectory(dir=store.path.parent) as folder:
         (Path(folder) / "tokens.zarr").symlink_to(store.path.resolve())  # so that none are made

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from shapes import SHAPES, TINY, Shape
@@ -140,7 +141,7 @@ def check(shape: Shape, device: str) -> list[str]:
     rows = torch.zeros(m, d, dtype=torch.float64, device=device)
     for j in range(k):
         rows.index_add_(0, indices[:, j], w64[:, j, None] * x64)
-    pairs = {
+    pairs: dict[str, tuple[Tensor, Any]] = {
         "gather_sum": (gather_sum(indices, weights, W), sum(w64[:, j, None] * chosen[j] for j in range(k))),
         "gather_dot": (
             gather_dot(x, W, indices),

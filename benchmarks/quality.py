@@ -14,6 +14,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def main() -> None:
     print("| kind | trainer | lr | held-out FVU | dead fraction |\n|---|---|---|---|---|")
     for kind in Kind:
         for name, run in (("skipcoder", contest.ours), ("eai-sparsify", contest.theirs)):
-            first = climb(lambda lr, run=run, kind=kind: run(kind, lr, SEEDS[0]))
+            first = climb(partial(run, kind, seed=SEEDS[0]))
             lr = min(first, key=lambda rate: first[rate]["fvu"])
             runs = [first[lr], *(run(kind, lr, seed) for seed in SEEDS[1:])]
             fvu, dead = ([r[key] for r in runs] for key in ("fvu", "dead_fraction"))

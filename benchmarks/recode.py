@@ -18,8 +18,9 @@ def recoded(store: ActivationStore, path: Path, units: int, **identity: str) -> 
     (encoding, compression, statistics, checksums, fsync)."""
     own = ("format", "version", "identity_hash", "rows")
     described: Any = {key: value for key, value in store.attrs.items() if key not in own}
+    described["identity"] = {**store.attrs["identity"], **identity}
     place, seconds = place_at(path), 0.0
-    empty = writer.create(place, {**described, "identity": {**store.attrs["identity"], **identity}})
+    empty = writer.create(place, described)
     rows = min(units * store.unit_rows, store.rows)
     writer.write_tokens(place, empty, rows, (row for unit in range(units) for row in store.tokens(unit)))
     now = read_attrs(place)

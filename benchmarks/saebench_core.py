@@ -124,7 +124,7 @@ def main() -> None:
         compute_sparsity_metrics=True, compute_variance_metrics=True, context_size=store.context,
     )  # fmt: skip
     with torch.no_grad():
-        theirs, _ = run_evals(sae, Rows(tokens_BT), model, config)  # type: ignore[arg-type]
+        theirs, _ = run_evals(sae, Rows(tokens_BT), model, config)
     flat = {key: float(value) for part in theirs.values() for key, value in part.items()}
     mine = ours(lm, run, tokens_BT[: batches * BATCH])
     print(f"{'':32} {'sae-bench':>12} {'ours':>12} {'relative':>10}")

@@ -14,7 +14,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,17 @@ def median_seconds(task: Callable[[], object], rounds: int = 5) -> float:
     return statistics.median(seconds)
 
 
+def pack(codes: Sequence[np.ndarray], compressor: bytes, level: int, shuffle: int) -> list[bytes]:
+    """Every chunk, compressed."""
+    return [blosc.compress(c, compressor, level, shuffle, BLOCK) for c in codes]
+
+
+def unpack(packed: Sequence[bytes], out: np.ndarray) -> None:
+    """Every chunk, decompressed into `out`."""
+    for p in packed:
+        blosc.decompress(p, out)
+
+
 def shuffles(store: ActivationStore, units: int) -> dict[str, tuple[float, float, float]]:
     """Blosc alone on bf16 codes: (size over raw, MB/s to compress, MB/s to decompress), bytes or bits shuffled."""
     name = f"{store.hookpoint(None)}/input"
@@ -55,11 +67,9 @@ def shuffles(store: ActivationStore, units: int) -> dict[str, tuple[float, float
     for compressor in (b"zstd", b"lz4"):
         for label, shuffle in (("bytes", blosc.SHUFFLE), ("bits", blosc.BITSHUFFLE)):
             level = LEVELS[compressor.decode()]
-            packed = [blosc.compress(c, compressor, level, shuffle, BLOCK) for c in codes]
-            write = median_seconds(
-                lambda c=compressor, n=level, s=shuffle: [blosc.compress(x, c, n, s, BLOCK) for x in codes[:8]], 3
-            )
-            read = median_seconds(lambda packed=packed: [blosc.decompress(p, out) for p in packed])
+            packed = pack(codes, compressor, level, shuffle)
+            write = median_seconds(partial(pack, codes[:8], compressor, level, shuffle), 3)
+            read = median_seconds(partial(unpack, packed, out))
             speed = sum(c.nbytes for c in codes[:8]) / write / 1e6
             found[f"{compressor.decode()}-{level}, {label} shuffled"] = (
                 sum(map(len, packed)) / raw,
@@ -69,11 +79,11 @@ def shuffles(store: ActivationStore, units: int) -> dict[str, tuple[float, float
     return found
 
 
-def readers(store: ActivationStore, folder: Path | None) -> dict[str, Callable[[int, int], np.ndarray]]:
+def readers(store: ActivationStore, folder: Path | None) -> dict[str, Callable[[int, int], Any]]:
     """Ways to read rows of one array."""
     name = f"{store.hookpoint(None)}/input"
     array = store.array(name)
-    ways: dict[str, Callable[[int, int], np.ndarray]] = {
+    ways: dict[str, Callable[[int, int], Any]] = {
         "skipcoder": lambda a, b: store.read(name, a, b),
         "zarr-python": lambda a, b: array[a:b],
     }
@@ -91,6 +101,16 @@ def readers(store: ActivationStore, folder: Path | None) -> dict[str, Callable[[
         ways["zarrs"] = lambda a, b: rust[a:b]
         ways["tensorstore"] = lambda a, b: opened[a:b].read().result()
     return ways
+
+
+def read_both(store: ActivationStore, hookpoint: str, spans: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """Activations of both sides."""
+    return [store.activations(hookpoint, side, a, b) for a, b in spans for side in ("input", "output")]
+
+
+def read_each(read_rows: Callable[[int, int], Any], spans: Sequence[tuple[int, int]]) -> list[Any]:
+    """Rows of every span."""
+    return [read_rows(a, b) for a, b in spans]
 
 
 def main() -> None:
@@ -117,11 +137,7 @@ def main() -> None:
                 shards = (s for r in new.commits.values() for s in r.shards.items() if s[0].startswith(hookpoint))
                 size = sum(facts["bytes"] for _, facts in shards) / tokens
                 spans = chunks(new, args.units)
-                read = median_seconds(
-                    lambda new=new, spans=spans: [
-                        new.activations(hookpoint, side, a, b) for a, b in spans for side in ("input", "output")
-                    ]
-                )
+                read = median_seconds(partial(read_both, new, hookpoint, spans))
                 lost = [new.moments(hookpoint, side, split=None).lost for side in ("input", "output")]
             speeds = [raw * tokens / s / 1e6 for s in (seconds, read)]
             results[f"{codec} {compression}"] = {"bytes": size, "write": speeds[0], "read": speeds[1], "lost": lost}
@@ -136,7 +152,7 @@ def main() -> None:
     spans = chunks(store, args.units)
     width = 2 * store.hookpoints[hookpoint]["d_in"]
     for way, read_rows in readers(store, args.readers).items():
-        seconds = median_seconds(lambda read_rows=read_rows: [read_rows(a, b) for a, b in spans])
+        seconds = median_seconds(partial(read_each, read_rows, spans))
         results[way] = width * tokens / seconds / 1e6
         print(f"{way:12} {results[way]:8,.0f} MB/s of decoded bf16")
     if args.json:

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peer_saelens
@@ -32,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.data.order import block_permutation, epoch_order
+from skipcoder.trainer.data.pool import Chunk
 from skipcoder.trainer.data.stream import ActivationStream
 
 BATCH = 4096
@@ -49,7 +51,7 @@ def ours(store: ActivationStore, hookpoint: str) -> Callable[[], int]:
     return epoch
 
 
-def chunks_of(store: ActivationStore, hookpoint: str) -> list[tuple[int, int, int]]:
+def chunks_of(store: ActivationStore, hookpoint: str) -> list[Chunk]:
     """(unit, first row, end) of each training chunk."""
     return ActivationStream(store, hookpoint, BATCH, epochs=1).chunks
 
@@ -68,6 +70,8 @@ def memmap(store: ActivationStore, hookpoint: str, folder: Path) -> Callable[[],
         order, seen = epoch_order(0, 0, [unit for unit, _, _ in chunks]), 0
         for block in range(-(-len(order) // pool)):
             chosen = [chunks[i] for i in order[block * pool : (block + 1) * pool]]
+            x: Any
+            y: Any
             x, y = (np.concatenate([side[a:b] for _, a, b in chosen]) for side in sides)
             shuffle = block_permutation(0, 0, block, len(x))
             x, y = (torch.from_numpy(z[shuffle]).view(torch.bfloat16) for z in (x, y))

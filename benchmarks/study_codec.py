@@ -78,9 +78,9 @@ def main() -> None:
                     print(json.dumps({"kind": str(kind), "codec": codec, **result}), flush=True)
     keep("codec", bf16, {"stores": facts, "runs": results})
     plot(results)
-    for kind in ("sae", "transcoder"):
-        mine = {name: runs for name, runs in results.items() if name.startswith(f"{kind} ")}
-        print(table(mine, f"{kind} bf16", tuple(METRICS)))
+    for name_of in ("sae", "transcoder"):
+        mine = {name: runs for name, runs in results.items() if name.startswith(f"{name_of} ")}
+        print(table(mine, f"{name_of} bf16", tuple(METRICS)))
 
 
 if __name__ == "__main__":

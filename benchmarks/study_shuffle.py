@@ -28,7 +28,8 @@ METRICS = {"fvu": "held-out FVU", "dead_fraction": "dead fraction", "ce_spliced"
 
 def in_text_order(store: ActivationStore) -> tuple[Tensor, Tensor]:
     """(x, y) bfloat16 of all training tokens, as the text has them."""
-    hookpoint, kept, sides = store.hookpoint(None), TokenFilter(), ([], [])
+    hookpoint, kept = store.hookpoint(None), TokenFilter()
+    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
     for unit in store.split("train"):
         start, stop = store.unit_range(unit)
         position = store.read("index", start, stop).astype(np.int64)

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peer_sparsify
@@ -119,7 +120,7 @@ class OnTheFly:
             silence = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
             with tempfile.TemporaryDirectory() as folder, silence[0], silence[1]:
                 begun = time.perf_counter()
-                trunk = model.load_causal_lm(self.model, "cpu").base_model.float()
+                trunk: Any = model.load_causal_lm(self.model, "cpu").base_model.float()
                 coder = peer_sparsify.fit(trunk, self.hookpoint, shuffled, FLY_BATCH_ROWS, recipe, Path(folder))
                 seconds += time.perf_counter() - begun
             x, y = (torch.cat(side) for side in zip(*self.held_out, strict=True))
@@ -158,7 +159,7 @@ def main() -> None:
         result: dict[str, object] = {"seconds": seconds}
     else:
         peer_sparsify.use(args.sparsify)
-        rounds = []
+        rounds: list[dict[str, Any]] = []
         with tempfile.TemporaryDirectory() as folder:
             fly = OnTheFly(ActivationStore.open(args.store), args.tokens or 32_768, Path(folder))
             for seed in range(args.rounds):

@@ -35,15 +35,15 @@ class ProbingConfig:
     """Sparse probing of labelled texts."""
 
     datasets: list[str] | None = None
-    """Names in sae-probes or paths of CSV files (columns prompt, target); [all]: the 113 binary ones; null: `count` of
-    them, spread over the list."""
+    """Names of data sets in sae-probes, or paths of CSV files (columns prompt, target); [all]: the 113 binary ones;
+    null: `count` of these, spread over the list."""
     count: int = 16
     texts: int = 600
-    """Of each data set, two thirds of them for training."""
+    """Texts per data set; two thirds of them train the probes."""
     tokens: int = 64
-    """Of each text."""
+    """Tokens read of each text."""
     ks: list[int] = field(default_factory=lambda: [1, 2, 5])
-    """Latents that a probe reads."""
+    """Numbers of latents that a probe reads."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "count", "tokens")
@@ -57,9 +57,9 @@ class AbsorptionConfig:
     """Feature absorption and splitting on the first-letter task."""
 
     words: int = 4000
-    """Of the vocabulary, half of them for the probes."""
+    """Words of the vocabulary to use; half of them fit the probes."""
     examples: int = 5
-    """Of spelling, before each word."""
+    """Spelling examples before each word."""
 
     def __post_init__(self) -> None:
         _at_least(self, 200, "words")
@@ -71,13 +71,13 @@ class ErasureConfig:
     """Ablation of a concept's latents: TPP and SCR."""
 
     tpp_data: str = "97_news_class"
-    """Name in sae-probes or path of a CSV file (columns prompt, target), of two classes or more."""
+    """A data set in sae-probes, or the path of a CSV file (columns prompt, target), with two classes or more."""
     scr_csv: str | None = None
-    """CSV file with columns prompt, target and spurious; null: historical figures, politicians and men."""
+    """CSV file with columns prompt, target and spurious; null: historical figures, politician or not, male or not."""
     texts: int = 1000
     tokens: int = 64
     ablate: list[int] = field(default_factory=lambda: [2, 5, 10, 20, 50, 100, 500])
-    """Latents ablated; numbers of at least the width are left out."""
+    """Numbers of latents to ablate; those not below the width are left out."""
 
     def __post_init__(self) -> None:
         _at_least(self, 64, "texts")
@@ -91,11 +91,11 @@ class RavelConfig:
     """Disentanglement of cities' attributes."""
 
     pairs: int = 200
-    """For each attribute, and as many that ask for others; 70 % of them, of 70 % of the cities, teach the mask."""
+    """Pairs for each attribute, and as many for the others; 70 % of them, on 70 % of the cities, train the mask."""
     steps: int = 60
-    """Of the mask's training."""
+    """Training steps of the mask."""
     batch: int = 16
-    """Pairs in a step."""
+    """Pairs per step."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "batch")
@@ -113,19 +113,19 @@ class EvaluateConfig:
     out: str | None = None
     """With `runs`: the table, NAME.json; NAME.parquet, NAME.seeds.json and report.html are written beside it."""
     tasks: list[str] = field(default_factory=lambda: [str(TaskName.core)])
-    """core: reconstruction and cross-entropy; probing, absorption, tpp, scr, ravel: SAEBench's, for both sides; or one
-    of your own (docs/extending.md)."""
+    """core: reconstruction and cross-entropy; probing, absorption, tpp, scr, ravel: SAEBench's, for both sides of
+    an MLP; or your own (docs/extending.md)."""
     controls: list[Control] = field(default_factory=list)
-    """With `out`: rows of the table for what is no coder. neurons: the MLP's own, the k largest, for each k of the
-    runs; affine: the best affine map from input to output."""
+    """With `out`: rows of the table to compare coders with. neurons: the k largest of the MLP's own neurons, for each k
+    of the runs; affine: the best affine map from input to output."""
     together: bool = False
-    """With `out`: also splice all hookpoints' coders of the same kind and size at once (NAME.together.json)."""
+    """With `out`: also splice the coders of one kind and size at all hookpoints at once (NAME.together.json)."""
     saebench: str | None = None
     """Folder for results in SAEBench's JSON form."""
     ce_tokens: int = 4096
-    """Held-out tokens on which the language model runs: whole rows, spread evenly over all of them."""
+    """Held-out tokens on which the language model runs: whole rows, spread evenly over the held-out ones."""
     intervals: bool = True
-    """95 % intervals, for which cross-entropy needs eight rows or more."""
+    """Refuse `ce_tokens` that give fewer than eight rows, the least for a 95 % interval."""
     batch_rows: int = 4
     """Token rows per forward pass of the language model."""
     device: str | None = None
@@ -159,19 +159,19 @@ class ExamplesConfig:
     """The windows of text that show what a latent does."""
 
     window: int = 32
-    """Tokens."""
+    """Tokens per window."""
     train: int = 20
     """Windows that the explainer sees."""
     top_share: float = 0.5
-    """Of them, the share with the largest activations; the others come from all quantiles."""
+    """Share of `train` with the largest activations; the others come from all quantiles."""
     test: int = 25
     """Windows in which the latent fires, and as many in which it does not, that test an explanation."""
     quantiles: int = 10
     negatives: Negatives = Negatives.random
-    """random; cofiring: windows where latents fire that often fire with this one; similar: those of like words."""
+    """random; cofiring: windows of latents that often fire with this one; similar: windows of similar words."""
     neighbours: int = 5
     pool: int = 2000
-    """Windows among which similar ones are looked for."""
+    """Windows searched for similar ones."""
 
     def __post_init__(self) -> None:
         _at_least(self, 2, "window", "test")
@@ -185,26 +185,27 @@ class JudgeConfig:
     """The language model that explains latents and scores explanations, behind OpenAI's chat API."""
 
     base_url: str = "http://127.0.0.1:8000/v1"
-    """As in http://127.0.0.1:8000/v1 (vLLM) or https://openrouter.ai/api/v1."""
+    """For example http://127.0.0.1:8000/v1 (vLLM) or https://openrouter.ai/api/v1."""
     model: str | None = None
-    """As the server calls it; null: no judge, and pages without explanations."""
+    """The model's name on the server; null: no judge, and pages without explanations."""
     cache: str | None = None
     """File that keeps all answers; null: judge.sqlite beside the run directories."""
     embedding_model: str | None = None
-    """For the scorer `embedding`; null: `model`."""
+    """Model for the scorer `embedding`; null: `model`."""
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the key."""
     concurrency: int = 16
-    """Questions under way at once."""
+    """Questions in flight at once."""
     attempts: int = 6
-    """At a question, where the server is busy or fails."""
+    """Attempts per question while the server is busy or fails."""
     timeout: float = 120.0
     """Seconds for one answer."""
     logprobs: bool = True
     """Ask for the probabilities of answers, where the server gives them."""
     price_in: float = 0.0
-    """Of a million tokens asked, and (price_out) answered."""
+    """Price of a million prompt tokens."""
     price_out: float = 0.0
+    """Price of a million answer tokens."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "concurrency", "attempts")
@@ -231,16 +232,16 @@ class InterpretConfig:
     runs: str | None = None
     """A glob of run directories."""
     latents: int | None = 100
-    """How many of each run, drawn evenly at random from those that fire; null: all."""
+    """Number of latents per run, drawn at random from those that fire; null: all."""
     which: list[int] | None = None
-    """These latents instead."""
+    """The latents to explain, instead of a draw."""
     seed: int = 0
-    """Of the choice of latents."""
+    """Seed of the draw."""
     scorers: list[Scorer] = field(default_factory=lambda: [Scorer.detection, Scorer.fuzzing])
     shown: int = 5
     """Windows in one question."""
     out: str | None = None
-    """With `runs`: a table NAME.json of all of them."""
+    """With `runs`: a table of all runs, NAME.json."""
     pages: bool = True
     """Write RUN/features/index.html."""
     device: str | None = None

@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -17,7 +16,7 @@ ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 
 def evaluate(cfg: EvaluateConfig) -> None:
     """Evaluate every chosen run; with `out`, write the table and the report."""
-    # Here, since torch and scikit-learn take seconds to import, and a wrong key should be refused at once.
+    # Imported here: torch and scikit-learn take seconds, and a wrong key should be refused at once.
     from skipcoder.evals.core import results
     from skipcoder.evals.core.controls import control_runs
     from skipcoder.evals.core.evaluator import Evaluator
@@ -25,7 +24,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     from skipcoder.evals.explain.records import judged
     from skipcoder.evals.tables import saebench
     from skipcoder.evals.tables.files import write_tables
-    from skipcoder.evals.tables.metrics import printed
+    from skipcoder.evals.tables.metrics import Row, printed
     from skipcoder.evals.tasks import labelled
     from skipcoder.evals.tasks.registry import TASKS, run_tasks
     from skipcoder.pipeline.store.reader import ActivationStore
@@ -33,7 +32,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     from skipcoder.trainer.run.run import Run, find_runs
 
     for name in cfg.tasks:
-        TASKS[name]  # UserError for an unknown one
+        TASKS[name]  # UserError for an unknown name
     paths = [Path(cfg.run)] if cfg.run else find_runs(cfg.runs or "")
     runs = [Run.open(path) for path in paths]
     device = pick_device(cfg.device, "device")
@@ -48,7 +47,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
         sets_of(runs)
     if {TaskName.probing, TaskName.tpp, TaskName.scr} & set(cfg.tasks):
         labelled.bundled()
-    rows: dict[Path, dict[str, Any]] = {}
+    rows: dict[Path, Row] = {}
     for path, evaluator in evaluators.items():
         of_it = [run for run in runs if run.store_path == path]
         if cfg.controls:
@@ -65,14 +64,14 @@ def evaluate(cfg: EvaluateConfig) -> None:
             if not run.is_control:
                 saebench.write(run, rows[run.path], Path(cfg.saebench))
     if cfg.out is not None:
-        runs = [run for run in runs if run.path in rows]  # the affine map takes part in core alone
+        runs = [run for run in runs if run.path in rows]  # the affine map takes part only in core
         write_tables(Path(cfg.out), [rows[run.path] for run in runs], runs, evaluators, cfg.together)
 
 
 @hydra.main(version_base="1.3", config_path=cli.CONF, config_name="evaluate")
 @cli.task
 def main(cfg: DictConfig) -> None:
-    """Hydra's entry."""
+    """Hydra's entry point."""
     config = typed(cfg, EvaluateConfig)
     evaluate(config)
 

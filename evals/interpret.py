@@ -17,7 +17,7 @@ from skipcoder.progress import progress
 from skipcoder.settings import typed
 
 MOST_COMPARED = 8
-"""Coders that each run's pages can be compared with."""
+"""Most coders that a run's pages can be compared with."""
 
 ConfigStore.instance().store(name="interpret_schema", node=InterpretConfig)
 
@@ -69,7 +69,7 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> None:
 
 
 class Models(dict[str, Any]):
-    """{path of a store: its language model}, loaded when it is asked for."""
+    """{store path: its language model}, each loaded on first use."""
 
     def __init__(self, stores: dict[str, Any], device: str) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def _number(value: float | None, ci: list[float] | None) -> str:
 @hydra.main(version_base="1.3", config_path=cli.CONF, config_name="interpret")
 @cli.task
 def main(cfg: DictConfig) -> None:
-    """Hydra's entry."""
+    """Hydra's entry point."""
     interpret(typed(cfg, InterpretConfig))
 
 

@@ -10,20 +10,20 @@ GROUP = 32
 
 
 def candidates(pre_NM: Tensor, c: int) -> Tensor:
-    """int64 [N, C]: columns of the c largest elements of each row, in no order; ties fall either way, but always
-    the same way. On CUDA a few more, all ties among them, and -1 in unused places.
+    """int64 [N, C]: columns of the c largest elements of each row, unordered; ties are broken arbitrarily, but always
+    in the same way. On CUDA a few more, including all ties, and -1 in unused places.
 
     Columns m, m + M/32, m + 2 M/32, ... form a group. The c largest elements lie in the c groups with the largest
-    maxima: an element of any other group is beaten by c maxima. So the matrix is read once and only c groups are
-    searched. Strided groups make the maxima a run of vector instructions: 10 ms where neighbouring columns take 24,
-    at 4096 x 18432 bfloat16 on 2 CPU cores.
+    maxima: an element of any other group is exceeded by c maxima. The matrix is thus read once and only c groups are
+    searched. Strided groups let vector instructions take the maxima: 10 ms, against 24 with neighbouring columns, at
+    4096 x 18432 bfloat16 on 2 CPU cores.
     """
     n, m = pre_NM.shape
     if _in_triton(pre_NM):
         from skipcoder.kernels.gpu import candidates as gpu
 
         return gpu.candidates(pre_NM, c)
-    # Groups as large as leave at least four of them for each candidate.
+    # The largest groups that leave at least four of them per candidate.
     group = next((g for g in (GROUP, GROUP // 2, GROUP // 4) if m % g == 0 and m // g >= 4 * c), None)
     if group is None:
         return torch.topk(pre_NM, c, dim=1, sorted=False).indices
@@ -37,7 +37,7 @@ def candidates(pre_NM: Tensor, c: int) -> Tensor:
 
 def rank(values_NC: Tensor, columns_NC: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of the candidates: values [N, K] descending, columns [N, K]; equal values by rising column.
-    Column -1 is no candidate."""
+    Column -1 is not a candidate."""
     columns, order = columns_NC.sort(dim=1)
     values = values_NC.gather(1, order).masked_fill(columns < 0, -torch.inf)
     values, best = values.sort(dim=1, descending=True, stable=True)
@@ -47,8 +47,8 @@ def rank(values_NC: Tensor, columns_NC: Tensor, k: int) -> tuple[Tensor, Tensor]
 def topk_lowest(pre_NM: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Exact top-k: values [N, K] descending, columns [N, K], equal values by rising column.
 
-    A few candidates more than k settle ties; a row in which even the last of them equals the k-th value (many
-    duplicates) is sorted whole.
+    A few more candidates than k settle ties; a row in which even the last of them equals the k-th value (many
+    duplicates) is fully sorted.
     """
     m = pre_NM.shape[1]
     on_gpu = _in_triton(pre_NM)

@@ -15,13 +15,13 @@ from skipcoder.kernels.rows import ByLatent, gather_dot, gather_sum
 
 
 def sparse_decode(codes: Codes, W_dec_ME: Tensor, base: Tensor) -> Tensor:
-    """[N, E]. `base` is what the sum is added to in the same pass: the bias [E], or bias and skip [N, E]."""
+    """[N, E]: the sum, added to `base` (the bias [E], or bias plus skip [N, E]) in the same pass."""
     result: Tensor = _SparseDecode.apply(codes.values, W_dec_ME, base, codes)  # type: ignore[no-untyped-call]
     return result
 
 
 def sparse_decode_reference(f_NM: Tensor, W_dec_ME: Tensor, base: Tensor) -> Tensor:
-    """The formula, dense, by autograd; for tests (float64)."""
+    """The formula on dense tensors, with autograd; for tests (float64)."""
     return f_NM @ W_dec_ME + base
 
 

@@ -39,7 +39,7 @@ class Codes(NamedTuple):
         return token_of_entry(self.indices, self.offsets).view(self.indices.shape)
 
     def padded(self) -> tuple[Tensor, Tensor]:
-        """Values and indices as [N, K], where K is the largest number of any token; the rest is value 0 of latent 0."""
+        """Values and indices as [N, K], where K is the most that any token has; padded with value 0 of latent 0."""
         if self.offsets is None:
             return self.values, self.indices
         token, n = self.token, len(self.offsets)
@@ -61,7 +61,7 @@ def encode_topk(
 def encode_groupmax(
     x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, k: int, b_pre_D: Tensor | None = None, search: Search = EXACT
 ) -> Codes:
-    """Codes [N, K]: the largest latent of each of k equal runs. ValueError unless k divides M."""
+    """Codes [N, K]: the largest latent in each of k equal runs of latents. ValueError unless k divides M."""
     centred_ND, search = _centred(x_ND, b_pre_D, search)
     chosen = select.groupmax(centred_ND, W_enc_MD.detach(), b_enc_M.detach(), k, search)
     return _codes(x_ND, W_enc_MD, b_enc_M, b_pre_D, centred_ND, chosen)
@@ -76,7 +76,7 @@ def encode_batchtopk(
     search: Search = EXACT,
     hint: Tensor | None = None,
 ) -> Codes:
-    """Flat codes: the N k largest positive latents of the whole batch. The `hint` is as in `select.batchtopk`."""
+    """Flat codes: the N k largest positive latents of the whole batch. For `hint` see `select.batchtopk`."""
     centred_ND, search = _centred(x_ND, b_pre_D, search)
     chosen = select.batchtopk(centred_ND, W_enc_MD.detach(), b_enc_M.detach(), k, search, hint)
     return _codes(x_ND, W_enc_MD, b_enc_M, b_pre_D, centred_ND, chosen)
@@ -97,13 +97,13 @@ def encode_above(
 
 
 def first(codes: Codes, k: int) -> Codes:
-    """The codes of the k largest latents out of topk codes with more."""
+    """The k largest latents of topk codes that hold more than k."""
     values, indices = codes.values[:, :k], codes.indices[:, :k].contiguous()
     return Codes(values, indices, None, by_latent(indices, len(codes.by_latent.starts_M)))
 
 
 def subset(codes: Codes, keep_L: Tensor) -> Codes:
-    """Some of the entries of flat codes."""
+    """The entries of flat codes that `keep_L` selects."""
     assert codes.offsets is not None
     indices, token = codes.indices[keep_L], codes.token[keep_L]
     offsets = torch.searchsorted(token, torch.arange(len(codes.offsets), device=token.device))
@@ -114,7 +114,7 @@ def encode_reference(
     x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, k: int, b_pre_D: Tensor | None = None, activation: str = "topk",
     threshold_M: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The formula, dense [N, M], by autograd; for tests (float64)."""
+    """The formula on dense tensors [N, M], with autograd; for tests (float64)."""
     n, m = x_ND.shape[0], W_enc_MD.shape[0]
     pre = torch.relu((x_ND if b_pre_D is None else x_ND - b_pre_D) @ W_enc_MD.T + b_enc_M)
     if threshold_M is not None:
@@ -126,7 +126,7 @@ def encode_reference(
 
 
 def _centred(x_ND: Tensor, b_pre_D: Tensor | None, search: Search) -> tuple[Tensor, Search]:
-    """x - b_pre without gradients, and the search with its centre moved alike."""
+    """x - b_pre without gradients, and the search with its centre shifted likewise."""
     if b_pre_D is None:
         return x_ND.detach(), search
     if search.centre_D is not None:
@@ -144,7 +144,7 @@ def _codes(
 
 
 class _Values(Function):
-    """The values of codes that are chosen already, as a function of inputs and encoder."""
+    """The values of codes already chosen, as a function of inputs and encoder."""
 
     @staticmethod
     def forward(

@@ -1,9 +1,9 @@
-"""JumpReLU with thresholds that learn, by straight-through estimators on a window around them.
+"""JumpReLU with learned thresholds, by straight-through estimators on a window around them.
 
     f = pre if pre > theta else 0           df/dtheta  ~ -(theta / eps) [|pre - theta| < eps / 2]
     H = 1   if pre > theta else 0           dH/dtheta  ~ -(1 / eps)     [|pre - theta| < eps / 2]
 
-Rajamanoharan et al., arXiv 2407.14435. Both are given on the L entries of flat codes, which must hold all of the
+Rajamanoharan et al., arXiv 2407.14435. Both work on the L entries of flat codes, which must include all that lie in the
 window.
 """
 
@@ -17,19 +17,19 @@ from skipcoder.kernels.rows import ByLatent
 
 
 def jumprelu(pre_L: Tensor, theta_L: Tensor, bandwidth: float) -> Tensor:
-    """[L] activations; gradients to both."""
+    """[L]: activations; gradients to both inputs."""
     result: Tensor = _JumpReLU.apply(pre_L, theta_L, bandwidth)  # type: ignore[no-untyped-call]
     return result
 
 
 def fires(pre_L: Tensor, theta_L: Tensor, bandwidth: float) -> Tensor:
-    """[L] 1 where a latent fires; gradient to the thresholds."""
+    """[L]: 1 where a latent fires; gradient to the thresholds."""
     result: Tensor = _Fires.apply(pre_L, theta_L, bandwidth)  # type: ignore[no-untyped-call]
     return result
 
 
 def per_entry(theta_M: Tensor, indices_L: Tensor, latents: ByLatent) -> Tensor:
-    """[L] each entry's threshold; the gradient adds up in a fixed order."""
+    """[L]: each entry's threshold; its gradient is summed in a fixed order."""
     result: Tensor = _PerEntry.apply(theta_M, indices_L, *latents)  # type: ignore[no-untyped-call]
     return result
 

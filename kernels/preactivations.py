@@ -4,7 +4,7 @@ In `float32` mode the pre-activations are exact and decide which latents fire. T
 (int8), give estimates that only nominate latents, whose exact values are computed afterwards.
 
 A scout centres the inputs and divides each dimension by its spread (multiplying the weights by it), so that a dimension
-with a large mean or variance does not use up the 8 bits; then every token and every latent has a scale of its own.
+with a large mean or variance does not use up the 8 bits; then every token and every latent gets its own scale.
 
 Legend: N tokens, M latents, D input width, R tokens of one chunk.
 """
@@ -19,7 +19,7 @@ MODES = ("float32", "bfloat16", "scout")
 
 SCOUT_ELEMENTS = 5 * 2**19
 """Estimates held at once by a scout on a CPU. They pass through the cache three times: at 4096 x 18432 on 2 cores the
-passes take 12 ms in chunks of 128 tokens, 40 ms in chunks of 1024, the product 118 and 104 ms."""
+passes take 12 ms in chunks of 128 tokens, 40 ms in chunks of 1024; the product takes 118 and 104 ms."""
 
 Chunk = tuple[slice, Tensor]
 
@@ -36,11 +36,11 @@ class Search(NamedTuple):
     centre_D: Tensor | None = None
     """Mean of the inputs, which a scout subtracts."""
     spread_D: Tensor | None = None
-    """What a scout divides each input dimension by."""
+    """Spread by which a scout divides each input dimension."""
 
     @property
     def is_exact(self) -> bool:
-        """Whether pre-activations decide, and do not only nominate."""
+        """Whether pre-activations decide, rather than only nominate."""
         return self.mode == "float32"
 
 
@@ -48,8 +48,8 @@ EXACT = Search()
 
 
 def preactivations(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, search: Search) -> Iterator[Chunk]:
-    """(which tokens, their [R, M]), R * M at most `search.chunk_elements` (R at least 1). Each chunk overwrites the
-    last. ValueError for an unknown mode."""
+    """Yield (slice of tokens, their pre-activations [R, M]), R * M at most `search.chunk_elements` (R at least 1). Each
+    chunk overwrites the previous one. ValueError for an unknown mode."""
     if search.mode not in MODES:
         raise ValueError(f"mode={search.mode!r}: choose from {', '.join(MODES)}")
     n, m, chunk_elements = len(x_ND), len(W_MD), search.chunk_elements
@@ -60,7 +60,7 @@ def preactivations(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, search: Search) -> I
         return
     dtype = torch.bfloat16 if search.mode == "bfloat16" else x_ND.dtype
     W_cast, b_cast = W_MD.to(dtype), b_M.to(dtype)
-    # One buffer for all chunks: fresh pages cost as much as a fifth of the product.
+    # One buffer for all chunks: fresh pages would cost a fifth of the product's time.
     rows = min(max(1, chunk_elements // m), max(n, 1))
     buffer = x_ND.new_empty(rows, m, dtype=dtype)
     for part in _parts(n, rows):
@@ -76,7 +76,7 @@ def _scout(
     if centre_D is not None:
         x_ND, b_M = x_ND - centre_D, b_M + W_MD @ centre_D
     x_scale_N1 = _absmax(x_ND / spread_D)
-    # The tensor cores ask for widths that are multiples of 8, and on GPUs for more than 16 rows.
+    # The int8 product asks for widths that are multiples of 8, and on GPUs for more than 16 rows.
     wide, tall = -(-d // 8) * 8, -(-m // 8) * 8
     least = 17 if x_ND.is_cuda else 1
     rows = min(max(rows - rows % 32 if rows >= 32 else rows, least), max(n, least))

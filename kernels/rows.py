@@ -1,11 +1,11 @@
 """The sparse operations under encode and decode: sums and dot products of chosen rows, and the one list per step that
-every gradient reads, which tokens each latent fired on, in order.
+every gradient reads: the tokens on which each latent fired, in order.
 
-The tensors decide at each call: on CUDA devices Triton (`gpu/rows.py`), else, and in float64, torch's embedding bags.
-The operations are registered with torch.library, so that torch.compile takes each as one node.
+Each call runs in Triton (`gpu/rows.py`) on CUDA tensors, and by torch's embedding bags otherwise and in float64. The
+operations are registered with torch.library, so that torch.compile takes each as one node.
 
-Legend: N tokens, K active latents per token, L entries (token, latent) in all, M latents, D width. Choices have either
-K per token, [N, K], or are flat, [L], with `offsets` [N]: where each token's begin.
+Legend: N tokens, K active latents per token, L entries (token, latent) in all, M latents, D width. Choices are either
+K per token, [N, K], or flat, [L], with `offsets` [N]: where each token's entries begin.
 """
 
 from typing import NamedTuple
@@ -20,9 +20,9 @@ class ByLatent(NamedTuple):
     has a fixed order."""
 
     entry_L: Tensor
-    """Which entry of the codes."""
+    """Index of the entry in the codes."""
     token_L: Tensor
-    """Which token it belongs to."""
+    """Token of the entry."""
     starts_M: Tensor
     """Where each latent's entries begin."""
 
@@ -43,7 +43,7 @@ class ByLatent(NamedTuple):
 def by_latent(indices: Tensor, m: int, offsets: Tensor | None = None) -> ByLatent:
     """Sort the entries of [N, K] or flat indices by latent."""
     latents, entry = torch.sort(indices.flatten(), stable=True)
-    # The counts without bincount, whose length depends on the data: torch.compile would break the graph.
+    # Not by bincount, whose length depends on the data: torch.compile would break the graph.
     starts = torch.searchsorted(latents, torch.arange(m, device=indices.device))
     return ByLatent(entry, token_of_entry(indices, offsets)[entry], starts)
 
@@ -58,7 +58,7 @@ def token_of_entry(indices: Tensor, offsets: Tensor | None = None) -> Tensor:
 
 @torch.library.custom_op("skipcoder::sum_rows", mutates_args=())
 def sum_rows(token_L: Tensor, weights_L: Tensor, starts_M: Tensor, rows_ND: Tensor) -> Tensor:
-    """[M, D] in the dtype of the rows: sums over the runs of a list sorted by latent."""
+    """[M, D] in the dtype of the rows: weighted sums of rows over each latent's run in a list sorted by latent."""
     if not len(token_L):
         return rows_ND.new_zeros(len(starts_M), rows_ND.shape[1])
     if _in_triton(rows_ND):
@@ -77,7 +77,7 @@ def _(token_L: Tensor, weights_L: Tensor, starts_M: Tensor, rows_ND: Tensor) -> 
 def gather_sum(
     indices: Tensor, weights: Tensor, W_MD: Tensor, offsets: Tensor | None = None, base: Tensor | None = None
 ) -> Tensor:
-    """[N, D]: for each token, the sum of its chosen rows of W, weighted, on top of `base` ([D] or [N, D])."""
+    """[N, D]: for each token, the weighted sum of its chosen rows of W, plus `base` ([D] or [N, D])."""
     n, d = len(indices if offsets is None else offsets), W_MD.shape[1]
     if _in_triton(W_MD):
         from skipcoder.kernels.gpu import rows as gpu
@@ -99,7 +99,7 @@ def _(
 
 @torch.library.custom_op("skipcoder::gather_dot", mutates_args=())
 def gather_dot(rows_ND: Tensor, W_MD: Tensor, indices: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """Shaped like the indices: dot product of each token's row with its chosen rows of W, never holding [L, D].
+    """Dot products of each token's row with its chosen rows of W, shaped like the indices; never holds [L, D].
 
     A negative index gives 0.
     """

@@ -1,10 +1,10 @@
 """Which latents fire, and with what pre-activation: one operation for each way of selecting.
 
 An exact search (`float32`) compares the pre-activations themselves. In the other modes they are estimates, which
-nominate `search.nominated` times as many latents; these get exact values, and the best of them are taken.
+nominate `search.nominated` times as many latents as needed; these get exact values, and the best of them are taken.
 
 Each operation is registered with torch.library, so that torch.compile takes it as one node; registered operations take
-the parts of a Search, not the Search.
+the fields of a Search, not the Search.
 
 Legend: N tokens, K latents per token, C nominated per token, M latents, D input width, L entries of a whole batch.
 """
@@ -33,14 +33,14 @@ class Chosen(NamedTuple):
 
 
 def topk(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, search: Search = EXACT) -> Chosen:
-    """The k largest of each token, descending; of equal values the lowest index first."""
+    """The k largest latents of each token, descending; equal values by rising index."""
     _refuse_k(k, len(W_MD))
     values, indices = _topk(x_ND, W_MD, b_M, k, *search)
     return Chosen(values, indices, None)
 
 
 def groupmax(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, search: Search = EXACT) -> Chosen:
-    """The largest of each of k equal runs of latents, in the order of the runs; of equal values the lowest index."""
+    """The largest latent in each of k equal runs of latents, in order of the runs; of equal values the lowest index."""
     _refuse_k(k, len(W_MD))
     if len(W_MD) % k:
         raise ValueError(f"groupmax takes the largest of k groups, but {len(W_MD)} latents do not divide by k={k}")
@@ -51,15 +51,15 @@ def groupmax(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, search: Search = E
 def batchtopk(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, search: Search = EXACT, hint: Tensor | None = None
 ) -> Chosen:
-    """The N k largest of the whole batch, positive ones alone: flat, by token, then latent; of equal values the
-    earliest token. A `hint`, a number that a few more than N k pre-activations exceed, makes it faster and changes
+    """The N k largest of the whole batch, positive ones only: flat, by token, then latent; of equal values the
+    earliest token. A `hint`, a number exceeded by a few more than N k pre-activations, makes it faster and changes
     nothing else."""
     _refuse_k(k, len(W_MD))
     return Chosen(*_batchtopk(x_ND, W_MD, b_M, k, hint, *search))
 
 
 def above(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, threshold_M: Tensor, search: Search = EXACT) -> Chosen:
-    """All that exceed both 0 and their latent's threshold: flat, by token, then latent. Exact in every mode."""
+    """All values above both 0 and their latent's threshold: flat, by token, then latent. Exact in every mode."""
     return Chosen(*_above(x_ND, W_MD, b_M, threshold_M, search.chunk_elements))
 
 
@@ -177,7 +177,7 @@ def _max_of_groups(pre_NM: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _two_of_groups(pre_NM: Tensor, k: int) -> Tensor:
-    """[N, 2 K] (or [N, K] where groups have one member), rising within each group."""
+    """Columns [N, 2 K] of each group's two largest ([N, K] if groups have one member), rising within each group."""
     grouped = pre_NM.view(len(pre_NM), k, -1)
     two = torch.topk(grouped, min(2, grouped.shape[2]), dim=2).indices.sort(dim=2).values
     first = torch.arange(k, device=pre_NM.device)[:, None] * grouped.shape[2]
@@ -186,7 +186,7 @@ def _two_of_groups(pre_NM: Tensor, k: int) -> Tensor:
 
 def _largest_of_batch(chunks: Iterator[Chunk], m: int, count: int, hint: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Flat positions (rising) and values of the `count` largest non-negative elements of the [N, M] that the chunks
-    make up, holding one chunk and 4 `count` elements at a time; with a hint, of those among them that reach it."""
+    make up; with a hint, only those that reach it. Holds one chunk and 4 `count` elements at a time."""
     flat = values = bound = torch.empty(0)
     for part, pre in chunks:
         if part.start == 0:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 BLOCK = 2**18
-"""Elements that go through the CPU's cache together: for 18432 x 576 on 2 cores 6 ms, where whole tensors take 19."""
+"""Elements that pass through the CPU's cache together: 6 ms for 18432 x 576 on 2 cores; whole tensors take 19 ms."""
 
 
 @torch.no_grad()
 def sign_step(y: Tensor, z: Tensor, grad: Tensor, lr: float, beta: float, c: float) -> None:
-    """Move `y` and `z` in place; all three contiguous and of one shape. c: weight of the new z in the average."""
+    """Update `y` and `z` in place; all three contiguous and of one shape. `c`: weight of the new z in the average."""
     y_lr = lr * (1 - beta * (1 - c))
     if y.is_cuda and y.dtype != torch.float64:
         from skipcoder.kernels.gpu import update as gpu

@@ -1,6 +1,6 @@
 """Capture a model's MLP inputs and outputs into a store: `python pipeline/cache.py model=gemma-2-2b`.
 
-Nothing heavy is imported before it is known that there is work to do.
+Neither torch nor Ray is imported until it is known that there is work to do.
 """
 
 import sys
@@ -38,9 +38,9 @@ ConfigStore.instance().store(name="cache_schema", node=CacheConfig)
 
 
 def capture(cfg: CacheConfig) -> None:
-    """Create, extend or finish the store; on a finished one, say so and return. With plan=true: only what it costs."""
+    """Create, extend or finish the store; if it is complete, say so and return. With plan=true, only show the cost."""
     sources.check(cfg.data)
-    CODECS[cfg.store.codec]  # UserError for an unknown one
+    CODECS[cfg.store.codec]  # UserError for an unknown codec
     if cfg.plan:
         from skipcoder.pipeline import plan
 
@@ -57,7 +57,7 @@ def _capture(cfg: CacheConfig, place: Place, alone: bool) -> None:
     if attrs is not None and attrs["rows"] and cfg.store.unit_rows is None:
         unit_rows = attrs["identity"]["unit_rows"]  # chosen when the store was made, kept as it grows
     identity = _identity(cfg, unit_rows)
-    # Killed before its tokens were written: nothing to keep. Unless that capture is still alive.
+    # A capture killed before its tokens were written left nothing to keep; `alone` rules out that it still runs.
     stale = alone and attrs is not None and not attrs["rows"] and attrs["identity"] != identity
     if attrs is not None and not stale:
         refuse_other_identity(place, attrs, identity)
@@ -87,7 +87,7 @@ def _say_loss(place: Place) -> None:
     store = ActivationStore.open(place)
     identity = store.attrs["identity"]
     if identity["codec"] == "bf16" and identity["model"]["dtype"] == "bfloat16":
-        return  # nothing; and a store of many hookpoints has gigabytes of statistics
+        return  # nothing is lost, and with many hookpoints the statistics take gigabytes
     for name in store.hookpoints:
         lost = {side: store.moments(name, side, split=None).lost for side in commit.SIDES}
         if any(lost.values()):
@@ -116,8 +116,8 @@ def _identity(cfg: CacheConfig, unit_rows: int) -> Identity:
 def _lay_out(
     cfg: CacheConfig, place: Place, attrs: Attributes | None, identity: Identity, rows: int, stale: bool
 ) -> Attributes:
-    """Make a store (`attrs`: None), in place of a `stale` one, or grow the one that is there, and write its token rows.
-    Its attributes then."""
+    """Create a store (`attrs` None), replace a `stale` one or grow an existing one; write its token rows. Return its
+    new attributes."""
     tokenizer = load.load_tokenizer(cfg.model)
     if attrs is None or not attrs["rows"]:
         hookpoints, widths, _ = load.describe(cfg.model, cfg.hookpoints, cfg.data.context)
@@ -152,7 +152,7 @@ def _lay_out(
 
 
 def _plain(value: Any) -> Any:
-    """Enums as their values, so that JSON can hold a configuration."""
+    """Replace enums by their values, so that JSON can hold a configuration."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -163,7 +163,7 @@ def _plain(value: Any) -> Any:
 @hydra.main(version_base="1.3", config_path=cli.CONF, config_name="cache")
 @cli.task
 def main(cfg: DictConfig) -> None:
-    """Hydra's entry."""
+    """Hydra's entry point."""
     config = typed(cfg, CacheConfig)
     capture(config)
 

@@ -1,7 +1,7 @@
-"""Configuration of `pipeline/cache.py`. Hydra refuses unknown keys, types and presets.
+"""Configuration of `pipeline/cache.py`. Hydra refuses unknown keys and presets, and wrong types.
 
-Each class checks its own numbers. Names that a table extends (`data.kind`, `store.codec`) are checked where the table
-is, when a capture begins.
+Each class checks its own numbers. Names from a table that can be extended (`data.kind`, `store.codec`) are looked up
+in it when a capture begins.
 """
 
 from dataclasses import dataclass, field
@@ -40,24 +40,24 @@ class ModelConfig:
     name: str = "???"
     """Short name, used for default paths and in reports."""
     id: str = "???"
-    """Hub id, directory, or `package:NAME` for weights that an installed Python package carries."""
+    """Hub id, directory, or `package:NAME` for weights inside an installed Python package."""
     revision: str | None = None
-    """Of the hub: a branch, tag or commit."""
+    """Revision on the hub: a branch, tag or commit."""
     gguf_file: str | None = None
     """Name of the GGUF file inside `id`, when the weights are not safetensors."""
     dtype: Dtype = Dtype.bfloat16
-    """That the model runs in: bfloat16, float16, float32."""
+    """Type in which the model runs: bfloat16, float16, float32."""
     attention: str = "sdpa"
     """transformers' `attn_implementation`."""
     shuffle: int | None = None
-    """Seed with which the entries of every weight matrix are permuted: a control, a model that has learned nothing but
-    whose weights are distributed as they were."""
+    """Seed for permuting the entries of every weight matrix: a control, a model that has learned nothing but whose
+    weights keep their distribution."""
     hookpoints: list[str] = field(default_factory=list)
     """Default hookpoints of this model: module names, globs allowed (`layers.*.mlp`)."""
     write_modules: dict[str, str] = field(default_factory=dict)
-    """Hookpoint glob -> module whose output is captured, where that is not the hooked module itself;
+    """Hookpoint glob -> module whose output is captured, if that is not the hooked module itself;
     `*` in the value stands for what `*` in the key matched. Gemma-2's MLP output passes through
-    `post_feedforward_layernorm` before the residual stream sees it."""
+    `post_feedforward_layernorm` before it enters the residual stream."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ class DataConfig:
     subset: str | None = None
     """huggingface: the configuration of the data set."""
     split: str = "train"
-    """huggingface."""
+    """huggingface: the split of the data set."""
     revision: str | None = None
     """huggingface: a branch, tag or commit."""
     field: str = "text"
@@ -81,7 +81,7 @@ class DataConfig:
     context: int = 256
     """Tokens in a row."""
     repeat: bool = False
-    """Start the source over when it ends early (otherwise that is an error)."""
+    """Restart the source when it ends early (otherwise an error)."""
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -92,7 +92,7 @@ class DataConfig:
 
 @dataclass
 class StoreConfig:
-    """Where the activations go."""
+    """Where and how activations are stored."""
 
     path: str = "???"
     """A directory, or `s3://bucket/name.zarr`, `gs://...`."""
@@ -111,21 +111,21 @@ class StoreConfig:
 
 @dataclass
 class RayConfig:
-    """How the capture is spread. Among machines of one kind none of this changes a byte of the store."""
+    """How the capture is distributed. Among machines of one kind none of this changes a byte of the store."""
 
     address: str | None = None
-    """null: a Ray of our own on this machine; `auto` or an address: that cluster."""
+    """null: start Ray on this machine; `auto` or an address: join that cluster."""
     workers: int = 1
-    """Copies of the model at work at once."""
+    """Copies of the model that run at once."""
     cpus_per_worker: int | None = None
-    """null: the cores there are divided by the workers, at most those of one machine."""
+    """null: all cores divided by the number of workers, at most those of one machine."""
     gpus_per_worker: float | None = None
-    """null: one where Ray has GPUs, else none."""
+    """null: one if Ray has GPUs, else none."""
     resources: dict[str, float] = field(default_factory=dict)
-    """Ray's custom resources that a worker takes, to place workers on the machines that offer them."""
+    """Custom Ray resources that a worker requires, to place workers on the machines that offer them."""
     overlap: bool | None = None
-    """Let a worker run the model on the next unit while it encodes and writes the last; null: where it has a GPU. Takes
-    memory for two units; on CPUs, which the model keeps busy by itself, it gains nothing."""
+    """Let a worker run the model on the next unit while it encodes and writes the previous one; null: if it has a GPU.
+    Takes memory for two units; gains nothing on CPUs, which the model alone keeps busy."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -145,11 +145,11 @@ class CacheConfig:
     hookpoints: list[str] = field(default_factory=list)
     """Names of modules of the model without its head, globs allowed; the default is the model preset's."""
     micro_batch_tokens: int = 4096
-    """Tokens per forward pass. Part of the store's identity: another value may change low bits."""
+    """Tokens per forward pass. Part of the store's identity: a different value may change low bits."""
     plan: bool = False
-    """Print tokens, bytes, time and the number of coders from which caching pays, and do nothing."""
+    """Only print tokens, bytes, time and the number of coders from which caching pays off."""
     seed: int = 0
-    """Seeds the permutation of tokens inside each unit."""
+    """Seed of the permutation of tokens within each unit."""
 
     def __post_init__(self) -> None:
         if not self.hookpoints:

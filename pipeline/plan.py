@@ -1,7 +1,8 @@
 """What a capture will cost, before it begins: `plan=true`. No weights are loaded and nothing is written.
 
-The forward pass is counted by torch on fake tensors and timed by a bare matrix product on this machine, so its time is
-a lower bound; sizes and codec speeds are those of normally distributed activations, which compress much like real ones.
+torch counts the FLOP of the forward pass on fake tensors; its time, a lower bound, assumes the speed of a bare matrix
+product on this machine. Sizes and codec speeds are measured on normally distributed activations, which compress much
+like real ones.
 """
 
 import time
@@ -19,36 +20,36 @@ from skipcoder.pipeline.store.codec import CODECS, compress
 from skipcoder.pipeline.store.stats import Moments
 
 _SECONDS = 0.3
-"""How long a matrix product is timed."""
+"""Seconds for which a matrix product is timed."""
 
 
 class Plan(NamedTuple):
-    """Of one capture; times in seconds for all of its tokens, by one worker on this machine."""
+    """Cost of one capture; times in seconds for all of its tokens, by one worker on this machine."""
 
     tokens: int
     flops: float
-    """Per token."""
+    """FLOP per token."""
     flops_per_second: float
     sizes: dict[str, tuple[int, float]]
-    """Hookpoint -> bytes per token, as bfloat16 and stored."""
+    """Hookpoint -> bytes per token (as bfloat16, as stored)."""
     write: float
     read: float
 
     @property
     def forward(self) -> float:
-        """At the speed of a bare matrix product."""
+        """Seconds at the speed of a bare matrix product."""
         return self.tokens * self.flops / self.flops_per_second
 
     @property
     def break_even(self) -> int | None:
-        """Least number of coders for which capturing once and reading takes less than running the model for each; None
-        if reading takes longer than the model."""
+        """Smallest number of coders for which capturing once and reading is faster than running the model for each;
+        None if reading takes longer than the model."""
         saved = self.forward - self.read
         return None if saved <= 0 else max(1, int((self.forward + self.write) / saved) + 1)
 
 
 def make(cfg: CacheConfig) -> Plan:
-    """Count and time."""
+    """Estimate what a capture costs."""
     hookpoints, widths, flops = describe(cfg.model, cfg.hookpoints, cfg.data.context, count_flops=True)
     rows = -(-cfg.data.tokens // cfg.data.context)
     tokens = rows * cfg.data.context
@@ -66,7 +67,7 @@ def make(cfg: CacheConfig) -> Plan:
 
 
 def show(cfg: CacheConfig) -> None:
-    """Print it."""
+    """Print the plan."""
     plan = make(cfg)
     stored = sum(size for _, size in plan.sizes.values())
     print(f"{cfg.store.path}: {plan.tokens:,} tokens, {len(plan.sizes)} hookpoints, {_bytes(plan.tokens * stored)}")
@@ -105,7 +106,7 @@ def _matmul_speed(d: int, dtype: torch.dtype) -> float:
     """FLOP/s of [4096, d] x [d, 4 d]."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not half_precision.supported(dtype):
-        dtype = torch.float32  # as the model's linear layers
+        dtype = torch.float32  # as in the model's linear layers
     a, b = torch.randn(4096, d, device=device, dtype=dtype), torch.randn(d, 4 * d, device=device, dtype=dtype)
     float((a @ b)[0, 0])
     begun, done = time.perf_counter(), 0

@@ -12,7 +12,7 @@ from skipcoder.pipeline.store.verify import problems
 
 
 def info(place: Place) -> int:
-    """What is in it, from where, how much of it, what the codec lost."""
+    """Print what the store holds, its source and size, and what the codec lost."""
     store = ActivationStore.open(place)
     identity, attrs = store.attrs["identity"], store.attrs
     units, done = layout.num_units(store.rows, store.unit_rows), len(store.units)
@@ -41,7 +41,7 @@ def info(place: Place) -> int:
 
 
 def verify(place: Place) -> int:
-    """Print every problem; 1 if there is one."""
+    """Print every problem; return 1 if there is one."""
     found = 0
     for problem in problems(place):
         print(problem)

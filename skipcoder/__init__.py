@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from skipcoder.trainer.data.stream import ActivationStream as ActivationStream
 
 try:
-    __version__ = version("skipcoder")  # as pyproject.toml says
+    __version__ = version("skipcoder")  # from pyproject.toml
 except PackageNotFoundError:  # a checkout on PYTHONPATH that was never installed
     __version__ = "0+unknown"
 

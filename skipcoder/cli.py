@@ -23,7 +23,7 @@ def run(main: Callable[[], object]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its own traceback and exits 1
-    os.environ.setdefault("TQDM_DISABLE", "1")  # our own bar stands alone; libraries draw theirs unasked
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries would draw bars beside our own
     try:
         main()
     except UserError as error:
@@ -41,8 +41,8 @@ def run(main: Callable[[], object]) -> int:
 
 
 def task(function: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Wrap a Hydra task so that a UserError ends the program before Hydra adds words of its own. In a sweep the
-    error goes to the launcher instead: the other jobs go on."""
+    """Wrap a Hydra task so that a UserError ends the program before Hydra adds its own messages. In a sweep the
+    error goes to the launcher instead, and the other jobs go on."""
 
     @functools.wraps(function)
     def guarded(cfg: Any) -> None:

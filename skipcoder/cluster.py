@@ -11,19 +11,19 @@ from skipcoder.errors import UserError
 
 @contextlib.contextmanager
 def cluster(address: str | None, show_output: bool = False) -> Iterator[None]:
-    """A quiet Ray: our own on this machine unless an address is given, shut down in the end. `show_output`: print what
+    """Run Ray quietly, on this machine unless an address is given, and shut it down on exit. `show_output`: print what
     the workers print."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # another's cluster decides this for itself
-    import ray  # reads these when it is imported
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # an existing cluster decides this itself
+    import ray  # reads these variables on import
 
     options: dict[str, Any] = {"log_to_driver": show_output, "logging_level": logging.ERROR}
     if address is None:
-        # Only unit numbers and short messages cross Ray, so its object store may be small.
+        # Only unit numbers and short messages pass through Ray, so its object store may be small.
         options |= {"address": "local", "object_store_memory": 200 * 2**20, "include_dashboard": False}
     else:
         options |= {"address": address}
@@ -43,7 +43,7 @@ def cluster(address: str | None, show_output: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Ray's C++ parts announce their log level on file descriptor 2, whatever Python's logging says."""
+    """Silence file descriptor 2, where Ray's C++ code announces its log level whatever Python's logging says."""
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:

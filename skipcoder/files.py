@@ -1,4 +1,4 @@
-"""Files that are whole or absent, also after a power cut, and what to say of a full disk."""
+"""Write files that are whole or absent, even after a power cut; the message for a full disk."""
 
 import contextlib
 import errno
@@ -14,11 +14,11 @@ from skipcoder.errors import UserError
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 PARTIAL = re.compile(r"\..+\.\d+-\d+\.partial")
-"""What `partial_file` names its files."""
+"""Pattern of the names that `partial_file` gives its files."""
 
 
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
-    """Write (or let `content` write), sync and rename: the file is whole or absent, also after a power cut."""
+    """Write (or let `content` write), sync and rename: the file is whole or absent, even after a power cut."""
     make_folder(path.parent)
     with partial_file(path, content if callable(content) else lambda file: file.write(content)) as partial:
         partial.replace(path)
@@ -26,7 +26,7 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) 
 
 
 def make_folder(path: Path) -> None:
-    """With its parents, which are on the disk then."""
+    """Create a folder and its parents, synced to disk."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -35,7 +35,7 @@ def make_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def partial_file(path: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
-    """A finished file beside `path`, which is gone in the end."""
+    """Yield a finished temporary file beside `path`; remove it on exit."""
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         with partial.open("wb") as file:
@@ -48,7 +48,7 @@ def partial_file(path: Path, write: Callable[[BinaryIO], object]) -> Iterator[Pa
 
 
 def sync(folder: Path) -> None:
-    """Bring the names of a folder's files to the disk."""
+    """Sync the names of a folder's files to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -57,11 +57,11 @@ def sync(folder: Path) -> None:
 
 
 def no_space(error: OSError) -> str:
-    """What to say of a full disk."""
+    """The message for a full disk."""
     return f"no space left on the disk ({error.filename or 'unknown file'}); free some and run again"
 
 
 def refuse_full(path: Path, key: str) -> None:
-    """UserError where a folder that is to be made is there already, with something in it."""
+    """Raise UserError if `path` exists and is not an empty folder; `key` is the setting that names it."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{key}={path} is not empty; choose another folder, or delete it")

@@ -1,4 +1,4 @@
-"""Cheap fingerprints of files, so that a re-run can tell change from no change."""
+"""Cheap fingerprints of files, so that a re-run can tell whether they changed."""
 
 import hashlib
 from collections.abc import Iterable
@@ -9,10 +9,10 @@ _SAMPLES, _SAMPLE_BYTES = 256, 4096
 
 
 def of_files(files: Iterable[Path], root: Path) -> str:
-    """SHA-256 over names below `root`, sizes and contents, in the order given.
+    """SHA-256 over names relative to `root`, sizes and contents, in the order given.
 
-    Files over 1 MiB are sampled (256 places of 4 KiB, both ends among them): enough for weights, which
-    training changes everywhere; a text file of which only unsampled bytes changed is not noticed.
+    Files over 1 MiB are sampled (256 places of 4 KiB, including both ends): enough for weights, which
+    training changes everywhere; a text file that changed only in unsampled bytes goes unnoticed.
     """
     total = hashlib.sha256()
     for path in files:

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: commits, and folders from it and to it (huggingface_hub does the work)."""
+"""The Hugging Face Hub: find commits, download and upload folders (huggingface_hub does the work)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from skipcoder.errors import UserError
 
 
 def commit_of(repo: str, revision: str | None, kind: str) -> str:
-    """Commit hash of a hub repository (`kind`: model or dataset): asked online, else from the local cache."""
+    """Commit hash of a hub repository (`kind`: model or dataset), asked online, else from the local cache."""
     from huggingface_hub import HfApi, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound, RepositoryNotFoundError
 
@@ -38,7 +38,7 @@ def commit_of(repo: str, revision: str | None, kind: str) -> str:
 
 
 def folder_of(name: str, revision: str | None = None, subfolder: str | None = None) -> Path:
-    """A folder of this machine, or ORG/NAME on the Hub, of which `subfolder` (or all) is downloaded."""
+    """Path of a local folder, or of a download of ORG/NAME from the Hub: of its `subfolder`, if given."""
     if (found := Path(name).expanduser()).is_dir():
         return found / subfolder if subfolder else found
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -54,7 +54,7 @@ def folder_of(name: str, revision: str | None = None, subfolder: str | None = No
 
 
 def upload(folder: Path, name: str, private: bool = False) -> str:
-    """Put a folder's files into a repository, making it where there is none; returns the address of the commit."""
+    """Upload a folder's files to a repository, creating it if needed; return the address of the commit."""
     from huggingface_hub import HfApi
 
     with _explained(name):
@@ -67,7 +67,7 @@ def upload(folder: Path, name: str, private: bool = False) -> str:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """What the Hub cannot do becomes one message."""
+    """Turn each of the Hub's errors into a UserError."""
     import httpx
     from huggingface_hub.errors import (
         GatedRepoError,

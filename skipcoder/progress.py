@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress(label: str, total: int, unit: str = "tokens") -> Iterator[Callable[..., None]]:
-    """A live bar on a terminal; else a plain line for every tenth. Yields `advance(n, **facts)`."""
+    """Show a live bar on a terminal, else a plain line for every tenth. Yield `advance(n, **facts)`."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

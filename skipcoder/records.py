@@ -1,6 +1,6 @@
-"""What is stored as JSON has a type, a TypedDict; it is checked when it is read.
+"""Check what is stored as JSON against its type, a TypedDict, when it is read.
 
-A damaged or foreign file is then named together with the field at fault, before anything is made of it.
+A damaged or foreign file is thus named together with the field at fault before its content is used.
 """
 
 from collections.abc import Hashable
@@ -17,9 +17,9 @@ SHOWN = 3
 
 
 def checked(kind: type[T], data: Any, where: str, remedy: str) -> T:
-    """`data` itself if it is of the TypedDict `kind`; other keys may stand beside those of the type.
+    """Return `data` itself if it matches the TypedDict `kind`; it may have more keys than the type.
 
-    Raises UserError that names `where` it was read, the first fields at fault and the `remedy`.
+    Raises UserError naming `where` it was read, the first fields at fault and the `remedy`.
     """
     from pydantic import ValidationError
 

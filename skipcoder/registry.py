@@ -1,8 +1,8 @@
-"""What can be extended is a table of names: codecs, data sources, activations, kinds of coders, formats, evaluations.
+"""Tables of names that can be extended: codecs, data sources, activations, kinds of coders, formats, evaluations.
 
-A module of one's own adds to them when it is imported, by `CODECS["mine"] = Mine`. Every process imports the modules
-named in the environment variable SKIPCODER_PLUGINS (comma-separated), and those that installed packages name as entry
-points of the group "skipcoder", as soon as a name is asked for that is not there. docs/extending.md has examples.
+A module of your own adds to them when it is imported, by `CODECS["mine"] = Mine`. As soon as a name is not found, each
+process imports the modules named in the environment variable SKIPCODER_PLUGINS (comma-separated), and those that
+installed packages name as entry points of the group "skipcoder". docs/extending.md has examples.
 """
 
 import functools
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Registry(dict[str, T]):
-    """A table for one key of the configuration. Asking for a name that is not there raises UserError."""
+    """A table for one key of the configuration. Looking up an unknown name raises UserError."""
 
     def __init__(self, key: str, entries: Mapping[str, T]) -> None:
         super().__init__(entries)

@@ -1,4 +1,4 @@
-"""Settings as typed dataclasses: made from Hydra's configurations, compared, and explained where they are wrong."""
+"""Turn Hydra's configurations into typed dataclasses, compare them, and explain what is wrong with them."""
 
 import dataclasses
 from typing import Any, TypeVar
@@ -45,7 +45,7 @@ def typed(cfg: Any, schema: type[T]) -> T:
 
 
 def explain(error: BaseException) -> str:
-    """Hydra's and OmegaConf's message, with the valid keys of the node that was asked.
+    """Message of a Hydra or OmegaConf error, with the valid keys of the node at fault.
 
     >>> from omegaconf import OmegaConf
     >>> from skipcoder.pipeline.config import DataConfig

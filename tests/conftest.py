@@ -10,6 +10,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 # Triton looks at it when it is imported, whoever does so first.
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.environ.get("SKIPCODER_TEST_DEVICE") == "cuda" else "1")
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,7 +64,8 @@ def make_tiny_model(directory: Path, text_file: Path, layers: int) -> Path:
         eos_token_id=1,
         initializer_range=0.3,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    lm: Any = LlamaForCausalLM(config)
+    lm.to(torch.bfloat16).save_pretrained(directory)
     return directory
 
 
@@ -71,7 +73,9 @@ def make_tiny_model(directory: Path, text_file: Path, layers: int) -> Path:
 def cache_config(tiny_model: Path, text_file: Path) -> Callable[..., CacheConfig]:
     """make(path, hookpoints=..., rows=..., **StoreConfig fields) -> CacheConfig for the tiny model."""
 
-    def make(path: Path, hookpoints: tuple[str, ...] = ("layers.1.mlp",), rows: int = UNITS * UNIT_ROWS, **store: Any):
+    def make(
+        path: Path, hookpoints: tuple[str, ...] = ("layers.1.mlp",), rows: int = UNITS * UNIT_ROWS, **store: Any
+    ) -> CacheConfig:
         return CacheConfig(
             model=ModelConfig(name="tiny", id=str(tiny_model)),
             data=DataConfig(kind=SourceKind.jsonl, path=str(text_file), tokens=rows * CONTEXT, context=CONTEXT),
@@ -89,7 +93,7 @@ def capture_here() -> Callable[[CacheConfig], ActivationStore]:
 
     def run_units(store: Place, attrs: dict, units: list[int], model: ModelConfig, cfg: RayConfig) -> None:
         worker = Worker(store.address, model, torch.get_num_threads(), "cpu")
-        worker({"item": units})
+        worker({"item": np.array(units)})
 
     def run(cfg: CacheConfig) -> ActivationStore:
         with pytest.MonkeyPatch.context() as patch:

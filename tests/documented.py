@@ -40,8 +40,8 @@ class Command(NamedTuple):
 
 
 def commands() -> list[Command]:
-    """Of all pages; each once."""
-    found = {}
+    """The commands of all pages, each once."""
+    found: dict[str, Command] = {}
     for page, text in PAGES.items():
         joined = re.sub(r"\s*\\\n\s*", " ", text)
         for program, script, installed, arguments in re.findall(_COMMAND, joined):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,8 @@ from skipcoder.pipeline.store.place import Place
 from tests.conftest import REPO, make_tiny_model
 from tests.documented import ENTRIES, Command, commands
 from tests.evals.explain.judging import Oracle
+
+pytestmark = pytest.mark.docs
 
 ELSEWHERE = ("ray.address", "launcher.address", "model=gemma", "judge=llama", "s3://", "tasks=", "circuit_tracer")
 SMALL = {
@@ -53,7 +56,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Iterator
     (folder / "trainer").symlink_to(REPO / "trainer")
 
     def run_units(store: Place, attrs: dict, units: list[int], model: ModelConfig, cfg: RayConfig) -> None:
-        Worker(store.address, model, torch.get_num_threads(), "cpu")({"item": units})
+        Worker(store.address, model, torch.get_num_threads(), "cpu")({"item": np.array(units)})
 
     with pytest.MonkeyPatch.context() as patch, Clueless().serving() as address:
         patch.chdir(folder)

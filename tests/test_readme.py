@@ -1,7 +1,10 @@
 """What README and docs show works: commands compose (and run: test_docs.py), Python runs."""
 
+import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,16 +24,20 @@ import skipcoder.trainer.train  # noqa: F401 (importing an entry point registers
 from skipcoder import registry
 from skipcoder.errors import UserError
 from skipcoder.evals.config import EvaluateConfig, InterpretConfig
+from skipcoder.evals.evaluate import evaluate
+from skipcoder.evals.tables.metrics import documented
 from skipcoder.pipeline.config import CacheConfig, DataConfig
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.settings import typed
 from skipcoder.trainer.bank import bank
-from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.coder.coder import SparseCoder, make_coder
 from skipcoder.trainer.config import CoderConfig, TrainConfig
 from skipcoder.trainer.formats.config import ExportConfig, ImportConfig
 from tests.conftest import REPO
 from tests.documented import PAGES, Command, commands
 from tests.trainer.run.test_run import config
+
+pytestmark = pytest.mark.docs
 
 README = (REPO / "README.md").read_text()
 COMMANDS = [command for command in commands() if command.entry != "store_cli"]
@@ -135,8 +142,9 @@ def test_splicing_example_runs(store: ActivationStore, tmp_path: Path) -> None:
 def test_extending_example_runs(
     cache_config: Callable, capture_here: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the environment variable, from text to a trained and reloaded coder."""
-    (code,) = re.findall(r"```python\n(.+?)```", (REPO / "docs" / "extending.md").read_text(), re.S)
+    """Through the environment variable, from text to a trained, evaluated, reloaded coder; and the tests to inherit."""
+    page = (REPO / "docs" / "extending.md").read_text()
+    (code,), (tests,) = (re.findall(rf"```python{kind}\n(.+?)```", page, re.S) for kind in ("", " test"))
     (tmp_path / "my_extensions.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("SKIPCODER_PLUGINS", "my_extensions")
@@ -145,9 +153,22 @@ def test_extending_example_runs(
     cfg.data = DataConfig(kind="countdown", tokens=cfg.data.tokens, context=cfg.data.context)
     store = capture_here(cfg)
     train = config(store)
-    train.coder = CoderConfig(kind="low_rank", activation="by_contribution", k=4, width=64)
+    train.coder = CoderConfig(kind="low_rank", activation="gated", k=4, width=64)
+    train.loss.multi_topk, train.train.k_start = True, 8
     summary = bank.train(train, tmp_path / "run")
     coder = SparseCoder.load(tmp_path / "run")
     assert summary["train_fvu"] < 1 and type(coder).__name__ == "LowRank" and coder.B.abs().sum() > 0  # type: ignore
+    assert coder.gain.std() > 0  # type: ignore[operator]  # it has learned
+    evaluate(EvaluateConfig(run=str(tmp_path / "run"), tasks=["longest_row"]))
+    row = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert row["longest_row"] == pytest.approx(float(coder.W_dec.norm(dim=1).max()))
     with pytest.raises(UserError, match=r"coder\.kind=nothing: choose from sae, .*low_rank"):
-        CoderConfig(kind="nothing")
+        make_coder(CoderConfig(kind="nothing"), 4, 4)
+    (tmp_path / "test_mine.py").write_text(f"from my_extensions import *\n{tests}")
+    inherited = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"]
+    done = subprocess.run(inherited, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout and "failed" not in done.stdout, done.stdout
+
+
+def test_the_table_of_metrics_is_the_documented_one() -> None:
+    assert documented() in (REPO / "docs" / "evaluation.md").read_text()

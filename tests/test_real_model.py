@@ -14,7 +14,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -120,7 +120,7 @@ def test_source_distribution_and_wheel_leave_nothing_out(quick_start: QuickStart
 def test_captured_bits_are_those_of_plain_hooks_on_the_whole_model(folder: Path) -> None:
     """The capture loads 11 of 30 layers and stops early; the reference is the full model, run to its end."""
     store = ActivationStore.open(folder / "stores" / "smollm2.zarr")
-    lm = model.load_causal_lm(model_config(store.attrs), "cpu")
+    lm: Any = model.load_causal_lm(model_config(store.attrs), "cpu")
     seen: dict[str, torch.Tensor] = {}
     lm.model.layers[10].mlp.register_forward_hook(
         lambda _, args, out: seen.update(input=args[0].flatten(0, 1), output=out.flatten(0, 1))

@@ -4,6 +4,7 @@ Every import counts, also one inside a function or for type checkers only.
 """
 
 import ast
+import re
 import statistics
 from functools import cache
 from graphlib import TopologicalSorter
@@ -32,7 +33,9 @@ ROOMS: dict[str, str] = {
         f"{GROUND}, pipeline.model, pipeline.store, trainer.config, trainer.data, trainer.coder, trainer.step"
     ),
     "trainer.bank": (f"{GROUND}, pipeline.store, trainer.config, trainer.data, trainer.step, trainer.run"),
-    "trainer.formats": f"{GROUND}, pipeline.store, trainer.config, trainer.data, trainer.coder, trainer.run",
+    "trainer.formats": (
+        f"{GROUND}, pipeline.store, trainer.config, trainer.data, trainer.coder, trainer.step, trainer.run"
+    ),
     "evals.config": GROUND,
     "evals.stats": "trainer.run",
     "evals.core": (
@@ -141,3 +144,24 @@ def test_links_lead_to_the_folders_and_nothing_is_a_package_at_the_top() -> None
         link = REPO / "skipcoder" / folder
         assert link.is_symlink() and link.readlink() == Path("..", folder)
         assert not (REPO / folder / "__init__.py").exists()
+
+
+def test_walks_name_the_rooms_in_order_each_once() -> None:
+    """docs/walks.md: every room exists, no walk comes to one twice, and every name in it is in that room."""
+    page = (REPO / "docs" / "walks.md").read_text()
+    for walk in page.split("\n## ")[1:]:
+        steps = re.findall(r"^\d+\. \*\*`([a-z/]+)/`\*\* (.+?)(?=^\d+\. |\Z|\n\n)", walk, re.M | re.S)
+        rooms = [room for room, _ in steps]
+        assert len(rooms) >= 4 and len(set(rooms)) == len(rooms)
+        for room, text in steps:
+            assert room.replace("/", ".") in ROOMS, room
+            for name in re.findall(r"`([a-z_]+)(?:\.[\w.]+)?`", text):
+                assert (REPO / room / f"{name}.py").exists() or (REPO / room / name).is_dir(), f"{room}: {name}"
+
+
+def test_contributing_maps_every_room_on_one_screen() -> None:
+    page = (REPO / "CONTRIBUTING.md").read_text()
+    (text,) = re.findall(r"```\n(skipcoder/.+?)```", page, re.S)
+    assert len(text.splitlines()) <= 50
+    for room in ROOMS:
+        assert room == GROUND or re.search(rf"^ *{room.split('.')[-1]}(/|\.py)?\b", text, re.M), room

@@ -1,7 +1,7 @@
 """Configuration of `trainer/train.py`. Hydra refuses unknown keys, types and presets.
 
-Each class checks its own numbers. What depends on the kind of coder or on its activation, which are tables that can be
-extended, is checked where the tables are (run/build.py) before a run begins.
+Each class checks its own numbers. Checks that depend on the kind of coder or on its activation, whose tables can be
+extended, are made in run/build.py before a run begins.
 """
 
 from dataclasses import dataclass, field
@@ -53,26 +53,26 @@ class EncodeMode(Enum):
 
 @dataclass
 class CoderConfig:
-    """The sparse coder: what it reads and writes, its size, how it starts."""
+    """The sparse coder: what it reads and writes, its size, and how it starts."""
 
     kind: str = Kind.skip_transcoder
     """sae, transcoder, skip_transcoder, or one of your own (docs/extending.md)."""
     k: int = 32
     """Latents active per token."""
     width: int = 4608
-    """Latents."""
+    """Number of latents."""
     activation: str = ActivationName.topk
-    """topk; groupmax: the largest of each of k equal runs of latents; batchtopk: the k per token that are largest in
-    the batch, afterwards all above a threshold; jumprelu: all above thresholds that are learned, about k per token."""
+    """topk; groupmax: the largest of each of k equal runs of latents; batchtopk: in training the largest of the batch,
+    k per token, afterwards all above a threshold; jumprelu: all above learned thresholds, about k per token."""
     prefixes: list[int] | None = None
-    """Matryoshka: the first so many latents must reconstruct by themselves, too, e.g. [512,2048]."""
+    """Matryoshka: sizes of latent prefixes that must also reconstruct by themselves, e.g. [512,2048]."""
     side: Side = Side.output
     """Which side of the MLP an SAE reconstructs; transcoders read the input and write the output."""
     normalize_decoder: bool = True
-    """SAE: decoder rows kept at unit norm, gradient along them removed."""
+    """SAE: keep decoder rows at unit norm and remove the gradient along them."""
     skip_init: SkipInit | None = None
-    """Skip transcoder: start from the ridge solution of y on x (docs/studies/ridge.md) or from zero (the paper).
-    null: ridge where the store has enough training tokens for it (64 for each dimension), else zero."""
+    """Skip transcoder: start the skip from the ridge solution of y on x (docs/studies/ridge.md) or from zero (as in
+    the paper). null: ridge if the store has enough training tokens (64 per dimension), else zero."""
 
     def __post_init__(self) -> None:
         if self.width < 1:
@@ -87,17 +87,17 @@ class CoderConfig:
 
 @dataclass
 class EncodeConfig:
-    """How the latents that fire are found in training. Their values are float32 in every mode."""
+    """How training finds the latents that fire. Their values are float32 in every mode."""
 
     mode: EncodeMode | None = None
-    """float32: exact. bfloat16, scout (int8): a cheaper product nominates latents, exact values decide.
-    null: the fastest that this machine is known for."""
+    """float32: exact. bfloat16, scout (int8): a cheaper product nominates latents, and exact values decide.
+    null: the mode known to be fastest on this machine."""
     nominated: float | None = None
     """Latents nominated, as a multiple of k; null: 1.25."""
     chunk_elements: int = 2**24
     """Pre-activations held at once."""
     min_recall: float = 0.999
-    """If less of the float32 choice is found on a sample, the run goes on in the next more exact mode."""
+    """If less of the float32 choice is found on a sample, the run switches to the next more exact mode."""
 
     def __post_init__(self) -> None:
         if self.nominated is not None and self.nominated < 1:
@@ -113,9 +113,9 @@ class LossConfig:
     """Terms added to the reconstruction error."""
 
     auxk: float = 0.0
-    """Weight of AuxK: dead latents predict the error (1/32 is usual; 0: off)."""
+    """Weight of AuxK, in which dead latents predict the error (1/32 is usual; 0: off)."""
     multi_topk: bool = False
-    """Add 1/8 of the error with 4 k latents."""
+    """Add 1/8 of the error made with 4 k latents."""
     l0: float = 1.0
     """jumprelu: weight of (latents per token / k - 1)^2."""
 
@@ -132,18 +132,18 @@ class OptimConfig:
     name: OptimName = OptimName.adam
     """adam, signum or muon."""
     lr: float | None = None
-    """null: adam 2e-4 / sqrt(width / 2^14), signum 5e-3 by the same root, muon 2e-3. Short runs of Adam need more
-    (1e-3 to 3e-3)."""
+    """Learning rate; null: adam 2e-4 / sqrt(width / 2^14), signum 5e-3 over the same root, muon 2e-3. Short runs of
+    Adam need more (1e-3 to 3e-3)."""
     momentum: float = 0.95
-    """signum: weight of the average in the point where gradients are taken; muon: Nesterov momentum."""
+    """signum: weight of the average in the point at which gradients are taken; muon: Nesterov momentum."""
     beta1: float = 0.9
-    """adam, as beta2 and eps; muon: of the biases."""
+    """Like beta2 and eps, a setting of Adam, which muon uses for the biases."""
     beta2: float = 0.999
     eps: float = 6.25e-10
     warmup_steps: int = 1000
-    """At most 5 % of the run."""
+    """Steps of warm-up, at most 5 % of the run."""
     clip: float = 1.0
-    """Largest gradient norm of one coder."""
+    """Largest gradient norm of one coder, to which it is clipped."""
 
     def __post_init__(self) -> None:
         if self.lr is not None and self.lr <= 0:
@@ -160,10 +160,10 @@ class OptimConfig:
 
 @dataclass
 class StreamConfig:
-    """The order of training tokens, and which are left out."""
+    """The order of training tokens, and which of them are left out."""
 
     seed: int = 0
-    """Of the order."""
+    """Seed of the order of training tokens."""
     pool_chunks: int | None = None
     """Chunks shuffled together; null: as many as hold 512 MiB of pairs."""
     first_positions: int = 1
@@ -185,7 +185,7 @@ class StoreRef:
     """The store to read."""
 
     path: str | None = None
-    """null: the only store under stores/."""
+    """Path of the store; null: the only one under stores/."""
 
 
 @dataclass
@@ -193,7 +193,7 @@ class RunConfig:
     """Where results go."""
 
     dir: str = "???"
-    """The run directory; of a sweep's jobs Hydra names it."""
+    """The run directory; Hydra names those of a sweep's jobs."""
 
 
 @dataclass
@@ -201,34 +201,34 @@ class LoopConfig:
     """The length and the machinery of a run."""
 
     tokens: int = 10_000_000
-    """Tokens to train on, in steps of batch_tokens (an epoch's short last batch counts as a whole one); more than the
-    store holds means several epochs."""
+    """Tokens to train on, in steps of batch_tokens (an epoch's short last batch counts as a whole one); if the store
+    holds fewer, training takes several epochs."""
     batch_tokens: int = 4096
-    """Tokens of a step, over all processes."""
+    """Tokens per step, over all processes."""
     micro_batches: int = 1
-    """Parts in which a batch goes through the coder, one after the other, to save memory."""
+    """Parts in which a batch goes through the coder, one after another, to save memory."""
     k_start: int | None = None
-    """Latents active at the start, falling linearly to coder.k over the first k_anneal of the run; null: coder.k."""
+    """Latents active per token at the start, falling linearly to coder.k over k_anneal of the run; null: coder.k."""
     k_anneal: float = 0.1
-    """See k_start."""
+    """Share of the run over which k falls from k_start to coder.k."""
     dead_tokens: int | None = None
     """A latent is dead after this many tokens without firing; null: min(10M, tokens / 4)."""
     device: str | None = None
-    """null: cuda where there is one, else cpu."""
+    """Device; null: cuda if there is one, else cpu."""
     threads: int | None = None
     """CPU threads; null: all cores."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int | None = None
-    """Steps between looks at held-out tokens; null: ten in a run."""
+    """Steps between evaluations on held-out tokens; null: ten per run."""
     eval_tokens: int = 4096
-    """Held-out tokens looked at in training; 0: none."""
+    """Held-out tokens to evaluate on during training; 0: none."""
     tensorboard: bool = False
-    """Write the metrics for TensorBoard, too (pip install 'skipcoder[tensorboard]')."""
+    """Also write the metrics for TensorBoard (pip install 'skipcoder[tensorboard]')."""
     wandb: str | None = None
-    """Project of Weights & Biases to write the metrics to, too (pip install 'skipcoder[wandb]')."""
+    """Weights & Biases project to which metrics are also written (pip install 'skipcoder[wandb]')."""
     save_every: int = 200
-    """Steps between checkpoints from which an interrupted run goes on."""
+    """Steps between checkpoints from which an interrupted run can resume."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_tokens", "micro_batches", "log_every", "save_every"):
@@ -249,7 +249,7 @@ class TrainConfig:
 
     store: StoreRef = field(default_factory=StoreRef)
     hookpoint: str | None = None
-    """null: the only hookpoint of the store."""
+    """Hookpoint to train on; null: the only one of the store."""
     coder: CoderConfig = field(default_factory=CoderConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -17,7 +17,7 @@ ConfigStore.instance().store(name="export_schema", node=ExportConfig)
 @hydra.main(version_base="1.3", config_path=cli.CONF, config_name="export")
 @cli.task
 def main(cfg: DictConfig) -> None:
-    """Hydra's entry."""
+    """Entry point that Hydra calls."""
     config = typed(cfg, ExportConfig)
     from skipcoder.evals.export.export import export
     from skipcoder.trainer.run.run import find_runs

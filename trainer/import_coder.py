@@ -1,4 +1,4 @@
-"""Make a run of another tool's coder: `python trainer/import_coder.py source=PATH store.path=STORE run.dir=DIR`."""
+"""Make a run from another tool's coder: `python trainer/import_coder.py source=PATH store.path=STORE run.dir=DIR`."""
 
 import sys
 
@@ -16,7 +16,7 @@ ConfigStore.instance().store(name="import_schema", node=ImportConfig)
 @hydra.main(version_base="1.3", config_path=cli.CONF, config_name="import")
 @cli.task
 def main(cfg: DictConfig) -> None:
-    """Hydra's entry."""
+    """Entry point that Hydra calls."""
     config = typed(cfg, ImportConfig)
     from skipcoder.trainer.formats.importing import import_coder
 

@@ -18,7 +18,7 @@ ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 @hydra.main(version_base="1.3", config_path=cli.CONF, config_name="train")
 @cli.task
 def main(cfg: DictConfig) -> None:
-    """Hydra's entry, once per job. A sweep's job writes where Hydra says, a single run to run.dir."""
+    """Entry point that Hydra calls once per job. Jobs of a sweep write where Hydra says, a single run to run.dir."""
     config = typed(cfg, TrainConfig)
     from skipcoder.trainer.bank.bank import train
 

@@ -1,27 +1,27 @@
-"""From every token's losses to what is reported of a coder spliced into its model.
+"""Turn every token's losses into what is reported of a coder spliced into its model.
 
 Legend: B rows, T positions.
 """
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from skipcoder.evals.core.passes import TokenLosses
+from skipcoder.evals.core.results import Result
 from skipcoder.evals.stats.bootstrap import interval
 
 BUCKETS = (1, 2, 4, 16, 64, 256, 1024, 4096)
-"""Positions in a row at which a range begins."""
+"""Positions in a row where a range of `by_position` begins."""
 
 
-def summary(clean: TokenLosses, losses: Mapping[str, TokenLosses]) -> dict[str, Any]:
-    """`ce_NAME` and `kl_NAME` (mean nats per predicted token) for each of `losses`, and the share of what ablation
-    costs that the splice keeps: `ce_recovered_zero`, `ce_recovered_mean` (1: as good as the model, 0: as bad as
-    ablation). `kl_recovered_*`: the same of the divergence. `_ci`: 95 % intervals over rows; null where there are too
-    few, or the cost of ablation is not clear of 0."""
-    result: dict[str, Any] = {
+def summary(clean: TokenLosses, losses: Mapping[str, TokenLosses]) -> Result:
+    """`ce_NAME` and `kl_NAME` (mean nats per predicted token) for each of `losses`, and the share of the cost of
+    ablation that the splice avoids: `ce_recovered_zero`, `ce_recovered_mean` (1: as good as the model, 0: as bad as
+    ablation). `kl_recovered_*`: the same for the divergence. `_ci`: 95 % intervals over rows; null with too few rows,
+    or where the cost of ablation is not clearly above 0."""
+    result: Result = {
         "ce_tokens": clean.ce_BT.shape[0] * (clean.ce_BT.shape[1] + 1),
         "ce_rows": len(clean.ce_BT),
         "ce_clean": float(clean.ce_BT.mean()),
@@ -46,13 +46,13 @@ def summary(clean: TokenLosses, losses: Mapping[str, TokenLosses]) -> dict[str, 
 
 
 def recovered(clean: float, spliced: float, ablated: float) -> float | None:
-    """None where ablation costs nothing."""
+    """The share recovered; None where ablation costs nothing."""
     return None if ablated == clean else (ablated - spliced) / (ablated - clean)
 
 
 def by_position(clean: TokenLosses, spliced: TokenLosses) -> list[dict[str, float | int]]:
-    """What splicing at all positions costs (nats, and KL) by the position of the last token read: the first ones, whose
-    activations can be massive, are told apart from the rest."""
+    """Cost of splicing at all positions (nats, and KL) by the position of the last token read. This separates the first
+    positions, whose activations can be massive, from the rest."""
     cost_T = (spliced.ce_BT - clean.ce_BT).mean(0)
     kl_T, end = spliced.kl_BT.mean(0), len(cost_T)
     edges = [0, *(b for b in BUCKETS if b < end), end]
@@ -69,7 +69,7 @@ def _row_means(losses: TokenLosses) -> np.ndarray:
 def _interval(clean: TokenLosses, spliced: TokenLosses, ablated: TokenLosses) -> list[float] | None:
     def share(clean: np.ndarray, spliced: np.ndarray, ablated: np.ndarray) -> np.ndarray:
         cost = ablated - clean
-        # A share of a cost that may as well be none has no interval.
+        # A share of a cost that may be 0 has no interval.
         result: np.ndarray = np.divide(ablated - spliced, cost, out=np.full_like(cost, np.nan), where=cost > 0)
         return result
 

@@ -1,4 +1,4 @@
-"""What a coder is to be compared with: the MLP's own neurons, and the best affine map. They answer as coders do.
+"""Controls to compare a coder with: the MLP's own neurons, and the best affine map. Both are called like coders.
 
 Legend: N tokens, K neurons, M neurons of the MLP, D input width, E output width.
 """
@@ -21,7 +21,7 @@ from skipcoder.trainer.step.skip_init import ridge
 
 @dataclass
 class Size:
-    """What others ask of a coder's configuration."""
+    """What other code reads of a coder's configuration."""
 
     k: int
     width: int
@@ -35,10 +35,10 @@ class Neurons(nn.Module):
     b_dec: Tensor
 
     def __init__(self, mlp: nn.Module, k: int, sample_ND: Tensor) -> None:
-        """`sample_ND`: any inputs of the MLP. UserError where its output is not that of one last linear map."""
+        """`sample_ND`: any inputs of the MLP. UserError unless its output is that of one last linear map."""
         super().__init__()
         last = _last_linear(mlp, sample_ND)
-        self._model = (mlp, last)  # in a tuple: they stay the model's, where it is
+        self._model = (mlp, last)  # in a tuple, not as submodules: they stay with the model
         weight = last.weight.detach().float()
         W_dec_ME = weight.T.contiguous() if isinstance(last, nn.Linear) else weight  # GPT-2's Conv1D is [M, E]
         bias = getattr(last, "bias", None)
@@ -48,12 +48,12 @@ class Neurons(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> CoderOutput:
-        """Activations of the chosen neurons, which may be negative, and what they add up to."""
+        """Activations of the chosen neurons, which may be negative, and the output that they add up to."""
         mlp, last = self._model
         found: list[Tensor] = []
         handle = last.register_forward_pre_hook(lambda _, args: found.append(args[0]))
         try:
-            mlp.forward(x.to(last.weight.dtype)[None])  # past its own hooks, from which we may be called
+            mlp.forward(x.to(last.weight.dtype)[None])  # bypasses its hooks, from which we may be called
         finally:
             handle.remove()
         neurons_NM = found[0][0].float()
@@ -64,7 +64,7 @@ class Neurons(nn.Module):
 
 
 class Affine(nn.Module):
-    """y = W x + b: what can be had without any latent."""
+    """y = W x + b: what can be reached without any latent."""
 
     W_skip = None
     W: Tensor
@@ -78,13 +78,13 @@ class Affine(nn.Module):
         self.d_out, self.cfg = len(b_E), Size(0, 1)
 
     def forward(self, x: Tensor) -> CoderOutput:
-        """No latent ever fires."""
+        """W x + b; no latent ever fires."""
         values = torch.zeros(len(x), 1, device=x.device)
         return CoderOutput(x.float() @ self.W.T + self.b, values, values.long())
 
 
 def control_runs(asked: list[Control], runs: list[Run], model: nn.Module, store: ActivationStore) -> list[Run]:
-    """Controls beside the transcoders among `runs` (an SAE has no other side): one of neurons for each k, one affine
+    """Controls for the transcoders among `runs` (an SAE has no other side): neurons for each hookpoint and k, an affine
     map for each hookpoint."""
     found: dict[tuple[Control, str, int], Run] = {}
     for run in runs:
@@ -123,7 +123,7 @@ def control_runs(asked: list[Control], runs: list[Run], model: nn.Module, store:
 
 
 def _last_linear(mlp: nn.Module, sample_ND: Tensor) -> Any:
-    """The linear map whose output is the MLP's."""
+    """The linear map whose output is the MLP's output."""
     ran: list[tuple[nn.Module, Tensor, Tensor]] = []
     linear = [module for module in mlp.modules() if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"]
     handles = [

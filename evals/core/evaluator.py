@@ -1,5 +1,5 @@
 """Evaluate the coders of run directories on held-out units: reconstruction from the store, cross-entropy from the
-model. Runs of one store and hookpoint share the model, the clean and the ablated passes."""
+model. Runs of one store and hookpoint share the model and its clean and ablated passes."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +14,7 @@ from skipcoder.errors import UserError
 from skipcoder.evals.core.ce_kl import summary
 from skipcoder.evals.core.metrics import ReconstructionMetrics
 from skipcoder.evals.core.passes import Part, Replace, TokenLosses, ablation, token_losses
+from skipcoder.evals.core.results import Result
 from skipcoder.evals.stats.bootstrap import MIN_ROWS
 from skipcoder.pipeline.model import load as models
 from skipcoder.pipeline.store.attrs import model_config
@@ -25,26 +26,26 @@ from skipcoder.trainer.run.run import Run
 Key = tuple[Any, ...]
 
 AT_ONCE = 8
-"""Coders on the device together."""
+"""Coders on the device at the same time."""
 
 
 class Way(NamedTuple):
-    """One way of replacing an MLP, wherever in the text."""
+    """One way of replacing an MLP, at whatever positions."""
 
     key: Key
     replace: Replace
 
 
 class Replacement(NamedTuple):
-    """A part of the model that is replaced, and what tells this replacement from others."""
+    """A part of the model to replace, and a key that identifies the replacement."""
 
     key: Key
     part: Part
 
 
 class Evaluator:
-    """Evaluates runs of one store, several in one pass over its held-out units and in one over their rows with the
-    model: `ce_tokens` of them, spread evenly."""
+    """Evaluates runs of one store, several at once: in one pass over its held-out units, and in one pass of the model
+    over `ce_tokens` of their tokens, in evenly spread rows."""
 
     def __init__(
         self, store: ActivationStore, ce_tokens: int, batch_rows: int, device: str, intervals: bool = True
@@ -78,11 +79,11 @@ class Evaluator:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's."""
+        """The model's tokenizer."""
         return models.load_tokenizer(model_config(self.store.attrs))
 
-    def evaluate(self, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-        """Reconstruction and behaviour of each run in turn; AT_ONCE runs at a time. `check` them first."""
+    def evaluate(self, runs: Sequence[Run]) -> Iterator[Result]:
+        """Reconstruction and behaviour of each run in turn; AT_ONCE runs at a time. Call `Run.check` first."""
         for some in (runs[i : i + AT_ONCE] for i in range(0, len(runs), AT_ONCE)):
             begun = time.perf_counter()
             for run in some:
@@ -94,7 +95,7 @@ class Evaluator:
                 yield result | share
 
     @torch.no_grad()
-    def reconstruction(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    def reconstruction(self, runs: Sequence[Run]) -> list[Result]:
         """ReconstructionMetrics on all held-out tokens that training would have kept."""
         rows = len(self.row_numbers)
         every = [ReconstructionMetrics(run.coder.d_out, run.coder.cfg.width, rows) for run in runs]
@@ -113,10 +114,10 @@ class Evaluator:
                         metrics.update(y, out.y_hat, out.values, out.indices, row)
         return [metrics.result() for metrics in every]
 
-    def behaviour(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    def behaviour(self, runs: Sequence[Run]) -> list[Result]:
         """Cross-entropy and KL with the MLP replaced by the coder, by zero, by its mean and, for skip transcoders, by
-        the affine skip alone. Twice each: with the positions that training left out passing unchanged, and (`_all`) at
-        all positions."""
+        the affine skip alone. Each is done twice: with positions that training left out unchanged, and (`_all`) with
+        all positions replaced."""
         replacements: dict[Key, list[Part]] = {}
         keys = []
         for run in runs:
@@ -129,15 +130,15 @@ class Evaluator:
         return [summary(losses[None], {name: losses[key] for name, key in mine.items()}) for mine in keys]
 
     def losses(self, replacements: Mapping[Key, Sequence[Part]]) -> dict[Key | None, TokenLosses]:
-        """Of the chosen held-out rows under each replacement."""
+        """Losses of the chosen held-out rows under each replacement."""
         return token_losses(self.model, self.tokens_BT, self.batch_rows, replacements)
 
     def replacements(self, run: Run) -> dict[str, Replacement]:
-        """Name in the results -> the replacement."""
+        """{name in the results: the replacement}."""
         read, write, coder, classes = run.read, run.write, run.coder, run.filter.classes
         mean = self.store.moments(run.summary["hookpoint"], write.side, positions=classes).mean
         mean_E = torch.from_numpy(mean).to(self.device, torch.float32)
-        # The first of a key tells ablations, which runs share, from coders.
+        # A key's first entry distinguishes ablations, which runs share, from coders.
         ways: dict[str, Way] = {
             "spliced": Way((run.path,), lambda x: coder(x).y_hat),
             "zero": Way(("zero", write), ablation(torch.zeros_like(mean_E))),
@@ -153,7 +154,7 @@ class Evaluator:
         }
 
     def _excluded(self, filter: TokenFilter) -> Tensor:
-        """bool [B, T]: positions the coder was not trained on."""
+        """bool [B, T]: positions that the coder was not trained on."""
         tokens = self.tokens_BT.cpu().numpy().ravel()
         kept = filter.keep(np.arange(tokens.size), tokens, self.store.context, self.store.attrs["special_tokens"])
         return torch.from_numpy(~kept).view(self.tokens_BT.shape).to(self.device)

@@ -2,20 +2,20 @@
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
 
 from skipcoder.errors import UserError
 from skipcoder.evals.core.ce_kl import summary
 from skipcoder.evals.core.evaluator import Evaluator
 from skipcoder.evals.core.passes import Part
+from skipcoder.evals.core.results import Result
 from skipcoder.trainer.run.run import Run
 
 _SAME = ("kind", "k", "width", "activation", "side", "seed")
 
 
-def spliced_together(evaluator: Evaluator, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """For each set of runs that differ by their hookpoint alone: cross-entropy and KL with all of them spliced, all
-    ablated, all reduced to their skips."""
+def spliced_together(evaluator: Evaluator, runs: Sequence[Run]) -> list[Result]:
+    """Cross-entropy and KL for each set of runs that differ only in their hookpoint: all spliced, all ablated, all
+    reduced to their skips."""
     rows = []
     for some in sets_of(runs):
         parts: dict[tuple[str], list[Part]] = {}
@@ -26,14 +26,14 @@ def spliced_together(evaluator: Evaluator, runs: Sequence[Run]) -> list[dict[str
         losses = evaluator.losses(parts)
         for run in some:
             run.coder.cpu()
-        row: dict[str, Any] = {key: value for key, value in some[0].summary.items() if key in _SAME}
+        row: Result = {key: value for key, value in some[0].summary.items() if key in _SAME}
         row["hookpoints"] = [run.summary["hookpoint"] for run in some]
         rows.append(row | summary(losses[None], {key[0]: found for key, found in losses.items() if key is not None}))
     return rows
 
 
 def sets_of(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that differ by their hookpoint alone; UserError where two of them replace the same MLP."""
+    """Group runs that differ only in their hookpoint; UserError where two of a group replace the same MLP."""
     sets: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         sets.setdefault((run.store_path, *(str(run.summary.get(key)) for key in _SAME)), []).append(run)

@@ -2,16 +2,15 @@
 
     FVU = sum ||y - y_hat||^2 / sum ||y - mean(y)||^2   over exactly the tokens seen
 
-1 for the mean predictor, unchanged by scaling. Intervals are over token rows (bootstrap.py). Legend: N tokens,
-E dimensions, K active latents, M latents, R token rows.
+FVU is 1 for the mean predictor and unchanged by scaling. Intervals are over token rows (bootstrap.py).
+Legend: N tokens, E dimensions, K active latents, M latents, R token rows.
 """
-
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from skipcoder.evals.core.results import Result
 from skipcoder.evals.stats.bootstrap import interval
 
 DENSE = 0.1
@@ -23,13 +22,13 @@ _DENSITY_EDGES = torch.linspace(-7, 0, 57)
 
 
 class ReconstructionMetrics:
-    """Feed batches with `update`, read with `result`."""
+    """Feed batches with `update`, get the metrics with `result`."""
 
     def __init__(self, d_out: int, width: int, rows: int = 0) -> None:
-        """`rows`: how many token rows the tokens come from, for an interval."""
+        """`rows`: number of token rows that the tokens come from, for intervals."""
         self.n = self.n_long = 0
         self.per_row = [torch.zeros(rows, *shape, dtype=torch.float64) for shape in ((), (d_out,), (), ())]
-        """Count, sum of y [E], sum of its squared length, sum of the squared error."""
+        """Per row: token count, and the sums of y [E], its squared length, and the squared error."""
         self.mean_E = torch.zeros(d_out, dtype=torch.float64)
         self.m2_E = torch.zeros(d_out, dtype=torch.float64)
         self.error_E = torch.zeros(d_out, dtype=torch.float64)
@@ -65,7 +64,7 @@ class ReconstructionMetrics:
         self.fired_M += torch.bincount(indices_NK[values_NK != 0].cpu(), minlength=len(self.fired_M))
 
     def _add_rows(self, y: Tensor, error_N: Tensor, row_N: Tensor) -> None:
-        if self.n == len(y):  # the first batch: near the mean, so that sums of squares lose nothing
+        if self.n == len(y):  # the first batch: a centre near the mean keeps sums of squares precise
             self.centre_E = y.mean(0)
         y = y - self.centre_E
         for total, parts in zip(self.per_row, (torch.ones_like(error_N), y, y.square().sum(1), error_N), strict=True):
@@ -79,10 +78,10 @@ class ReconstructionMetrics:
         seen = self.per_row[0] > 0
         return interval(fvu, *(total[seen].numpy() for total in self.per_row))
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Result:
         """FVU, explained variance, per-dimension FVU, cosine, L0, L2 ratio, relative reconstruction bias, dead and
         dense latents, density histogram; each over `n` tokens. `explained_variance_legacy` is a mean over tokens, as
-        SAEBench once had it: tokens near the mean can make it anything."""
+        SAEBench once computed it: tokens near the mean can give it any value."""
         alive_dims = self.m2_E > _FLAT * self.m2_E.mean()
         fvu = float(self.error_E.sum() / self.m2_E.sum())
         density_M = self.fired_M / self.n

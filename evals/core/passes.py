@@ -1,9 +1,9 @@
 """What a language model predicts while parts of it are replaced: every token's cross-entropy and KL divergence, for any
 number of replacements in one pass over the text.
 
-For each batch of rows the model runs once as it is. A replacement then runs only the layers from its own on: what the
-layers below gave is remembered and handed out again, so its logits are those of a whole forward pass, bit for bit.
-(That it is so is tried on the first batch; a model for which it is not runs whole.)
+For each batch of rows the model runs once unchanged. A replacement then runs only the layers from its own on: the
+outputs of the layers below are remembered and reused, so its logits are those of a whole forward pass, bit for bit.
+(The first batch tests this; a model that fails the test runs whole.)
 
 Legend: B rows, T positions, E written width.
 """
@@ -32,15 +32,15 @@ class Part(NamedTuple):
 
 
 class TokenLosses(NamedTuple):
-    """Of each predicted token (all positions but the rows' first), float64 [B, T - 1] on the CPU, in nats."""
+    """Losses of each predicted token (all but the first of each row), float64 [B, T - 1] on the CPU, in nats."""
 
     ce_BT: Tensor
     kl_BT: Tensor
-    """KL(the model as it is || this)."""
+    """KL(unchanged model || this)."""
 
 
 def ablation(value_E: Tensor) -> Replace:
-    """A replacement by one constant vector, whatever comes in."""
+    """A replacement by one constant vector, whatever the input."""
     return lambda x_ND: value_E.expand(len(x_ND), -1)
 
 
@@ -48,7 +48,7 @@ def ablation(value_E: Tensor) -> Replace:
 def token_losses(
     model: nn.Module, tokens_BT: Tensor, batch_rows: int, replacements: Mapping[K, Sequence[Part]]
 ) -> dict[K | None, TokenLosses]:
-    """Losses under each replacement, which may have parts in several layers; under None those of the model as it is."""
+    """Losses under each replacement, which may have parts in several layers; under None, the unchanged model's."""
     below = {key: _layers_below(model, parts) for key, parts in replacements.items()}
     skippable = list(dict.fromkeys(layer for layers in below.values() for layer in layers))
     found: dict[K | None, list[TokenLosses]] = {key: [] for key in (None, *replacements)}
@@ -79,8 +79,8 @@ def _logits(model: nn.Module, tokens_BT: Tensor) -> Tensor:
 
 
 def _losses(logits_q: Tensor, logits_p: Tensor, tokens_BT: Tensor) -> TokenLosses:
-    """Of predictions q where the model as it is says p. A vocabulary of float32 for each token is large, so
-    some tokens at a time: few on CPUs, where what stays in the cache takes a fifth of the time."""
+    """Losses of predictions q against the unchanged model's p. A float32 vocabulary for each token is large, so tokens
+    go in groups: small ones on CPUs, which fit in the cache and take a fifth of the time."""
     n = max(1, (2**24 if logits_q.is_cuda else 2**19) // logits_q.shape[-1])
     following = tokens_BT[:, 1:]
     ce, kl = [], []
@@ -94,8 +94,8 @@ def _losses(logits_q: Tensor, logits_p: Tensor, tokens_BT: Tensor) -> TokenLosse
 
 
 def _layers_below(model: nn.Module, parts: Sequence[Part]) -> tuple[nn.Module, ...]:
-    """The layers that none of the parts touches or follows: those of the model's stack with lower numbers. None where
-    module names hold no layer number."""
+    """The layers below all parts: those of the model's stack with lower numbers. Empty where module names hold no layer
+    number."""
     sites = [re.match(r"(.+?)\.(\d+)\.", site.module) for part in parts for site in (part.read, part.write)]
     stacks = {site[1] for site in sites if site}
     if not all(sites) or len(stacks) != 1:
@@ -112,8 +112,8 @@ def _gives_the_same(
     outputs: dict[nn.Module, Any],
     clean: Tensor,
 ) -> bool:
-    """Whether skipping layers changes nothing: not so if they hand on more than their output, as some share keys and
-    values between layers, or are the same module at several depths."""
+    """Whether skipping layers changes nothing. False if layers pass on more than their output (some share keys and
+    values), or are the same module at several depths."""
     for layers in set(below) - {()}:
         with _handing_out(layers, outputs):
             try:
@@ -136,7 +136,7 @@ def _remembering(layers: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Any]]:
 
 @contextmanager
 def _handing_out(layers: Sequence[nn.Module], outputs: dict[nn.Module, Any]) -> Iterator[None]:
-    """While active, these layers compute nothing and give what they gave before."""
+    """While active, these layers compute nothing and return their remembered outputs."""
     before = {layer: layer.__dict__.get("forward") for layer in layers}
     try:
         for layer in layers:

@@ -1,4 +1,4 @@
-"""evaluation.json: what has been found of a run's weights. Tasks add to it; other weights start it over."""
+"""evaluation.json: the results for a run's weights. Tasks add to it; it starts over when the weights change."""
 
 import json
 from collections.abc import Mapping
@@ -14,6 +14,8 @@ from skipcoder.trainer.run.run import Run
 FILE = "evaluation.json"
 Interval = list[float]
 """[low, high], 95 %."""
+Result = dict[str, Any]
+"""What an evaluation found of one run, on its way into `Evaluation`; a plain dict, for its numbers for each k or N."""
 
 
 class Histogram(TypedDict):
@@ -33,7 +35,7 @@ class Cost(TypedDict):
 
 
 class ProbedDataset(TypedDict):
-    """Sparse probing of one data set; the numbers for each k stand beside these."""
+    """Sparse probing of one data set; further keys hold the numbers for each k."""
 
     dataset: str
     train: int
@@ -54,11 +56,11 @@ class AbsorbedLetter(TypedDict):
 
 
 class Evaluation(TypedDict, total=False):
-    """Results by task, as far as they were asked for. Numbers for each k or N (`probing_k5`, `tpp_20`), intervals
-    (`KEY_ci`) and times (`TASK_seconds`) stand beside these."""
+    """Results of the tasks that were asked for. Further keys hold numbers for each k or N (`probing_k5`, `tpp_20`),
+    intervals (`KEY_ci`) and times (`TASK_seconds`)."""
 
     weights: str
-    """Fingerprint of the weights that all of it is about."""
+    """Fingerprint of the weights that the results are for."""
     # core: reconstruction
     n: int
     fvu: float
@@ -118,7 +120,7 @@ class Evaluation(TypedDict, total=False):
 
 
 def read(run: Run) -> Evaluation:
-    """What is known of these weights, {} if nothing is; UserError where the file is damaged."""
+    """The results for these weights, {} if there are none; UserError where the file is damaged."""
     file, remedy = run.path / FILE, "delete it and evaluate the run again"
     try:
         found = json.loads(file.read_text())
@@ -131,7 +133,7 @@ def read(run: Run) -> Evaluation:
 
 
 def record(run: Run, result: Mapping[str, Any]) -> Evaluation:
-    """Add results to what is known of the run's weights, and return all of it."""
+    """Add results to those for the run's weights, and return them all."""
     found = cast(Evaluation, {**read(run), **result, "weights": run.weights})
     write_atomically(run.path / FILE, json.dumps(found, indent=2).encode())
     return found

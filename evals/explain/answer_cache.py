@@ -1,4 +1,4 @@
-"""Every answer of a judge, on disk, so that a question is paid for once."""
+"""Keep every answer of a judge on disk, so that a question is paid for once."""
 
 import hashlib
 import json

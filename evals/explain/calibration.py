@@ -15,7 +15,7 @@ from skipcoder.evals.latents.examples import Examples, Window
 
 WORDS, WINDOWS, MOST = 8, 10, 5000
 Detect = Callable[[str, Examples], Awaitable[Answers]]
-"""From an explanation and the examples of a latent to the judge's answers."""
+"""Maps an explanation and the examples of a latent to the judge's answers."""
 USABLE = 0.8
 """Balanced accuracy on planted latents below which a judge is called unusable."""
 
@@ -35,8 +35,8 @@ async def calibrate(detect: Detect, windows_WT: np.ndarray, tokenizer: Any) -> d
 
 
 def planted(windows_WT: np.ndarray, tokenizer: Any) -> dict[str, Examples]:
-    """{word: windows with and without it}, of frequent words. The word is looked for in the text, whole and in any
-    case, so that no window is wrong about it."""
+    """{word: windows with and without it}, for frequent words. The text is searched: windows with it hold the whole
+    word, those without it do not hold it in any letter case."""
     rng = np.random.default_rng(0)
     sample_WT = windows_WT[np.sort(rng.permutation(len(windows_WT))[:MOST])]
     texts = tokenizer.batch_decode(sample_WT.tolist(), clean_up_tokenization_spaces=False)

@@ -1,6 +1,6 @@
 """Explain the latents of one run and score the explanations, one small record for each latent (records.py).
 
-A record that was made with the same weights, examples, judge and scorers is kept, so an interrupted run goes on.
+A record that was made with the same weights, examples, judge and scorers is kept, so an interrupted run can go on.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ class Interpreter:
         self.settings = hashlib.sha256(json.dumps(asked, default=str, sort_keys=True).encode()).hexdigest()[:16]
 
     def chosen(self) -> list[int]:
-        """The latents that are looked at."""
+        """The latents to interpret."""
         if self.cfg.which is not None:
             wrong = [latent for latent in self.cfg.which if not 0 <= latent < self.index.width]
             if wrong:
@@ -67,12 +67,12 @@ class Interpreter:
         return sorted(rng.choice(alive, self.cfg.latents, replace=False).tolist())
 
     async def run(self, advance: Callable[..., object]) -> InterpretationSummary:
-        """Everything; returns the summary. `advance` is told of latents done."""
+        """Interpret the chosen latents; return the summary. `advance` gets the latents done."""
         latents = self.chosen()
         before = self._use()
         self.maker.prepare(np.array(latents, dtype=np.int64))
         calibrated = await calibration.calibrate(self.scoring.detection, self.maker.tokens_WT, self.tokenizer)
-        slots = asyncio.Semaphore(max(2, self.cfg.judge.concurrency // 4))  # windows are held for these alone
+        slots = asyncio.Semaphore(max(2, self.cfg.judge.concurrency // 4))  # only these hold their windows
 
         async def one(latent: int) -> LatentRecord:
             async with slots:
@@ -89,7 +89,7 @@ class Interpreter:
         return summary
 
     def kept(self, latent: int) -> LatentRecord | None:
-        """The latent's record, if it was made alike and is complete."""
+        """The latent's record, if its settings are the same and it is complete."""
         record = read_latent(self.index.run, latent)
         return record if record is not None and record["settings"] == self.settings and not record["failed"] else None
 
@@ -117,7 +117,7 @@ class Interpreter:
         return record
 
     async def _shuffled(self, records: list[LatentRecord]) -> list[dict[str, Any]]:
-        """Detection with another latent's explanation: what an explanation is worth that explains nothing here."""
+        """Detection with another latent's explanation: what an unrelated explanation scores."""
         if len(records) < 2:
             return []
 

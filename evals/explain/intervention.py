@@ -1,6 +1,6 @@
 """Intervention: strengthen a latent while the model writes, and ask the judge in which of two continuations it was.
 
-At the last token of a prompt and everywhere behind it, s W_dec_i is added to what the MLP writes. s is chosen so that
+At the last token of a prompt and everywhere after it, s W_dec_i is added to what the MLP writes. s is chosen so that
 the next-token distribution moves by KL_NATS on average, the same for every latent and coder: a coder with longer
 decoder rows gains nothing. The prompts are test windows up to the first token on which the latent fires. (After Paulo
 et al., arXiv 2410.13928, who ask another model for the likelihood of the explanation; here the judge chooses.)
@@ -23,7 +23,7 @@ NEW_TOKENS, LEAST_PROMPT = 12, 4
 
 
 class Steering:
-    """Continuations of prompts by one model, as it is and with a latent of one coder strengthened."""
+    """Continuations of prompts by one model, unchanged and with a latent of one coder strengthened."""
 
     def __init__(self, model: nn.Module, run: Run) -> None:
         self.model, self.run = model, run
@@ -57,7 +57,7 @@ class Steering:
         return s
 
     def continued(self, prompts: Sequence[list[int]], vector_E: Tensor | None) -> list[list[int]]:
-        """The likeliest NEW_TOKENS tokens behind each prompt."""
+        """The likeliest NEW_TOKENS tokens after each prompt."""
         rows = [list(prompt) for prompt in prompts]
         starts = [len(prompt) for prompt in prompts]
         for _ in range(NEW_TOKENS):
@@ -67,7 +67,7 @@ class Steering:
 
     @torch.no_grad()
     def _next(self, rows: Sequence[list[int]], vector_E: Tensor | None, starts: Sequence[int] | None = None) -> Tensor:
-        """float32 [B, V]: logits behind each row; the vector is added from the prompts' last tokens on."""
+        """float32 [B, V]: logits after each row; the vector is added from the prompts' last tokens on."""
         tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(self.device)
         last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
         batch = torch.arange(len(rows), device=self.device)

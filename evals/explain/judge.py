@@ -1,7 +1,7 @@
-"""A judge: any server of OpenAI's chat API (vLLM, llama.cpp, OpenRouter, OpenAI).
+"""A judge: any server with OpenAI's chat API (vLLM, llama.cpp, OpenRouter, OpenAI).
 
-One client asks many questions at a time, tries again with growing, jittered pauses where the server is busy or broken,
-and keeps every answer on disk, so that a question is paid for once. A question that cannot be answered is an Answer
+One client asks many questions at a time, tries again with growing, jittered pauses while the server is busy or broken,
+and keeps every answer on disk, so that a question is paid for once. A question that cannot be answered gives an Answer
 with a `problem`; it never ends a run. The key comes from the environment and is not written anywhere.
 """
 
@@ -23,7 +23,7 @@ Message = dict[str, str]
 BUSY = (408, 409, 425, 429)
 UNREADABLE = "unreadable answer"
 READINGS = 3
-"""How often a question is asked whose answer cannot be read."""
+"""Most times that a question is asked while its answer cannot be read."""
 
 
 @dataclass
@@ -32,11 +32,11 @@ class Answer:
 
     text: str = ""
     logprobs: list[dict[str, Any]] = field(default_factory=list)
-    """Of each token, with its alternatives, as the server gives them; empty where it gives none."""
+    """One entry per token, with its alternatives, as the server gives them; empty where it gives none."""
     value: Any = None
     """What `parse` made of the text."""
     problem: str | None = None
-    """Why there is no text."""
+    """Why there is no answer."""
 
 
 class _BusyError(Exception):
@@ -74,11 +74,11 @@ class Judge:
 
     @property
     def cost(self) -> float:
-        """Of the tokens used, by the configured prices (per million)."""
+        """Cost of the tokens used, at the configured prices (per million)."""
         return (self.prompt_tokens * self.cfg.price_in + self.completion_tokens * self.cfg.price_out) / 1e6
 
     async def _check(self) -> None:
-        """Before the first question that the cache does not answer: UserError if there is no such server or model."""
+        """Test the judge before the first question that is not in the cache: UserError if it does not answer."""
         async with self._checking:
             if self._checked:
                 return
@@ -96,8 +96,8 @@ class Judge:
         schema: dict[str, Any] | None = None,
         logprobs: bool = False,
     ) -> Answer:
-        """The answer, from the cache or the server; `parse` gives None for what cannot be read, which is asked again.
-        `schema`: what JSON it should be; servers that know no schemas are asked without."""
+        """The answer, from the cache or the server. `parse` gives None for an unreadable answer; the question is then
+        asked again. `schema`: the answer's JSON schema; servers that know no schemas are asked without."""
         body: dict[str, Any] = {
             "model": self.cfg.model, "messages": list(messages), "temperature": 0.0, "max_tokens": max_tokens,
         }  # fmt: skip
@@ -148,7 +148,7 @@ class Judge:
         return embedding
 
     def _count_tokens(self, response: httpx.Response) -> None:
-        """And whether this is an answer at all: gateways in trouble send pages of HTML with a good status."""
+        """Also check that this is an answer: gateways in trouble send pages of HTML with a good status."""
         try:
             content = response.json()
             if not content.get("data") and not isinstance(content["choices"][0], dict):
@@ -160,7 +160,7 @@ class Judge:
             raise _BusyError("the server's answer is not that of a chat API") from None
 
     async def prompt_logprobs(self, prompt: str, alternatives: int) -> list[dict[str, Any] | None] | None:
-        """Of each token of the prompt, what the judge would have said there (vLLM); None where the server tells not."""
+        """What the judge would have said at each token of the prompt (vLLM); None where the server does not say."""
         body = {"model": self.cfg.model, "prompt": prompt, "max_tokens": 1, "prompt_logprobs": alternatives}
         kept = self._kept(body)
         if kept is not None:
@@ -197,7 +197,7 @@ class Judge:
         response = await self._send("chat/completions", body)
         if isinstance(response, str):
             return Answer(problem=response)
-        if response.status_code in (400, 422):  # it may know no schemas, or give no probabilities
+        if response.status_code in (400, 422):  # the server may lack schemas or probabilities
             for name in ("response_format", "logprobs"):
                 if name in body:
                     others = {key: value for key, value in body.items() if key not in (name, f"top_{name}")}
@@ -209,12 +209,12 @@ class Judge:
             return Answer(problem=_refusal(response))
         choice = response.json()["choices"][0]
         content = (choice.get("message") or {}).get("content")
-        if isinstance(content, list):  # parts, as reasoning models give
+        if isinstance(content, list):  # parts, as reasoning models send
             content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
         return Answer(content or "", (choice.get("logprobs") or {}).get("content") or [])
 
     async def _send(self, path: str, body: dict[str, Any]) -> httpx.Response | str:
-        """The server's response, tried again while it is busy; or what went wrong."""
+        """The server's response, with retries while it is busy; or what went wrong."""
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self.cfg.attempts),
             wait=_pause,
@@ -244,7 +244,7 @@ def _refusal(response: httpx.Response) -> str:
 
 
 def _pause(state: tenacity.RetryCallState) -> float:
-    """What the server asks for, else longer after each attempt, with jitter."""
+    """The pause that the server asks for, else longer after each attempt, with jitter."""
     error = state.outcome.exception() if state.outcome else None
     if isinstance(error, _BusyError) and error.wait is not None:
         return min(error.wait, 60)

@@ -13,7 +13,7 @@ from skipcoder.evals.explain.judge import Message
 from skipcoder.evals.latents.examples import Examples, Window
 
 MARKED = 0.3
-"""Of a window's largest activation: tokens from there on are marked."""
+"""Share of a window's largest activation from which tokens are marked."""
 EXPLAIN_TOKENS = 200
 
 _EXPLAIN = (
@@ -63,7 +63,7 @@ _CHOOSE = (
 
 
 def choose(explanation: str, excerpts: Sequence[tuple[str, str, str]]) -> list[Message]:
-    """Ask which of two continuations (text, first, second) the feature was strengthened for."""
+    """Ask for which of two continuations (text, first, second) the feature was strengthened."""
     system = _CHOOSE.format(explanation=explanation, zeros=", ".join("0" * len(excerpts)))
     shown = "\n\n".join(
         f"Excerpt {number}: {text}\nFirst: {first}\nSecond: {second}"
@@ -81,7 +81,7 @@ EXPLAIN_SCHEMA: dict[str, Any] = {
 
 
 def classify_schema(count: int) -> dict[str, Any]:
-    """JSON that answers `count` excerpts."""
+    """Schema of JSON that answers `count` excerpts."""
     numbers = {"type": "array", "items": {"type": "integer", "enum": [0, 1]}, "minItems": count, "maxItems": count}
     return {
         "type": "object",
@@ -104,7 +104,7 @@ def read_explanation(text: str) -> str | None:
 
 
 def read_answers(text: str, count: int) -> list[int] | None:
-    """One 0 or 1 for each excerpt, or None: a list of another length says nothing of any of them."""
+    """One 0 or 1 for each excerpt, or None: a list of another length says nothing about any of them."""
     lists = re.findall(r"\[([^\[\]]*)\]", text)
     if not lists:
         return None
@@ -114,7 +114,7 @@ def read_answers(text: str, count: int) -> list[int] | None:
 
 
 def read_probabilities(logprobs: Sequence[dict[str, Any]], count: int) -> list[float] | None:
-    """P(1) of each answer, from the alternatives that the judge weighed; None where they cannot be told."""
+    """P(1) of each answer, from the alternatives that the judge weighed; None where they cannot be read."""
     found = []
     try:
         for token in logprobs:
@@ -132,7 +132,7 @@ def read_probabilities(logprobs: Sequence[dict[str, Any]], count: int) -> list[f
 
 
 def _digit(token: dict[str, Any]) -> str | None:
-    """The answer that a token of the judge's holds, whatever brackets or signs of a space come with it."""
+    """The answer in one of the judge's tokens, ignoring brackets and space markers."""
     text = token["token"].strip(" []{},\n\u0120\u2581")
     return text if text in ("0", "1") else None
 
@@ -154,7 +154,7 @@ def with_marks(tokens: Sequence[str], marks: np.ndarray) -> str:
 
 
 def false_marks(examples: Examples) -> list[np.ndarray]:
-    """Marks for the negatives: each takes the places of another test window's, so that neither their number nor where
-    they stand tells right from wrong."""
+    """Marks for the negatives: each has its marks where a test window has them, so that neither their number nor their
+    places distinguish right from wrong."""
     places = [marked(window) for window in examples.test]
     return [places[i % len(places)] for i in range(len(examples.negative))]

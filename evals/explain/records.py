@@ -1,4 +1,4 @@
-"""What interpretation leaves in a run's directory.
+"""The files that interpretation writes into a run's directory.
 
 RUN/interpretation/latents/00000012.json   explanation and scores of one latent
 RUN/interpretation/summary.json            means over latents, baselines, calibration, tokens and cost
@@ -20,22 +20,22 @@ _REMEDY = "delete it and interpret the run again"
 
 
 class LatentRecord(TypedDict):
-    """One latent: what it was explained by, and how well."""
+    """One latent: its explanation and how well it scores."""
 
     latent: int
     settings: str
-    """Fingerprint of all that the record depends on."""
+    """Fingerprint of everything that the record depends on."""
     firing: int
     largest: float
     explanation: str | None
     problem: str | None
     failed: int
     scores: dict[str, dict[str, Any]]
-    """By scorer."""
+    """Keyed by scorer."""
 
 
 class Score(TypedDict):
-    """Means over latents of one scorer; balanced accuracy, F1, AUROC or correlation stand beside these, each with its
+    """Means over latents for one scorer; further keys hold balanced accuracy, F1, AUROC or correlation, each with its
     interval and the number of latents that have it."""
 
     latents: int
@@ -52,7 +52,7 @@ class Calibration(Score):
 
 
 class InterpretationSummary(TypedDict):
-    """Means over latents of a run. A `Score` for each scorer stands beside these."""
+    """Means over latents of a run. Further keys hold a `Score` for each scorer."""
 
     settings: str
     weights: str
@@ -107,7 +107,7 @@ def write_latent(run: Run, record: LatentRecord) -> None:
 
 def judged(run: Run) -> dict[str, Any]:
     """What a table shows of a run's interpretation: `detection` and `fuzzing` (balanced accuracy) with their intervals,
-    and whether the judge could judge; {} where there is none."""
+    and whether the judge could judge; {} without an interpretation."""
     found = read_summary(run)
     if found is None:
         return {}

@@ -1,4 +1,4 @@
-"""From a judge's answers to scores, per latent and over latents."""
+"""Turn a judge's answers into scores, per latent and over latents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from skipcoder.evals.stats.bootstrap import of_mean
 
 @dataclass
 class Answers:
-    """To one latent's questions of one kind."""
+    """Answers to one latent's questions of one kind."""
 
     truth: list[int] = field(default_factory=list)
     said: list[int] = field(default_factory=list)
@@ -21,7 +21,7 @@ class Answers:
     """Excerpts without an answer; they are counted, not scored."""
 
     def scores(self) -> dict[str, float | int | None]:
-        """Balanced accuracy, F1 and AUROC (by probabilities; null where the judge gives none)."""
+        """Balanced accuracy, F1 and AUROC (from probabilities; null where the judge gives none)."""
         truth, said = np.array(self.truth, bool), np.array(self.said or [0] * len(self.truth), bool)
         found: dict[str, float | int | None] = {"n": len(truth), "failed": self.failed}
         if truth.all() or not truth.any():  # nothing, or only one side, was answered
@@ -36,7 +36,7 @@ class Answers:
 
 
 def over_latents(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over latents with 95 % intervals (latents resampled); null below eight."""
+    """Means over latents with 95 % intervals (latents resampled), null below eight latents."""
     found: dict[str, Any] = {"latents": len(scores), "failed": sum(score["failed"] for score in scores)}
     for key in ("balanced_accuracy", "f1", "auroc", "correlation"):
         if scores and key not in scores[0]:

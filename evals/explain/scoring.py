@@ -1,4 +1,4 @@
-"""How an explanation is scored: what the judge is asked about the windows of a latent, one method a scorer."""
+"""Score an explanation by asking the judge about the windows of a latent, one method per scorer."""
 
 import asyncio
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ class Scoring:
         self._steering_lock = asyncio.Lock()
 
     async def detection(self, explanation: str, examples: Examples) -> Answers:
-        """In which windows is the latent active?"""
+        """Ask in which windows the latent is active."""
         return await self._classified(explanation, examples, fuzzing=False)
 
     async def scores(self, explanation: str, examples: Examples, scorer: Scorer) -> dict[str, Any]:
-        """What `scorer` makes of the explanation of a latent."""
+        """The scores that `scorer` gives a latent's explanation."""
         if scorer is Scorer.simulation:
             return await self._simulated(explanation, examples)
         if scorer is Scorer.embedding:
@@ -62,7 +62,7 @@ class Scoring:
         return found
 
     async def _embedded(self, explanation: str, examples: Examples) -> Answers:
-        """How near each window's embedding is to the explanation's, as a probability from 0 to 1."""
+        """How close each window's embedding is to the explanation's, as a probability from 0 to 1."""
         windows = examples.test + examples.negative
         texts = [explanation, *("".join(self.strings(window)) for window in windows)]
         vectors = await asyncio.gather(*(self.judge.embed(text) for text in texts))
@@ -77,7 +77,7 @@ class Scoring:
         return found
 
     async def _steered(self, explanation: str, examples: Examples) -> Answers:
-        """In which of two continuations was the latent strengthened? Half of the time it is the second."""
+        """Ask in which of two continuations the latent was strengthened; half of the time it is the second."""
         assert self.steering is not None
         async with self._steering_lock:  # the model has hooks on while it is steered
             pairs = await asyncio.to_thread(self.steering.pairs, examples)
@@ -127,7 +127,7 @@ class Scoring:
         return answer.value, questions.read_probabilities(answer.logprobs, count)
 
     def strings(self, window: Window) -> list[str]:
-        """What each token adds to the window's text: nothing, while it ends within a character."""
+        """What each token adds to the window's text: nothing while the text ends within a character."""
         parts, before = [], ""
         for end in range(1, len(window.tokens) + 1):
             text = self.tokenizer.decode(window.tokens[:end].tolist(), clean_up_tokenization_spaces=False)

@@ -1,9 +1,9 @@
 """Simulation: from an explanation alone the judge guesses how active the latent is on every token.
 
-The judge reads a window one token a line, each line ending in a tab and an activation from 0 to 10 that is not shown.
-What it would have written there is in the log-probabilities of its *prompt*, which vLLM gives (`prompt_logprobs`) and
-most other servers do not. A guess is the mean over the numbers that the judge weighs; the score is the correlation of
-guesses with the true activations over all test windows, in which the latent fires or not (Bills et al. 2023, in
+The judge reads a window one token per line, each line ending in a tab and a hidden activation from 0 to 10. What it
+would have written there is in the log-probabilities of its *prompt*, which vLLM gives (`prompt_logprobs`) and most
+other servers do not. A guess is the mean over the numbers that the judge weighs; the score is the correlation of
+guesses with the true activations over all test windows, with the latent firing and without (Bills et al. 2023, in
 delphi's form). Tested with a server that answers as vLLM does, not with vLLM.
 """
 
@@ -24,13 +24,13 @@ _SIMULATE = (
 
 
 def prompt(explanation: str, tokens: Sequence[str]) -> str:
-    """What the judge reads; each line is closed by a word in the activation's place."""
+    """What the judge reads; each line ends in a placeholder for the activation."""
     lines = "".join(token.replace("\n", "\\n").replace("\t", " ") + f"\t{UNKNOWN}\n" for token in tokens)
     return _SIMULATE.format(explanation=explanation) + lines
 
 
 def guesses(prompt_logprobs: Sequence[dict[str, Any] | None], count: int) -> list[float] | None:
-    """The mean activation at each of `count` lines: at the token that follows a tab. None where the server's answer has
+    """The mean activation on each of `count` lines, at the token that follows a tab. None where the server's answer has
     another shape."""
     found = []
     after_tab = False
@@ -38,7 +38,7 @@ def guesses(prompt_logprobs: Sequence[dict[str, Any] | None], count: int) -> lis
         if not position:
             continue
         entries = list(position.values())
-        # vLLM puts the token that stands in the prompt first.
+        # vLLM lists the prompt's own token first.
         shown = entries[0].get("decoded_token") or ""
         if after_tab:
             mass = {number: 0.0 for number in range(11)}
@@ -53,7 +53,7 @@ def guesses(prompt_logprobs: Sequence[dict[str, Any] | None], count: int) -> lis
 
 
 def correlation(true: Sequence[np.ndarray], guessed: Sequence[Sequence[float]]) -> float | None:
-    """Pearson's, over all tokens of all windows; None where either never varies."""
+    """Pearson correlation over all tokens of all windows; None where either never varies."""
     if not true:
         return None
     a, b = np.concatenate(true), np.concatenate([np.array(guess) for guess in guessed])

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 
 from skipcoder.evals.core.results import read as read_evaluation
 from skipcoder.evals.tables import figures
-from skipcoder.evals.tables.metrics import METRICS, interval_of
+from skipcoder.evals.tables.metrics import METRICS, Row, interval_of
 from skipcoder.trainer.run.run import Run
 
 USAGE = {
@@ -38,7 +38,7 @@ model = ReplacementModel.from_pretrained("MODEL", "ORG/NAME")  # of a folder: se
 def write(
     folder: Path, runs: Sequence[Run], format: str, license: str | None, changed: Sequence[dict[str, Any]]
 ) -> Path:
-    """Write FOLDER/README.md and plots for coders in the folder. `changed`: of each run, what conversion did."""
+    """Write FOLDER/README.md and plots for coders in the folder. `changed`: what conversion did to each run."""
     first = runs[0]
     template = Path(__file__).with_name("card.md.j2").read_text()
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
@@ -91,7 +91,7 @@ def _describe(run: Run, changed: dict[str, Any], folder: Path) -> dict[str, Any]
         f"elsewhere (imported from {meta['imported']['format']})" if "imported" in meta else "not recorded",
         **_recipe(run),
     }  # fmt: skip
-    found: dict[str, Any] = dict(read_evaluation(run))
+    found: Row = dict(read_evaluation(run))
     return {
         "hookpoint": summary["hookpoint"],
         "facts": facts,
@@ -118,12 +118,12 @@ def _recipe(run: Run) -> dict[str, str]:
     return {"optimiser": f"{config.optim.name}, {rate}, batches of {config.train.batch_tokens:,} tokens"}
 
 
-def _number(found: dict[str, Any], key: str) -> str:
+def _number(found: Row, key: str) -> str:
     ends = interval_of(found, key)
     return f"{found[key]:.4g}" + (f" [{ends[0]:.4g}, {ends[1]:.4g}]" if ends else "")
 
 
-def _plot(run: Run, found: dict[str, Any], folder: Path) -> str | None:
+def _plot(run: Run, found: Row, folder: Path) -> str | None:
     row = run.summary | found | {"run": str(run.path)}
     draw = [figures.curves] if (run.path / "metrics.jsonl").exists() else []
     draw += [figures.densities] if "density_histogram" in found else []

@@ -1,6 +1,6 @@
 """Write a run's firings as eai-delphi (0.1.3) reads them: FOLDER/HOOKPOINT/START_END.safetensors and config.json.
 
-delphi keeps activations in float16 and wants every latent of a file in the order of the text, files that tile the
+delphi keeps activations in float16 and expects each latent's firings in the order of the text, files that tile the
 latents from 0, and all tokens in each file.
 """
 

@@ -1,5 +1,5 @@
-"""Coders as another tool's files: written beside their place, read back, compared on held-out activations, and only
-then put there."""
+"""Write coders as another tool's files: first to a temporary folder, where they are read back and compared on held-out
+activations, and only then to their place."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ from skipcoder.trainer.run.run import Run
 
 @dataclass(frozen=True)
 class Export:
-    """One coder on its way out."""
+    """One coder to export."""
 
     run: Run
     store: ActivationStore
@@ -47,11 +47,11 @@ class Export:
         return Sample.of(self.store, self.run.summary["hookpoint"], self.run.filter)
 
     def read_side(self, sample: Sample) -> Tensor:
-        """[N, D] of what the coder reads."""
+        """[N, D]: the side of the sample that the coder reads."""
         return sample.side(self.run.read.side)
 
     def with_thresholds(self) -> "Export":
-        """Thresholds in place of top-k, and what that changes on held-out tokens."""
+        """The same with thresholds in place of top-k; prints what that changes on held-out tokens."""
         sample = Sample.of(self.store, self.run.summary["hookpoint"], self.run.filter, "train", CALIBRATION_TOKENS)
         coder = converted(self.coder, self.read_side(sample))
         sides = self.run.read.side, self.run.write.side
@@ -70,7 +70,7 @@ class Export:
 
 
 def export(cfg: ExportConfig, paths: Sequence[Path]) -> Path:
-    """Write, verify and, if asked, push."""
+    """Write, verify and, if asked, push the coders."""
     out = Path(cfg.out)
     refuse_full(out, "out")
     exports = [_open(path, cfg) for path in paths]
@@ -101,7 +101,7 @@ def export(cfg: ExportConfig, paths: Sequence[Path]) -> Path:
 
 
 def _write_coders(exports: Sequence[Export], cfg: ExportConfig, folder: Path) -> list[Export]:
-    """Write and verify; returns what was written."""
+    """Write and verify coders; return what was written."""
     if cfg.format is Target.circuit_tracer:
         exports = [_suited_to_circuit_tracer(e, cfg.topk) for e in exports]
         circuit_tracer.write([e.coder for e in exports], folder)
@@ -163,7 +163,7 @@ def _suited_to_circuit_tracer(e: Export, topk: TopK | None) -> Export:
 
 @torch.no_grad()
 def _compare(e: Export, again: nn.Module) -> None:
-    """The coder read back must give the same bits."""
+    """Check that the coder read back gives the same bits."""
     for x in e.read_side(e.held_out).split(ROWS):
         if not torch.equal(e.coder(x).y_hat, again(x).y_hat):
             raise RuntimeError(f"{e.run.path}: read back, it is not the run's coder; please report this")

@@ -4,9 +4,9 @@
     data/table.js                    one row for each latent
     data/latents-N.js                what is shown of CHUNK latents; loaded when one of them is opened
     data/words.js                    the tokens' text
-    data/match-N.js                  each latent's nearest in another coder
+    data/match-N.js                  each latent's nearest latent in another coder
 
-Data are JavaScript calls, since a browser reads no other file from a page on disk. Legend: M latents, V vocabulary.
+The data are JavaScript calls: a page on disk can load no other data files. Legend: M latents, V vocabulary.
 """
 
 import json
@@ -38,8 +38,8 @@ def write_pages(
     others: Sequence[Run] = (),
     advance: Callable[[int], object] = lambda latents: None,
 ) -> Path:
-    """Write the site. `model`: for the tokens that a latent promotes; `others`: coders to compare with, whose pages are
-    written, too."""
+    """Write the site. `model`: for the tokens that a latent promotes; `others`: coders to compare with, which have
+    pages of their own."""
     run = index.run
     final, site = run.path / "features", run.path / "features.partial"
     shutil.rmtree(site, ignore_errors=True)
@@ -78,8 +78,8 @@ def write_pages(
 
 @torch.no_grad()
 def promoted(model: nn.Module | None, W_dec_ME: Tensor) -> tuple[list[list[int]], list[list[int]]]:
-    """The tokens whose logits each latent raises and lowers most: its decoder row through the final norm's weights and
-    the unembedding, as if nothing stood between (later layers do)."""
+    """The tokens whose logits each latent raises and lowers most: its decoder row times the final norm's weights and
+    the unembedding, ignoring the layers in between."""
     none: list[list[int]] = [[] for _ in W_dec_ME]
     head = None if model is None else model.get_output_embeddings()  # type: ignore[operator]
     if head is None or head.weight.shape[1] != W_dec_ME.shape[1]:
@@ -94,7 +94,7 @@ def promoted(model: nn.Module | None, W_dec_ME: Tensor) -> tuple[list[list[int]]
 
 
 def _final_gain(model: Any, width: int) -> Tensor:
-    """The weights of the last norm: of an RMS norm what it makes of ones, so that Gemma's 1 + w is met."""
+    """The weights of the last norm; for an RMS norm, its output on ones, which is right for Gemma's 1 + w."""
     norms = [m for m in model.base_model.children() if "norm" in type(m).__name__.lower()]
     if not norms:
         return torch.ones(width)
@@ -108,7 +108,7 @@ def _final_gain(model: Any, width: int) -> Tensor:
 
 @torch.no_grad()
 def nearest_latents(a_ME: Tensor, b_ME: Tensor, count: int, same: bool = False) -> tuple[Tensor, Tensor]:
-    """(latents of b [M, count], cosines) nearest to each of a; `same`: a latent is not its own neighbour."""
+    """(latents of b [M, count], cosines) nearest to each latent of a; `same`: a latent is not its own neighbour."""
     a, b = (nn.functional.normalize(w.detach().float().to(a_ME.device), dim=1) for w in (a_ME, b_ME))
     if a.shape[1] != b.shape[1]:
         return torch.zeros(len(a), count, dtype=torch.long), torch.zeros(len(a), count)
@@ -150,7 +150,7 @@ def _table(index: LatentIndex, others: Sequence[Run]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _skip_share(index: LatentIndex) -> float:
-    """Of the squared lengths of what skip and latents give, apart, the skip's share; over 1,024 tokens."""
+    """The skip's share of the summed squared lengths of the skip's and the latents' outputs, over 1,024 tokens."""
     run, store = index.run, index.store
     start, stop = store.unit_range(store.units[0])
     stop = min(start + 1024, stop)

@@ -1,9 +1,9 @@
 """Windows of text for explaining and scoring a latent.
 
 A token row is cut into windows of `window` tokens. A latent's positive windows are those in which it fires; some teach
-the explainer (`train`), others test the explanation (`test`): disjoint, and no two with the same tokens. Negatives are
-windows in which it never fires. All choices are drawn from a seed of the latent's own, so a latent's windows do not
-depend on which others are asked for. Legend: W windows, T tokens of a window.
+the explainer (`train`), others test the explanation (`test`); no window is in both, and no two have the same tokens.
+Negatives are windows in which it never fires. Each latent has its own random seed, so its windows do not depend on
+which other latents are asked for. Legend: W windows, T tokens of a window.
 """
 
 import hashlib
@@ -21,18 +21,18 @@ class Window(NamedTuple):
     """One window of text."""
 
     number: int
-    """Which window of the store."""
+    """Index of the window in the store."""
     tokens: np.ndarray
     """int [T]."""
     activations: np.ndarray
     """float32 [T]; zeros in a negative."""
     kind: str
-    """`top`, `quantile`, `random` for positives; for negatives what they were drawn by."""
+    """How it was drawn: `top` or `quantile` for positives, `random`, ... for negatives."""
 
 
 @dataclass
 class Examples:
-    """Of one latent."""
+    """The examples of one latent."""
 
     latent: int
     firing: int
@@ -42,11 +42,11 @@ class Examples:
     test: list[Window] = field(default_factory=list)
     negative: list[Window] = field(default_factory=list)
     problem: str | None = None
-    """Why there are none."""
+    """Why there are no examples."""
 
 
 class ExampleMaker:
-    """Makes the examples of latents, one after the other, from an index and the store's text."""
+    """Makes examples, one latent at a time, from an index and the store's text."""
 
     def __init__(self, index: LatentIndex, cfg: ExamplesConfig) -> None:
         self.index, self.cfg, self.context = index, cfg, index.store.context
@@ -57,7 +57,7 @@ class ExampleMaker:
         self._neighbours: dict[int, list[int]] = {}
 
     def prepare(self, latents: np.ndarray) -> None:
-        """What all of these latents need together: who fires with whom."""
+        """Find the neighbours of all these latents, if cofiring negatives need them."""
         if self.cfg.negatives is not Negatives.cofiring:
             return
         for some in (latents[i : i + 256] for i in range(0, len(latents), 256)):
@@ -90,8 +90,8 @@ class ExampleMaker:
         return found
 
     def shown(self, latent: int, firing: Firing, top: int, parts: int) -> tuple[list[Window], list[Window]]:
-        """For people to look at: the windows with the largest activations, and one of each of `parts` equal parts of
-        the order by activation, the largest part first."""
+        """Windows for people to look at: the `top` ones by activation, and one from each of `parts` equal parts of all
+        windows sorted by activation, largest first."""
         windows, largest = self._windows(firing)
         order = np.argsort(-largest, kind="stable")
         rng = _rng(self.index.run.summary["hookpoint"], latent)
@@ -103,7 +103,7 @@ class ExampleMaker:
         return found[: len(order[:top])], found[len(order[:top]) :]
 
     def _windows(self, firing: Firing) -> tuple[np.ndarray, np.ndarray]:
-        """(windows with an activation, without repeated text; the largest activation in each)."""
+        """(windows in which it fires, without repeated texts; the largest activation in each)."""
         window, inside = self._window_of(firing.position)
         windows, start = np.unique(window[inside], return_index=True)
         if not len(windows):
@@ -114,7 +114,7 @@ class ExampleMaker:
         return windows[first], largest[first]
 
     def _window_of(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(window of each position, whether it lies in one: a row's last few tokens may not)."""
+        """(window of each position, whether it lies in one: a row's last tokens may not)."""
         row, at = position // self.context, position % self.context
         return row * self.each_row + at // self.size, at < self.each_row * self.size
 
@@ -141,9 +141,9 @@ class ExampleMaker:
         elif kind is Negatives.similar:
             chosen = self._similar(shown, rng.permutation(np.flatnonzero(silent))[: self.cfg.pool])
         drawn = [kind.value] * len(chosen)
-        pool = rng.permutation(np.flatnonzero(silent))[: 4 * count]  # random ones fill up what is lacking
+        pool = rng.permutation(np.flatnonzero(silent))[: 4 * count]  # random ones make up a shortfall
         others = [int(w) for w in pool if w not in set(chosen)]
-        seen = {self.tokens_WT[w].tobytes() for w in [*shown, *test]}  # a latent may fire on one copy of a text alone
+        seen = {self.tokens_WT[w].tobytes() for w in [*shown, *test]}  # a latent may fire on only one copy of a text
         found: list[Window] = []
         for w, how in zip([*chosen, *others], [*drawn, *["random"] * len(others)], strict=True):
             text = self.tokens_WT[w].tobytes()
@@ -173,7 +173,7 @@ def _rng(hookpoint: str, latent: int) -> np.random.Generator:
 
 
 def _quantiles(order: np.ndarray, count: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` of `order`, as evenly as can be from `parts` equal parts of it, none twice."""
+    """Draw `count` of `order`, as evenly as possible from `parts` equal parts of it, none twice."""
     pieces = [rng.permutation(piece) for piece in np.array_split(order, parts)]
     longest = max((len(piece) for piece in pieces), default=0)
     turns = [piece[i] for i in range(longest) for piece in pieces if i < len(piece)]

@@ -1,10 +1,10 @@
 """Where each latent fires: a run's codes on its whole store, sorted by latent. The language model does not run.
 
     RUN/latents/identity.json                       which weights, store and filter
-    RUN/latents/00000000-00000031-HASH.safetensors  of these units: `starts` [M + 1], `position` and `value` [L]
+    RUN/latents/00000000-00000031-HASH.safetensors  for these units: `starts` [M + 1], `position` and `value` [L]
 
-A part holds some units and is written whole or not at all, so building can be interrupted. HASH is of the units'
-checksums: where a store has grown, the parts that are as they were stay. Memory is that of one part.
+A part holds some units and is written whole or not at all, so building can be interrupted. HASH covers the units'
+checksums: when a store has grown, unchanged parts are kept. Building needs the memory of one part.
 
 Legend: L entries, M latents, N tokens.
 """
@@ -42,7 +42,7 @@ class Firing(NamedTuple):
 
 
 class LatentIndex:
-    """Reads what `build` wrote."""
+    """One run's index: `build` writes it, the rest reads it."""
 
     def __init__(self, run: Run, store: ActivationStore) -> None:
         if not store.is_complete:
@@ -53,7 +53,7 @@ class LatentIndex:
         self.parts = _parts(store)
 
     def identity(self) -> dict[str, str]:
-        """What the index is of."""
+        """The weights, store and filter of the index."""
         return {
             "weights": self.run.weights,
             "store": self.store.attrs["identity_hash"],
@@ -61,7 +61,7 @@ class LatentIndex:
         }
 
     def missing(self) -> list[list[int]]:
-        """Units of each part that is not there, or is of other weights or text."""
+        """Units of each part that is missing or made from other weights or text."""
         try:
             known = json.loads((self.folder / "identity.json").read_text()) == self.identity()
         except (OSError, ValueError):
@@ -69,7 +69,7 @@ class LatentIndex:
         return [units for units in self.parts if not known or not self._file(units).exists()]
 
     def build(self, device: str, advance: Callable[[int], object] = lambda tokens: None) -> None:
-        """Encode what is missing; `advance` is told of tokens done."""
+        """Encode the missing parts; `advance` gets the tokens done."""
         self.folder.mkdir(exist_ok=True)
         self._claim()
         coder = self.run.coder.to(device)
@@ -86,12 +86,12 @@ class LatentIndex:
             write_atomically(self._file(units), save(tensors))
         coder.cpu()
         kept = {self._file(units).name for units in self.parts}
-        for file in self.folder.glob("*-*.safetensors"):  # parts of a store before it grew
+        for file in self.folder.glob("*-*.safetensors"):  # parts from before the store grew
             if file.name not in kept:
                 file.unlink()
 
     def ensure(self, device: str) -> None:
-        """Encode what is missing, with a bar."""
+        """Encode the missing parts, with a progress bar."""
         if units := [unit for part in self.missing() for unit in part]:
             total = sum(b - a for a, b in map(self.store.unit_range, units))
             with progress("encoding", total) as advance:
@@ -111,13 +111,13 @@ class LatentIndex:
         return sum((np.diff(starts) for starts, _ in self._open), np.zeros(self.width, np.int64))
 
     def overlap(self, latents: np.ndarray) -> np.ndarray:
-        """float [len(latents), M]: tokens on which both fire / tokens on which either does, on the first part."""
+        """float [len(latents), M]: tokens on which both fire / tokens on which either does, in the first part."""
         starts, file = self._open[0]
         position = file.get_tensor("position")
         token = np.unique(position, return_inverse=True)[1]
         shape = (int(token.max(initial=-1)) + 1, self.width)
         fires = scipy.sparse.csc_array((np.ones(len(token), np.float32), token, starts), shape=shape)
-        both = (fires[:, latents].T @ fires).toarray()  # float32 [len(latents), M]: ask for some hundred at a time
+        both = (fires[:, latents].T @ fires).toarray()  # float32 [len(latents), M]: ask for a few hundred at a time
         counts = np.diff(starts).astype(np.float32)
         result: np.ndarray = both / np.maximum(counts[latents][:, None] + counts[None] - both, 1)
         return result
@@ -136,7 +136,7 @@ class LatentIndex:
 
     def _claim(self) -> None:
         if len(self.missing()) == len(self.parts):
-            for part in self.folder.glob("*-*.safetensors"):  # of other weights or other text: made anew
+            for part in self.folder.glob("*-*.safetensors"):  # made from other weights or text
                 part.unlink()
         write_atomically(self.folder / "identity.json", json.dumps(self.identity(), indent=2).encode())
 
@@ -149,7 +149,7 @@ class LatentIndex:
     def _encode(
         self, coder: torch.nn.Module, unit: int, device: str
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(position, latent, value) of some tokens at a time."""
+        """Yield (position, latent, value), a batch of tokens at a time."""
         start, stop = self.store.unit_range(unit)
         flat = self.store.read("index", start, stop).astype(np.int64)
         token = self.store.tokens(unit).ravel()[flat - flat.min() // self.store.context * self.store.context]

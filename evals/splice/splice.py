@@ -27,7 +27,7 @@ class Spliced:
     values: Tensor
     """[B, T, K] activations in the last forward pass, before edits."""
     indices: Tensor
-    """int64 [B, T, K] the latents."""
+    """int64 [B, T, K] the latents of `values`."""
     y_hat: Tensor
     """[N, E] what was written, edits included."""
 
@@ -36,7 +36,7 @@ class Spliced:
         self.edits: list[tuple[int, Edit]] = []
 
     def edit(self, latent: int, function: Edit) -> None:
-        """From now on the latent's activation v [N] (0 where it does not fire) becomes function(v)."""
+        """From now on, replace the latent's activation v [N] (0 where it does not fire) by function(v)."""
         if not 0 <= latent < self.coder.cfg.width:
             raise ValueError(f"latent {latent}: this coder has latents 0 to {self.coder.cfg.width - 1}")
         self.edits.append((latent, function))
@@ -47,15 +47,15 @@ class Spliced:
             self.edit(latent, torch.zeros_like)
 
     def scale(self, latent: int, factor: float) -> None:
-        """Multiply its activation."""
+        """Multiply a latent's activation."""
         self.edit(latent, lambda v: factor * v)
 
     def add(self, latent: int, amount: float) -> None:
-        """Add to its activation, also where it does not fire: steering along its decoder direction."""
+        """Add to a latent's activation, also where it does not fire: steering along its decoder direction."""
         self.edit(latent, lambda v: v + amount)
 
     def set(self, latent: int, value: float) -> None:
-        """Hold it at a value everywhere."""
+        """Hold a latent's activation at a value everywhere."""
         self.edit(latent, lambda v: torch.full_like(v, value))
 
     def clear(self) -> None:
@@ -63,12 +63,12 @@ class Spliced:
         self.edits.clear()
 
     def of(self, latent: int) -> Tensor:
-        """[B, T] its activation in the last forward pass, before edits."""
+        """[B, T] a latent's activation in the last forward pass, before edits."""
         return _activation(latent, self.values, self.indices)
 
     def attribution(self, scalar: Tensor) -> Tensor:
-        """[B, T, K] of a scalar of the last forward pass (as a logit): d scalar / d activation x activation, the share
-        of each latent to first order, all paths from this MLP on included."""
+        """[B, T, K] each latent's share, to first order, in a scalar of the last forward pass (such as a logit):
+        d scalar / d activation x activation, over all paths from this MLP on."""
         (gradient,) = torch.autograd.grad(scalar, self.y_hat, retain_graph=True)
         lead = self.values.shape[:2]
         directions = self.coder.W_dec[self.indices]
@@ -85,7 +85,7 @@ class Spliced:
         edited: dict[int, Tensor] = {}
         for latent, function in self.edits:
             edited[latent] = function(edited.get(latent, _activation(latent, values_NK, indices_NK)))
-        # Adding to the output what an edit changes is exact, as the decoder is linear, and works for silent latents.
+        # Adding an edit's change to the output is exact, as the decoder is linear, and works for silent latents.
         y_hat = x_ND.new_zeros(len(x_ND), self.coder.d_out) if changes_only else self.coder.decode(codes, x_ND)
         for latent, after_N in edited.items():
             change_N = after_N - _activation(latent, values_NK, indices_NK)
@@ -109,12 +109,12 @@ def splice(
     first_positions: int | None = None,
     special_tokens: Collection[int] | None = None,
 ) -> Iterator[dict[str, Spliced]]:
-    """While active, `coders` stand in for the MLPs of the hookpoints that they are named by; works with generate().
+    """While active, replace the MLPs at the hookpoints in `coders` by these coders; works with generate().
 
-    `keep_error`: the model's own output stays, and only what edits change is added. Positions that a coder was not
-    trained on pass unreplaced: the first ones of each row (`first_positions`; None: as in its training) and those of
-    `special_tokens` (token ids; None: begin, end and padding of the model, if its training left special ones out).
-    ValueError for a hookpoint that the model lacks, and when the model runs for a coder of another width.
+    `keep_error`: keep the model's own output and add only what edits change. Positions that a coder was not trained on
+    are not replaced: the first ones of each row (`first_positions`; None: as in its training) and `special_tokens`
+    (token ids; None: the model's begin, end and padding tokens, if its training left special tokens out). ValueError
+    for a hookpoint that the model lacks and, when the model runs, for a coder of another width.
     """
     spliced = {name: Spliced(coder) for name, coder in coders.items()}
     now = _Positions()
@@ -140,23 +140,23 @@ def splice(
 
 
 class _Positions:
-    """Where in their rows the tokens of the forward pass under way stand: generate() hands the model one at a time."""
+    """Row positions of the tokens in the current forward pass: generate() hands the model one token at a time."""
 
     def see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pass begins."""
+        """Note the tokens of a forward pass as it begins."""
         tokens = kwargs.get("input_ids", args[0] if args else None)
         like = tokens if tokens is not None else kwargs["inputs_embeds"][..., 0]
         self.tokens_BT, (b, t) = tokens, like.shape
         self.shape = (b, t)
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        if isinstance(mask, Tensor) and mask.ndim == 2:  # padding on the left counts for nothing
+        if isinstance(mask, Tensor) and mask.ndim == 2:  # padding on the left does not count
             self.position_BT = (mask.long().cumsum(1) - 1)[:, -t:]
         else:
             past = int(cache.get_seq_length()) if cache is not None else 0
             self.position_BT = torch.arange(past, past + t, device=like.device).expand(b, t)
 
     def excluded(self, first: int, special: Collection[int]) -> Tensor:
-        """bool [B, T]."""
+        """bool [B, T]: positions not to replace."""
         keep = self.position_BT < first
         if special and self.tokens_BT is not None:
             keep = keep | torch.isin(self.tokens_BT, torch.tensor(sorted(special), device=keep.device))
@@ -172,7 +172,7 @@ def _special(model: nn.Module) -> list[int]:
 
 
 def _sites(name: str, coder: SparseCoder) -> tuple[Site, Site]:
-    """As the coder was trained, if it was for this hookpoint; else the sides of the module of that name."""
+    """The coder's own sites, if it was trained on this hookpoint; else the sides of the module of that name."""
     if coder.meta.get("hookpoint") == name:
         return Site(**coder.meta["read"]), Site(**coder.meta["write"])
     read = "output" if coder.cfg.kind == Kind.sae else "input"

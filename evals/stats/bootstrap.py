@@ -1,7 +1,7 @@
 """95 % intervals by resampling token rows, since tokens of one row are not independent.
 
-Rows are nearly so where documents are shorter than a row; where a document spans several, intervals are too narrow. So
-they are with few rows: of normally distributed rows, 16 give 92 % where 200 give 95 %.
+Rows are nearly independent if documents are shorter than a row; if a document spans several, intervals are too narrow.
+Intervals of few rows are, too: 16 normally distributed rows give 92 % coverage, 200 give 95 %.
 
 Every statistic here is a function of sums over rows, so a resample is a weighting of rows. Legend: R rows, S resamples.
 """
@@ -15,14 +15,14 @@ MIN_ROWS = 8
 
 
 def resamples(rows: int) -> list[np.ndarray]:
-    """How often each row is in each resample: blocks [S, R], always the same for this many rows."""
+    """How often each resample holds each row: blocks [S, R], always the same for a given number of rows."""
     rng = np.random.default_rng(0)
     even = np.full(rows, 1 / rows)
     return [rng.multinomial(rows, even, size=BLOCK).astype(np.float64) for _ in range(SAMPLES // BLOCK)]
 
 
 def interval(statistic: Callable[..., np.ndarray], *per_row: np.ndarray) -> list[float] | None:
-    """[low, high] of `statistic`, which gets the sums [S, ...] of arrays [R, ...] over each resample's rows and gives
+    """[low, high] of `statistic`, which maps the sums [S, ...] of arrays [R, ...] over each resample's rows to
     [S]. None with fewer than MIN_ROWS rows, or where a resample has no finite value."""
     rows = len(per_row[0])
     if rows < MIN_ROWS:

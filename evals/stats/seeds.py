@@ -14,15 +14,15 @@ from torch import Tensor
 from skipcoder.trainer.run.run import Run
 
 SHARED = 0.7
-"""Cosine from which two latents count as one (arXiv 2501.16615)."""
+"""Least cosine at which two latents count as one (arXiv 2501.16615)."""
 MOST = 8192
-"""Latents that are matched; the matching takes time by their cube."""
+"""Largest width that is matched; the time grows with its cube."""
 
 _NAMES = ("hookpoint", "kind", "k", "width", "activation", "side", "train_tokens", "model", "configuration")
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> list[list[int]]:
-    """Places of rows whose configurations differ by their seed alone."""
+    """Indices of the rows of each configuration, which differ only in their seed."""
     found: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         found.setdefault(row["configuration"], []).append(place)
@@ -30,8 +30,8 @@ def groups(rows: Sequence[dict[str, Any]]) -> list[list[int]]:
 
 
 def shared_latents(a_ME: Tensor, b_ME: Tensor) -> float:
-    """Share of the latents of one decoder [M, E] that the other has too: matched one to one so that the cosines' sum is
-    the largest (Hungarian), those of at least SHARED."""
+    """Share of one decoder's latents [M, E] that the other has too: latents are matched one to one for the largest sum
+    of cosines (Hungarian), and those of at least SHARED count."""
     a, b = (torch.nn.functional.normalize(w.detach().float().cpu(), dim=1) for w in (a_ME, b_ME))
     cosine = (a @ b.T).numpy()
     rows, columns = linear_sum_assignment(cosine, maximize=True)
@@ -39,7 +39,7 @@ def shared_latents(a_ME: Tensor, b_ME: Tensor) -> float:
 
 
 def over_seeds(rows: Sequence[dict[str, Any]], runs: Sequence[Run | None]) -> list[dict[str, Any]]:
-    """One row for each group: means, 95 % intervals by Student's t (of one seed: the row's own), and the share of
+    """One row for each group: means, 95 % intervals by Student's t (with one seed: the row's own), and the share of
     latents that two seeds share (mean over pairs)."""
     table = []
     for places in groups(rows):

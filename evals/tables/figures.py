@@ -8,9 +8,9 @@ from typing import Any
 
 import matplotlib
 
-from skipcoder.evals.tables.metrics import METRICS, interval_of
+from skipcoder.evals.tables.metrics import METRICS, Row, interval_of
 
-matplotlib.use("svg")  # no display, and text stays text
+matplotlib.use("svg")  # needs no display, and text stays text
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
@@ -33,7 +33,7 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 TELLING = ("hookpoint", "activation", "side")
-"""What tells runs apart beside kind, width and k, where it differs."""
+"""Keys that distinguish runs besides kind, width and k, where they differ."""
 
 
 def figure(draw: Callable[[Axes], None]) -> str:
@@ -46,11 +46,11 @@ def figure(draw: Callable[[Axes], None]) -> str:
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
-def against_k(axes: Axes, seeds: list[dict[str, Any]], key: str, baseline: str | None = None) -> None:
-    """A line for each kind and width, with 95 % intervals: over seeds, or with one seed over held-out rows."""
+def against_k(axes: Axes, seeds: list[Row], key: str, baseline: str | None = None) -> None:
+    """A line for each kind and width, with 95 % intervals over seeds or, with one seed, over held-out rows."""
     seeds = [row for row in seeds if row.get(key) is not None]
     widths = sorted({row["width"] for row in seeds if row["kind"] not in ("neurons", "affine")})
-    lines: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    lines: dict[tuple[str, int, str], list[Row]] = {}
     telling = [key for key in TELLING if len({row.get(key) for row in seeds}) > 1]
     for row in sorted(seeds, key=lambda row: row["k"]):
         apart = ", ".join(str(row[key]) for key in telling if row.get(key) is not None)
@@ -88,8 +88,8 @@ def against_k(axes: Axes, seeds: list[dict[str, Any]], key: str, baseline: str |
     axes.legend(fontsize=8)
 
 
-def against_fvu(axes: Axes, rows: list[dict[str, Any]], key: str) -> None:
-    """The paper's figure: a point for each coder, joined by k."""
+def against_fvu(axes: Axes, rows: list[Row], key: str) -> None:
+    """The paper's figure: a point for each coder, joined within a kind."""
     for kind in dict.fromkeys(row["kind"] for row in rows):
         group = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["fvu"])
         x, y = [row["fvu"] for row in group], [row[key] for row in group]
@@ -107,8 +107,8 @@ def against_fvu(axes: Axes, rows: list[dict[str, Any]], key: str) -> None:
     axes.legend(fontsize=8)
 
 
-def _look(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One colour a kind, one line style a k."""
+def _look(row: Row, rows: list[Row]) -> dict[str, Any]:
+    """One colour per kind, one line style per k."""
     ks = sorted({r["k"] for r in rows})
     return {
         "color": _COLOURS[row["kind"]],
@@ -117,7 +117,7 @@ def _look(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def curves(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def curves(axes: Axes, rows: list[Row]) -> None:
     """Training FVU of runs against tokens."""
     for row in rows:
         lines = [json.loads(line) for line in (Path(row["run"]) / "metrics.jsonl").read_text().splitlines()]
@@ -133,7 +133,7 @@ def curves(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.legend(fontsize=8)
 
 
-def densities(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def densities(axes: Axes, rows: list[Row]) -> None:
     """Histograms of firing densities, as ReconstructionMetrics gives them."""
     occupied: list[float] = []
     for row in rows:

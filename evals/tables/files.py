@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,16 +11,14 @@ from skipcoder.evals.core.evaluator import Evaluator
 from skipcoder.evals.core.joint_splice import spliced_together
 from skipcoder.evals.stats.seeds import over_seeds
 from skipcoder.evals.tables import report
-from skipcoder.evals.tables.metrics import METRICS, printed
+from skipcoder.evals.tables.metrics import METRICS, Row, printed
 from skipcoder.trainer.run.run import Run
-
-Row = dict[str, Any]
 
 
 def write_tables(
     out: Path, table: list[Row], runs: Sequence[Run], evaluators: Mapping[str, Evaluator], together: bool
 ) -> None:
-    """Write `out` (NAME.json) and what belongs beside it, and say so. `table` has a row for each of the runs."""
+    """Write `out` (NAME.json) and the files beside it, and print their names. `table` has one row per run."""
     out.parent.mkdir(parents=True, exist_ok=True)
     wrote = [out, out.with_suffix(".parquet"), out.with_suffix(".seeds.json")]
     _write_json(table, out)
@@ -53,7 +50,7 @@ def _write_json(table: list[Row], path: Path) -> None:
 
 def _write_parquet(table: list[Row], path: Path) -> None:
     """Columns that are metrics carry their title, unit and direction as metadata."""
-    columns = dict.fromkeys(key for row in table for key in row)  # not all kinds have all
+    columns = dict.fromkeys(key for row in table for key in row)  # not every kind has every key
     found = pa.table({key: [row.get(key) for row in table] for key in columns})
     for place, field in enumerate(found.schema):
         if (metric := METRICS.get(field.name)) is not None:

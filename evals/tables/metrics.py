@@ -3,9 +3,11 @@
 `KEY` is the name in evaluation.json and in every row of a table; `KEY_ci`, where there is one, its 95 % interval.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+Row = dict[str, Any]
+"""A row of a table: summary, evaluation and interpretation of one run side by side."""
 
 
 @dataclass(frozen=True)
@@ -14,9 +16,9 @@ class Metric:
 
     key: str
     title: str
-    """In full, as in a model card."""
+    """Full title, as in a model card."""
     short: str
-    """At the head of a column."""
+    """Title at the head of a column."""
     unit: str = ""
     """"": a share or another number without a unit."""
     better: Literal["lower", "higher", ""] = ""
@@ -24,17 +26,17 @@ class Metric:
     interval: bool = False
     """`KEY_ci` stands beside it."""
     baseline: str = ""
-    """Key of what it is to be compared with, in the same row."""
+    """Key of the number to compare it with, in the same row."""
     line: str = ""
-    """What it is called in the line that is printed of a run; "": it is not printed."""
+    """Its name in the line that is printed for a run; "": it is not printed."""
     card: bool = False
     """Model cards show it."""
     table: bool = True
     """The report's tables show it."""
     figure: str = ""
-    """Title of the report's figure of it against k; "": there is none."""
+    """Title of the report's figure of it against k; "": no figure."""
     caption: str = ""
-    """Under that figure."""
+    """Caption of that figure."""
 
 
 METRICS = {
@@ -94,19 +96,19 @@ METRICS = {
         Metric("seconds", "time in training", "train s", unit="s", better="lower"),
     )
 }  # fmt: skip
-"""By key, in the order in which they are shown."""
+"""The metrics by key, in the order in which they are shown."""
 
 BEST = ("fvu", "fvu_per_dim", "ce_spliced")
-"""What the report marks the best coder by."""
+"""Metrics for which the report marks the best coder."""
 
 
-def interval_of(row: Mapping[str, Any], key: str) -> tuple[float, float] | None:
+def interval_of(row: Row, key: str) -> tuple[float, float] | None:
     """The interval of a metric in a row, if it has one."""
     ends = row.get(f"{key}_ci")
     return (ends[0], ends[1]) if ends else None
 
 
-def printed(row: Mapping[str, Any]) -> str:
+def printed(row: Row) -> str:
     """One line about a run."""
     facts = []
     for metric in METRICS.values():

@@ -8,14 +8,12 @@ import jinja2
 from matplotlib import pyplot as plt
 
 from skipcoder.evals.tables import figures
-from skipcoder.evals.tables.metrics import BEST, METRICS, interval_of
+from skipcoder.evals.tables.metrics import BEST, METRICS, Row, interval_of
 from skipcoder.pipeline.capture.job import runs as capture_runs
 from skipcoder.pipeline.store.reader import ActivationStore
 
 
-def write(
-    rows: list[dict[str, Any]], seeds: list[dict[str, Any]], stores: dict[str, ActivationStore], path: Path
-) -> Path:
+def write(rows: list[Row], seeds: list[Row], stores: dict[str, ActivationStore], path: Path) -> Path:
     """Write the page for evaluated runs (rows as in the table), their means over seeds, and their stores."""
     template = Path(__file__).with_name("report.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -79,7 +77,7 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("_", " ")
 
 
-def _with_interval(row: dict[str, Any], key: str) -> str:
+def _with_interval(row: Row, key: str) -> str:
     ends = interval_of(row, key)
     return _cell(row.get(key)) if not ends else f"{_cell(row[key])} \u00b1 {(ends[1] - ends[0]) / 2:.2g}"
 
@@ -105,6 +103,6 @@ def _describe(store: ActivationStore) -> dict[str, Any]:
     }
 
 
-def _one_seed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _one_seed(rows: list[Row]) -> list[Row]:
     first = min((row["seed"] for row in rows), default=0)
     return [row for row in rows if row["seed"] == first]

@@ -1,7 +1,7 @@
 """Results in SAEBench's JSON form (sae-bench 0.6), for its plots and tables; tests validate them with its own classes.
 
-The numbers are ours: for transcoders SAEBench has no definition, and of an SAE its explained variance is wrong (it
-changes with the scale of activations) and its mse with the batch size. `eval_result_unstructured` names the space.
+The numbers are ours: SAEBench has no definition for transcoders, and for an SAE its explained variance is wrong (it
+changes with the scale of activations), as is its mse (with the batch size). `eval_result_unstructured` names the space.
 """
 
 import json
@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from skipcoder.evals.tables.metrics import Row
 from skipcoder.trainer.run.run import Run
 
 COMMIT = "not SAEBench: skipcoder " + version("skipcoder")
 _NS = (2, 5, 10, 20, 50, 100, 500)
 
 
-def write(run: Run, row: dict[str, Any], folder: Path) -> list[Path]:
-    """One file for each evaluation that `row` holds: FOLDER/EVAL/RUN_eval_results.json."""
+def write(run: Run, row: Row, folder: Path) -> list[Path]:
+    """Write one file for each evaluation that `row` holds: FOLDER/EVAL/RUN_eval_results.json."""
     wrote = []
     for name, (metrics, details) in results(run, row).items():
         file = folder / name / f"{'_'.join(run.path.parts[-3:]).strip('/')}_eval_results.json"
@@ -50,9 +51,9 @@ def write(run: Run, row: dict[str, Any], folder: Path) -> list[Path]:
     return wrote
 
 
-def results(run: Run, row: dict[str, Any]) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """{evaluation: (metrics by category, details)} of those that `row` holds."""
-    found: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+def results(run: Run, row: Row) -> dict[str, tuple[dict[str, Any], list[Row]]]:
+    """{evaluation: (metrics by category, details)} for the evaluations that `row` holds."""
+    found: dict[str, tuple[dict[str, Any], list[Row]]] = {}
     if "fvu" in row:
         found["core"] = _core(run, row), []
     if row.get("absorption_full") is not None:
@@ -68,7 +69,7 @@ def results(run: Run, row: dict[str, Any]) -> dict[str, tuple[dict[str, Any], li
     return found
 
 
-def _core(run: Run, row: dict[str, Any]) -> dict[str, Any]:
+def _core(run: Run, row: Row) -> dict[str, Any]:
     return {
         "model_behavior_preservation": {
             "kl_div_score": _number(row["kl_recovered_zero"]),
@@ -110,7 +111,7 @@ def _core(run: Run, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _absorption(row: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _absorption(row: Row) -> tuple[dict[str, Any], list[Row]]:
     letters = row["absorption_details"]
     columns = {"absorption_fraction_score": "fraction", "full_absorption_score": "full"}
     values = {key: [letter[ours] for letter in letters] for key, ours in columns.items()}
@@ -131,11 +132,11 @@ def _absorption(row: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any
     return {"mean": mean}, details
 
 
-def _probing(row: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _probing(row: Row) -> tuple[dict[str, Any], list[Row]]:
     details = row["probing_details"]
     ks = [k for k in (1, 2, 5, 10, 20, 50, 100) if f"k{k}" in details[0]]
 
-    def columns(of: dict[str, Any], prefix: str) -> dict[str, Any]:
+    def columns(of: Row, prefix: str) -> dict[str, Any]:
         llm = {"llm_test_accuracy": of[f"{prefix}dense_y"]}
         llm |= {f"llm_top_{k}_test_accuracy": of[f"{prefix}y_dims_k{k}"] for k in ks}
         sae = {"sae_test_accuracy": None} | {f"sae_top_{k}_test_accuracy": of[f"{prefix}k{k}"] for k in ks}
@@ -146,7 +147,7 @@ def _probing(row: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]
     ]
 
 
-def _erasure(row: dict[str, Any], name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _erasure(row: Row, name: str) -> tuple[dict[str, Any], list[Row]]:
     if name == "scr":
         metrics = {f"scr_metric_threshold_{n}": row.get(f"scr_{n}") for n in _NS}
         return {"scr_metrics": metrics}, [{"dataset_name": "skipcoder", **metrics}]
@@ -176,5 +177,5 @@ def _description(run: Run) -> dict[str, Any]:
 
 
 def _number(value: float | None) -> float:
-    """SAEBench writes -1 for what has no value."""
+    """SAEBench writes -1 for a missing value."""
     return -1.0 if value is None else value

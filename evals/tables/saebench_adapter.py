@@ -1,4 +1,4 @@
-"""An SAE of ours as sae-bench's own evaluations take one, to run them beside ours (benchmarks/saebench_core.py)."""
+"""An SAE of ours in the form that sae-bench's evaluations take, to run beside ours (benchmarks/saebench_core.py)."""
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,8 @@ from skipcoder.trainer.config import Kind
 
 
 class SaeBenchSAE(nn.Module):
-    """An SAE of ours as sae-bench's evaluations take one: dense codes, weights the other way round. `hook_name` is
-    TransformerLens' name of where it reads and writes, as blocks.10.hook_mlp_out."""
+    """An SAE of ours in the form that sae-bench takes: dense codes, encoder transposed. `hook_name` is TransformerLens'
+    name of where it reads and writes, such as blocks.10.hook_mlp_out."""
 
     def __init__(self, coder: SparseCoder, model_name: str, hook_name: str, layer: int) -> None:
         super().__init__()
@@ -24,21 +24,21 @@ class SaeBenchSAE(nn.Module):
 
     @property
     def W_enc(self) -> Tensor:  # noqa: N802
-        """[D, M]."""
+        """[D, M]: encoder weights."""
         return self.coder.W_enc.T
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.coder.W_dec.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """float32."""
+        """dtype of the weights, float32."""
         return self.coder.W_dec.dtype
 
     def encode(self, x: Tensor) -> Tensor:
-        """[..., M], mostly zeros."""
+        """[..., M]: codes, mostly zeros."""
         out = self.coder(x)
         result: Tensor = out.values.new_zeros(*x.shape[:-1], self.coder.cfg.width).scatter_add_(
             -1, out.indices, out.values
@@ -46,9 +46,9 @@ class SaeBenchSAE(nn.Module):
         return result
 
     def decode(self, f: Tensor) -> Tensor:
-        """[..., D]."""
+        """[..., D]: the reconstruction."""
         return f @ self.coder.W_dec + self.coder.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction."""
+        """The reconstruction of x."""
         return self.decode(self.encode(x))

@@ -1,8 +1,8 @@
 """Ablate the latents of a concept and see what linear probes lose: what TPP and SCR have in common (arXiv 2411.18895,
 in SAEBench's form).
 
-Probes read the mean over a text's tokens of y, what leaves the MLP. Ablating latents takes their part away,
-y - sum_i f_i W_dec_i (a skip and the reconstruction error stay), and is linear, so it acts on means as well.
+Probes read y, the MLP's output, averaged over a text's tokens. Ablating latents subtracts their part,
+y - sum_i f_i W_dec_i (a skip and the reconstruction error stay); this is linear, so it acts on means as well.
 
 Both are reported, not headlined: an audit (arXiv 2605.18229) found that TPP falls with training and that SCR at large N
 ranks coders backwards. Legend: T texts, E width of y, M latents, C classes, N latents ablated.
@@ -22,7 +22,7 @@ from skipcoder.trainer.run.run import Run
 def read(
     reader: TextReader, runs: Sequence[Run], rows: list[list[int]]
 ) -> Iterator[tuple[Run, np.ndarray, scipy.sparse.csr_array]]:
-    """Each run with the mean y [T, E] of every text and its mean codes [T, M]."""
+    """Yield each run with the mean y [T, E] and the mean codes [T, M] of every text."""
     batches = list(reader.read(rows))
     y = {side: pool_dense(batches, side, len(rows)) for side in ("input", "output")}
     for run in runs:
@@ -30,7 +30,7 @@ def read(
 
 
 def probe(y_TE: np.ndarray, is_it_T: np.ndarray) -> LogisticRegression:
-    """Of the scaled but not standardised y: its weights are a direction in y's own space."""
+    """A probe of y, scaled but not standardised: its weights are a direction in y's own space."""
     scale = np.sqrt((y_TE - y_TE.mean(0)).var())
     probe = LogisticRegression(class_weight="balanced", max_iter=1000).fit(y_TE / scale, is_it_T)
     probe.coef_ = probe.coef_ / scale
@@ -38,7 +38,7 @@ def probe(y_TE: np.ndarray, is_it_T: np.ndarray) -> LogisticRegression:
 
 
 def along(run: Run, probe: LogisticRegression) -> np.ndarray:
-    """[M]: each decoder row along the probe's direction."""
+    """[M]: dot product of each decoder row with the probe's weights."""
     W_dec_ME = run.coder.W_dec.detach()
     return (W_dec_ME @ torch.from_numpy(probe.coef_[0]).to(W_dec_ME)).double().cpu().numpy()
 

@@ -1,16 +1,16 @@
 """Feature absorption and splitting on the first-letter task (arXiv 2409.14507, in SAEBench's form, arXiv 2503.09532).
 
-A latent that ought to say "begins with L" is silent on some words that do, because a latent of the word has absorbed
+A latent that ought to say "begins with L" is silent on some words that do, because a latent for the word has absorbed
 the direction. Everything is measured where the coder writes: probes of the letters are fitted to y at the word's
 token, and latent i contributes p_i = f_i (W_dec_i . d) to the projection of y_hat on the probe's direction d, whatever
 the norm of W_dec_i. For an SAE of a residual stream this is SAEBench's own space; an MLP's output is another, so
 numbers of the two are not comparable.
 
-Words are split in two: probes, and S below, come from the first half; what is reported from the second.
+Words are split in two: probes and split latents come from the first half, reported numbers from the second.
 Legend: W words, E width of y, M latents, A alphabet.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -18,50 +18,51 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import cross_val_predict
 
+from skipcoder.evals.core.results import Result
 from skipcoder.evals.stats.bootstrap import interval
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SPLIT_GAIN = 0.03
-"""What another latent must add to the F1 of a letter's probe to count as one that the letter is split into."""
+"""Least gain in the F1 of a letter's probe by which a further latent counts as one that the letter is split into."""
 MOST_SPLIT = 10
 COSINE_FULL, SHARE = 0.025, 0.4
-"""Full absorption: the absorbing latent's cosine with d, and its share of the projection."""
+"""Full absorption: least cosine of the absorbing latent with d, and least share of the projection."""
 COSINE_PARTIAL, ABSORBERS = 0.1, 3
-"""Absorption fraction: what may absorb, and how many of them count."""
+"""Absorption fraction: least cosine of an absorbing latent, and how many of them count."""
 PROBE_F1 = 0.6
 PROBE_C = 0.1
 """The best of 0.001, 0.01, 0.1 and 1 for MLP inputs and outputs of SmolLM2, by F1 on other words."""
 SILENT = 1e-8
 L1 = 0.01
-"""Of the probes that propose latents for a letter, per mean loss."""
+"""L1 penalty of the probes that propose latents for a letter, per mean loss."""
 
 
 class Probes(NamedTuple):
-    """One linear probe per letter, of y at the word's token."""
+    """One linear probe per letter, fitted to y at the word's token."""
 
     letters: list[str]
-    """Those that can be told: F1 above PROBE_F1 on the second half."""
+    """Letters with an F1 above PROBE_F1 on the second half."""
     directions_AE: np.ndarray
-    """Unit length."""
+    """Directions of unit length."""
     score_WA: np.ndarray
-    """Decision values on the second half; positive: the letter."""
+    """Decision values on the second half; positive means the letter."""
     f1: dict[str, float]
-    """Of every letter that both halves hold."""
+    """F1 of every letter that both halves hold."""
 
 
 class Spelling(NamedTuple):
-    """What absorption is measured on, for words of the second half."""
+    """The data that absorption is measured on, for words of the second half."""
 
     codes_WM: scipy.sparse.csr_array
     y_WE: np.ndarray
     letter_W: np.ndarray
-    """Place in LETTERS."""
+    """Index into LETTERS."""
 
 
 def fit_probes(
     y_train_WE: np.ndarray, letter_train_W: np.ndarray, y_test_WE: np.ndarray, letter_test_W: np.ndarray
 ) -> Probes:
-    """Probes for every letter with ten words or more."""
+    """Fit a probe for every letter with ten words or more."""
     mean_E = y_train_WE.mean(0)
     scale = np.sqrt((y_train_WE - mean_E).var())
     letters, directions, scores, f1 = [], [], [], {}
@@ -81,10 +82,10 @@ def fit_probes(
 
 
 def split_latents(codes_WM: scipy.sparse.csr_array, is_letter_W: np.ndarray) -> tuple[list[int], list[float]]:
-    """The latents that a letter is split into: those with the largest positive weights in an L1 probe, one after the
-    other while each adds SPLIT_GAIN to the F1 (cross-validated); and the F1 with 1, 2, ... of them. Empty if no latent
+    """The latents that a letter is split into: those with the largest positive weights in an L1 probe, taken one by one
+    while each adds SPLIT_GAIN to the cross-validated F1; and the F1 with 1, 2, ... of them. Both are empty if no latent
     has a positive weight."""
-    # The same coder with smaller codes and a larger decoder must give the same.
+    # The same coder with smaller codes and a larger decoder must give the same result.
     codes_WM = codes_WM / np.sqrt(np.square(codes_WM.data).mean()) if codes_WM.nnz else codes_WM
     fires = np.flatnonzero(np.diff(codes_WM.tocsc().indptr) >= 5).astype(np.int32)
     if not len(fires):
@@ -112,10 +113,10 @@ def absorption(
     W_dec_ME: np.ndarray,
     split: dict[str, list[int]],
     skip_WE: np.ndarray | None = None,
-) -> dict[str, Any]:
-    """Of words that a letter's probe recognises: the share whose letter is fully absorbed, and the mean fraction that
-    is (means over letters); how many latents a letter is split into; for a coder with a skip, how much of the
-    projection of y comes through it."""
+) -> Result:
+    """For words whose letter its probe recognises: the share with the letter fully absorbed, and the mean absorbed
+    fraction (means over letters); the number of latents that a letter is split into; for a coder with a skip, how much
+    of the projection of y comes through the skip."""
     full_WA, part_WA, true_WA, skip_A = [], [], [], []
     norms_M = np.linalg.norm(W_dec_ME, axis=1)
     letters = [letter for letter in probes.letters if split.get(letter)]
@@ -139,7 +140,7 @@ def absorption(
         true_WA.append(true_W.astype(float))
         if skip_WE is not None and true_W.any():
             skip_A.append((skip_WE[true_W] @ d_E).mean() / projection_W[true_W].mean())
-    result: dict[str, Any] = {
+    result: Result = {
         "absorption_space": "write",
         "absorption_words": len(spelling.letter_W),
         "absorption_letters": len(letters),
@@ -172,7 +173,7 @@ def absorption(
 
 
 def _full(p: np.ndarray, cosine: np.ndarray, values: np.ndarray, ours: np.ndarray, projection: float) -> bool:
-    """The letter's latents are silent, and another carries the projection."""
+    """Whether the letter's latents are silent and another carries the projection."""
     if projection <= 0 or not len(p) or (np.abs(values[ours]) > SILENT).any():
         return False
     top = int(np.argmax(p))
@@ -180,7 +181,7 @@ def _full(p: np.ndarray, cosine: np.ndarray, values: np.ndarray, ours: np.ndarra
 
 
 def _fraction(p: np.ndarray, cosine: np.ndarray, ours: np.ndarray, projection: float) -> float:
-    """Which part of what the letter's latents and the absorbing ones carry is the latter's."""
+    """The absorbing latents' share of what they and the letter's latents carry."""
     others = np.sort(p[~ours & (cosine >= COSINE_PARTIAL) & (p > 0)])[-ABSORBERS:].sum()
     main = p[ours].sum()
     if projection <= 0 or main >= projection or others / projection < SHARE:

@@ -1,4 +1,4 @@
-"""The first-letter task for absorption.py: words of the model's own vocabulary behind examples of spelling."""
+"""The first-letter task for absorption.py: words of the model's own vocabulary after examples of spelling."""
 
 import re
 from collections.abc import Sequence
@@ -10,22 +10,23 @@ import torch
 
 from skipcoder.errors import UserError
 from skipcoder.evals.config import AbsorptionConfig
+from skipcoder.evals.core.results import Result
 from skipcoder.evals.tasks.absorption import LETTERS, Probes, Spelling, absorption, fit_probes, split_latents
 from skipcoder.evals.tasks.texts import TextReader
 from skipcoder.trainer.run.run import Run
 
 _WORD = re.compile(r"[\u0120\u2581 ][A-Za-z]{2,}")
-"""A space, as byte-level and SentencePiece vocabularies write it, and a word."""
+"""A space, as byte-level and SentencePiece vocabularies write it, then a word."""
 
 
 def vocabulary(tokenizer: Any) -> dict[int, str]:
-    """{token: word} of the tokens that are a space and a word of the Latin alphabet."""
+    """{token: word} for the tokens that are a space and a word in the Latin alphabet."""
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     return {i: piece[1:] for i, piece in enumerate(pieces) if piece is not None and _WORD.fullmatch(piece)}
 
 
 def prompts(reader: TextReader, words: dict[int, str], chosen: Sequence[int], examples: int) -> list[list[int]]:
-    """Rows that end with the word: behind it nothing matters to a causal model. Its examples are other words."""
+    """Rows that end with the word: a causal model sees nothing after it. The examples are other words."""
     rng = np.random.default_rng(0)
     every = np.array(sorted(words))
     texts = []
@@ -35,8 +36,8 @@ def prompts(reader: TextReader, words: dict[int, str], chosen: Sequence[int], ex
     return [[*row, token] for row, token in zip(reader.tokens(texts), chosen, strict=True)]
 
 
-def first_letter(reader: TextReader, runs: Sequence[Run], cfg: AbsorptionConfig) -> list[dict[str, Any]]:
-    """Absorption and splitting of each run, all of one hookpoint; the model reads every word once."""
+def first_letter(reader: TextReader, runs: Sequence[Run], cfg: AbsorptionConfig) -> list[Result]:
+    """Absorption and splitting of each of the runs, all of one hookpoint; the model reads every word once."""
     words = vocabulary(reader.tokenizer)
     if len(words) < 200:
         raise UserError(f"absorption: the vocabulary holds only {len(words)} words of Latin letters; it takes 200")
@@ -76,7 +77,7 @@ def _codes(run: Run, x_WD: torch.Tensor) -> tuple[scipy.sparse.csr_array, np.nda
     values, indices = out.values.double().cpu().numpy(), out.indices.cpu().numpy()
     word = np.broadcast_to(np.arange(len(values))[:, None], values.shape)
     active = values != 0
-    where = (word[active].astype(np.int32), indices[active].astype(np.int32))  # liblinear takes no others
+    where = (word[active].astype(np.int32), indices[active].astype(np.int32))  # liblinear takes no other integers
     codes = scipy.sparse.coo_array((values[active], where), shape=(len(values), run.coder.cfg.width)).tocsr()
     skip = run.coder.W_skip
     return codes, None if skip is None else (x_WD @ skip.T).double().cpu().numpy()

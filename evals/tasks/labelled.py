@@ -1,5 +1,5 @@
-"""Texts with labels: the real ones of the package sae-probes (arXiv 2502.16681; its data alone is read, so that what it
-requires need not be installed), or CSV files of the user's."""
+"""Labelled texts: real ones from the package sae-probes (arXiv 2502.16681; only its data is read, so its requirements
+need not be installed), or the user's own CSV files."""
 
 import hashlib
 import importlib.util
@@ -24,13 +24,13 @@ class Labelled(NamedTuple):
     name: str
     texts: list[str]
     labels: np.ndarray
-    """int64: the place of a text's label among all labels, sorted."""
+    """int64: index of each text's label in the sorted `classes`."""
     classes: list[str]
 
 
 @cache
 def bundled() -> dict[str, Path]:
-    """{name: file} of the data sets in sae-probes, in their numbers' order."""
+    """{name: file} of the data sets in sae-probes, ordered by their numbers."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise UserError("the labelled texts of sae-probes are not installed; pip install --no-deps sae-probes")
@@ -41,7 +41,7 @@ def bundled() -> dict[str, Path]:
 
 @cache
 def binary_names() -> list[str]:
-    """Data sets of two classes."""
+    """Names of the data sets with two classes."""
     return [name for name in bundled() if len(set(_column(bundled()[name], "target"))) == 2]
 
 
@@ -55,8 +55,8 @@ def find(name: str) -> Labelled:
 
 
 def distinct(data: Labelled, rows: Sequence[list[int]]) -> tuple[Labelled, list[list[int]]]:
-    """Only the first of the texts whose tokens (as cut) are the same, and none of those whose labels contradict: the
-    same text must not stand in training and in test."""
+    """Keep only the first of the texts whose tokens (as cut) are the same, and none if their labels contradict: no text
+    may be in both training and test."""
     first: dict[tuple[int, ...], int] = {}
     contradictory: set[int] = set()
     for place, row in enumerate(rows):
@@ -82,7 +82,7 @@ def load(path: Path, name: str | None = None, target: str = "target") -> Labelle
 
 
 def balanced(labels: np.ndarray, count: int, seed: str) -> np.ndarray:
-    """Places of about `count` texts, equally many of each label, in an order that depends on `seed` alone."""
+    """Indices of about `count` texts, equally many of each label, in an order that depends only on `seed`."""
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little"))
     groups = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
     each = min(count // len(groups), *map(len, groups))

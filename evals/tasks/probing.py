@@ -1,9 +1,9 @@
 """Sparse probing: how well a few latents tell two classes of texts apart.
 
 For each data set: mean activations over a text's tokens; the k latents whose means differ most between the classes of
-the *training* texts; a logistic regression on them; accuracy and AUC on the test texts, which neither choice has seen.
-Beside it: a dense probe on x and on y, the k dimensions of y chosen alike, a coder of the same size with random
-weights, and the coder's own probe taught permuted labels (chance: 0.5).
+the *training* texts; a logistic regression on them; accuracy and AUC on the test texts, which neither step has seen.
+To compare: a dense probe on x and on y, the k dimensions of y chosen in the same way, a coder of the same size with
+random weights, and the coder's own probe trained on permuted labels (chance: 0.5).
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from skipcoder.errors import UserError
 from skipcoder.evals.config import ProbingConfig
+from skipcoder.evals.core.results import Result
 from skipcoder.evals.stats.bootstrap import of_mean
 from skipcoder.evals.tasks import labelled
 from skipcoder.evals.tasks.texts import TextReader, pool_dense, pooled
@@ -30,9 +31,9 @@ TRAIN_SHARE = 2 / 3
 PERMUTATIONS = 8
 
 
-def probing(reader: TextReader, runs: Sequence[Run], cfg: ProbingConfig) -> list[dict[str, Any]]:
-    """Results of each run, all of one hookpoint; the model reads every text once."""
-    details: list[list[dict[str, Any]]] = [[] for _ in runs]
+def probing(reader: TextReader, runs: Sequence[Run], cfg: ProbingConfig) -> list[Result]:
+    """Results of each of the runs, all of one hookpoint; the model reads every text once."""
+    details: list[list[Result]] = [[] for _ in runs]
     for name in chosen(cfg):
         data = labelled.find(name)
         if len(data.classes) != 2:
@@ -80,8 +81,8 @@ class LabelledSplit:
         self.train, self.test, self.ks = train, test, ks
 
     def sparse(self, features: Any, permuted: bool = False) -> dict[str, float]:
-        """`k1`, `k1_auc`, ...: probes on the k columns that differ most between the classes in training."""
-        if permuted:  # one permutation says little where a column tells much: its slope has a random sign
+        """`k1`, `k1_auc`, ...: scores of probes on the k columns that differ most between the classes in training."""
+        if permuted:  # one permutation is not enough if a column is informative: its slope has a random sign
             rng = np.random.default_rng(0)
             found = [self._sparse(features, rng.permutation(self.train)) for _ in range(PERMUTATIONS)]
             return {key: float(np.mean([one[key] for one in found])) for key in found[0]}
@@ -125,7 +126,7 @@ class LabelledSplit:
 
 @torch.no_grad()
 def random_twin(run: Run, mean_D: np.ndarray) -> SparseCoder:
-    """A coder of the same size whose weights are as they were before training."""
+    """A coder of the same size with fresh, untrained weights."""
     cfg = CoderConfig(kind=Kind.transcoder, k=run.coder.cfg.k, width=run.coder.cfg.width)
     twin = SparseCoder(cfg, len(mean_D), run.coder.d_out).requires_grad_(False).eval()
     twin.init_biases(torch.from_numpy(mean_D).float(), twin.b_dec)
@@ -136,9 +137,9 @@ def _dense(columns: Any) -> np.ndarray:
     return columns.toarray() if scipy.sparse.issparse(columns) else np.asarray(columns)
 
 
-def _summary(found: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(found: list[Result]) -> Result:
     keys = [key for key, value in found[0].items() if isinstance(value, float)]
-    result: dict[str, Any] = {"probing_datasets": len(found)}
+    result: Result = {"probing_datasets": len(found)}
     for key in keys:
         values = np.array([row[key] for row in found])
         result[f"probing_{key}"] = float(values.mean())

@@ -1,19 +1,19 @@
-"""Disentanglement on RAVEL's terms (arXiv 2402.17700): can one attribute of an entity be exchanged by its latents?
+"""Disentanglement on RAVEL's terms (arXiv 2402.17700): can latents exchange one attribute of an entity?
 
 A prompt asks for an attribute of a city. At the city's last token the latents that a learned mask chooses are given the
 values they have for another city: y becomes y + sum_i m_i (f'_i - f_i) W_dec_i, so skip and error stay. `cause`: how
 often the model then says the other city's attribute; `isolation`: how often prompts for *other* attributes keep their
-answer; their mean is the disentanglement. As a baseline all of y is exchanged.
+answer; the mean of both is the disentanglement. In the baseline all of y is exchanged.
 
-The cities are our own small table (ravel_cities.csv); those prompts count that the model answers rightly by itself.
-Some cities teach the mask, others test it; intervals resample cities.
+The cities are from our own small table (ravel_cities.csv); only prompts that the model answers correctly by itself
+count. Some cities train the mask, others test it; intervals resample cities.
 Legend: B pairs, T positions, K latents, E width.
 """
 
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from skipcoder.errors import UserError
 from skipcoder.evals.config import RavelConfig
+from skipcoder.evals.core.results import Result
 from skipcoder.evals.stats.bootstrap import interval
 from skipcoder.evals.tasks.texts import TextReader
 from skipcoder.pipeline.model.sites import Site, replacing
@@ -37,7 +38,7 @@ TRAIN_SHARE, LEAST = 0.7, 8
 
 
 class Prompt(NamedTuple):
-    """A prompt that the model answers rightly."""
+    """A prompt that the model answers correctly."""
 
     city: str
     attribute: str
@@ -49,14 +50,14 @@ class Prompt(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A prompt, and one of another city for the same attribute, whose answer differs."""
+    """A prompt, and a prompt for the same attribute of another city."""
 
     base: Prompt
     source: Prompt
 
 
 def known_prompts(model: nn.Module, reader: TextReader) -> list[Prompt]:
-    """The prompts of the table that the model answers rightly."""
+    """The prompts of the table that the model answers correctly."""
     found = []
     with TABLE.open() as file:
         rows = list(csv.DictReader(file))
@@ -75,8 +76,8 @@ def known_prompts(model: nn.Module, reader: TextReader) -> list[Prompt]:
 
 
 def pairs_of(prompts: Sequence[Prompt], attribute: str, count: int) -> tuple[list[Pair], list[Pair]]:
-    """(pairs that ask for `attribute`, pairs that ask for others): the source has another value of `attribute`, and is
-    a prompt for the attribute that the base asks for."""
+    """(pairs that ask for `attribute`, pairs that ask for others). The source's city has another value of `attribute`;
+    its prompt asks for the same attribute as the base."""
     by_key = {(p.city, p.attribute): p for p in prompts}
     value = {p.city: p.answer for p in prompts if p.attribute == attribute}
     rng = np.random.default_rng(0)
@@ -94,7 +95,7 @@ def pairs_of(prompts: Sequence[Prompt], attribute: str, count: int) -> tuple[lis
 
 
 class Patch:
-    """Latents exchanged at the cities' last tokens, for prompts of one batch."""
+    """Exchanges latents at the cities' last tokens, for a batch of prompts."""
 
     def __init__(self, run: Run, model: nn.Module, reader: TextReader) -> None:
         self.run, self.model, self.reader = run, model, reader
@@ -111,14 +112,14 @@ class Patch:
         return self._rows[key]
 
     def logits(self, pairs: Sequence[Pair], mask_M: Tensor | None) -> Tensor:
-        """[B, V] after the exchange; without a mask all of y is exchanged."""
+        """Logits [B, V] after the exchange; without a mask all of y is exchanged."""
         base = [self.facts(pair.base) for pair in pairs]
         source = [self.facts(pair.source) for pair in pairs]
         y_BE = torch.stack([row[2] for row in base])
         if mask_M is None:
             new_BE = torch.stack([row[2] for row in source])
         else:
-            # Of different lengths for batchtopk and jumprelu; a value of 0 adds nothing.
+            # Lengths differ for batchtopk and jumprelu; padding with 0 adds nothing.
             values, indices = (
                 nn.utils.rnn.pad_sequence(columns, batch_first=True)
                 for columns in (
@@ -131,8 +132,9 @@ class Patch:
         return _last_logits(self.model, [pair.base for pair in pairs], self.run.write, new_BE)
 
 
-def ravel(model: nn.Module, reader: TextReader, runs: Sequence[Run], cfg: RavelConfig) -> list[dict[str, Any]]:
-    """Of each run: `ravel_cause`, `ravel_isolation`, `ravel_disentangle` (means over attributes); of y."""
+def ravel(model: nn.Module, reader: TextReader, runs: Sequence[Run], cfg: RavelConfig) -> list[Result]:
+    """For each run: `ravel_cause`, `ravel_isolation`, `ravel_disentangle` (means over attributes), and the same with
+    all of y exchanged (`_dense`)."""
     prompts = known_prompts(model, reader)
     cities = np.random.default_rng(0).permutation(sorted({prompt.city for prompt in prompts}))
     taught = set(cities[: int(len(cities) * TRAIN_SHARE)])
@@ -159,7 +161,7 @@ def ravel(model: nn.Module, reader: TextReader, runs: Sequence[Run], cfg: RavelC
 
 
 def _learn(patch: Patch, cause: list[Pair], isolation: list[Pair], cfg: RavelConfig) -> Tensor:
-    """The binary mask [M], learned as a sigmoid that grows steep."""
+    """The binary mask [M], learned as a sigmoid that grows steeper."""
     raw_M = torch.zeros(patch.run.coder.cfg.width, device=patch.run.coder.W_dec.device, requires_grad=True)
     optimiser = torch.optim.Adam([raw_M], lr=RATE)
     rng = np.random.default_rng(0)
@@ -177,9 +179,7 @@ def _learn(patch: Patch, cause: list[Pair], isolation: list[Pair], cfg: RavelCon
 
 
 @torch.no_grad()
-def _score(
-    patch: Patch, cause: list[Pair], isolation: list[Pair], mask_M: Tensor | None, suffix: str
-) -> dict[str, Any]:
+def _score(patch: Patch, cause: list[Pair], isolation: list[Pair], mask_M: Tensor | None, suffix: str) -> Result:
     def share(some: list[Pair], of: str) -> np.ndarray:
         said = [patch.logits(some[i : i + 32], mask_M).argmax(-1).cpu().numpy() for i in range(0, len(some), 32)]
         result: np.ndarray = np.concatenate(said) == [getattr(pair, of).answer for pair in some]
@@ -199,8 +199,8 @@ def _score(
     }
 
 
-def _summary(rows: list[dict[str, Any]], prompts: int) -> dict[str, Any]:
-    result: dict[str, Any] = {"ravel_prompts": prompts, "ravel_attributes": [row["attribute"] for row in rows]}
+def _summary(rows: list[Result], prompts: int) -> Result:
+    result: Result = {"ravel_prompts": prompts, "ravel_attributes": [row["attribute"] for row in rows]}
     for suffix in ("", "_dense"):
         for name in ("cause", "isolation"):
             result[f"ravel_{name}{suffix}"] = float(np.mean([row[name + suffix] for row in rows]))
@@ -211,7 +211,7 @@ def _summary(rows: list[dict[str, Any]], prompts: int) -> dict[str, Any]:
 def _last_logits(
     model: nn.Module, prompts: Sequence[Prompt], write: Site | None = None, new_BE: Tensor | None = None
 ) -> Tensor:
-    """[B, V] behind each prompt; if asked, with what passes `write` at the cities exchanged."""
+    """Logits [B, V] after each prompt; `new_BE`, if given, replaces what passes `write` at the cities."""
     device = next(model.parameters()).device
     tokens = nn.utils.rnn.pad_sequence([torch.tensor(p.tokens) for p in prompts], batch_first=True).to(device)
     rows = torch.arange(len(prompts), device=device)

@@ -1,14 +1,14 @@
-"""The evaluations, by name, and how those that are asked for are run over a set of runs."""
+"""The evaluations by name, and how the chosen ones are applied to a set of runs."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from skipcoder.errors import UserError
 from skipcoder.evals.config import EvaluateConfig, TaskName
 from skipcoder.evals.core.evaluator import Evaluator
+from skipcoder.evals.core.results import Result
 from skipcoder.evals.tasks.first_letter import first_letter
 from skipcoder.evals.tasks.probing import probing
 from skipcoder.evals.tasks.ravel import ravel
@@ -18,16 +18,13 @@ from skipcoder.evals.tasks.tpp import tpp
 from skipcoder.registry import Registry
 from skipcoder.trainer.run.run import Run
 
-Result = dict[str, Any]
-"""Additions to a run's evaluation.json (core/results.py)."""
-
 BYTES_AT_ONCE = 8 * 2**30
-"""Size of the coders that are on the device together while texts are read."""
+"""Largest total size of coders on the device while texts are read."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What an evaluation is given beside the runs: all of one hookpoint, but for `core`."""
+    """What an evaluation is given besides the runs, which are of one hookpoint except for `core`."""
 
     evaluator: Evaluator
     cfg: EvaluateConfig
@@ -58,7 +55,7 @@ TASKS: Registry[Task] = Registry(
 
 
 def run_tasks(evaluator: Evaluator, runs: Sequence[Run], cfg: EvaluateConfig) -> Iterator[tuple[Run, Result]]:
-    """Each run with the results of one task, or of part of one, as they come."""
+    """Yield each run with the results of one task, or of part of one, as they come."""
     if TaskName.core in cfg.tasks:
         yield from zip(runs, TASKS[TaskName.core](Context(evaluator, cfg), runs), strict=True)
     tasks = [name for name in cfg.tasks if name != TaskName.core]
@@ -74,7 +71,7 @@ def run_tasks(evaluator: Evaluator, runs: Sequence[Run], cfg: EvaluateConfig) ->
                 begun = time.perf_counter()
                 try:
                     results = list(TASKS[name](context, some))
-                except UserError as error:  # of this model or text; what else was asked is not lost
+                except UserError as error:  # about this model or text; the other tasks still run
                     print(f"{name}: {error}")
                     results = [{f"{name}_problem": str(error)} for _ in some]
                 seconds = round((time.perf_counter() - begun) / len(some), 2)

@@ -1,28 +1,28 @@
-"""SCR, spurious correlation removal: a probe taught where two attributes agree is cured by ablating the unwanted one
-(ablation.py).
+"""SCR, spurious correlation removal: a probe trained where two attributes agree is cured by ablating the unwanted
+one (ablation.py).
 
 Legend: T texts, E width of y, M latents.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from skipcoder.errors import UserError
 from skipcoder.evals.config import ErasureConfig
+from skipcoder.evals.core.results import Result
 from skipcoder.evals.stats.bootstrap import interval
 from skipcoder.evals.tasks import ablation, labelled
 from skipcoder.evals.tasks.texts import TextReader
 from skipcoder.trainer.run.run import Run
 
 LEAST = 1e-3
-"""SCR is told only where the unwanted attribute costs the probe more than this."""
+"""SCR is reported only where the unwanted attribute costs the probe more than this."""
 
 
-def scr(reader: TextReader, runs: Sequence[Run], cfg: ErasureConfig) -> list[dict[str, Any]]:
-    """Of each run: `scr_N` for each N, of the attribute that the other spoils more; null where neither does."""
+def scr(reader: TextReader, runs: Sequence[Run], cfg: ErasureConfig) -> list[Result]:
+    """For each run: `scr_N` for each N, of the attribute that the other spoils more; null if it costs LEAST or less."""
     texts, attributes_T2 = two_attributes(cfg)
     cells = labelled.Labelled("scr", texts, attributes_T2 @ [2, 1], ["0", "1", "2", "3"])
     cells, rows = labelled.distinct(cells, reader.tokens(cells.texts, cfg.tokens))
@@ -50,7 +50,7 @@ def scr(reader: TextReader, runs: Sequence[Run], cfg: ErasureConfig) -> list[dic
             }
             found.append((before, best, after))
         before, best, after = min(found, key=lambda item: item[0].mean())
-        result: dict[str, Any] = {
+        result: Result = {
             "scr_texts": len(test),
             "scr_accuracy_biased": float(before.mean()), "scr_accuracy_oracle": float(best.mean()),
         }  # fmt: skip
@@ -63,8 +63,8 @@ def scr(reader: TextReader, runs: Sequence[Run], cfg: ErasureConfig) -> list[dic
 
 
 def two_attributes(cfg: ErasureConfig) -> tuple[list[str], np.ndarray]:
-    """Texts and two attributes 0/1 of each [T, 2]: of a CSV, or the historical figures that two data sets of sae-probes
-    both hold: politician or not, male or not."""
+    """Texts and their two attributes, 0 or 1, [T, 2]: from a CSV file, or the historical figures that are in two data
+    sets of sae-probes (politician or not, male or not)."""
     if cfg.scr_csv is not None:
         path = Path(cfg.scr_csv)
         one, two = labelled.load(path, target="target"), labelled.load(path, target="spurious")
@@ -78,8 +78,8 @@ def two_attributes(cfg: ErasureConfig) -> tuple[list[str], np.ndarray]:
 
 
 def _scr_split(cells: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Places of the test texts (all four cells alike), and of two training sets, one balanced, one biased: only where
-    the attributes agree. They may overlap each other, not the test texts."""
+    """Indices of the test texts (all four cells equally) and of two training sets: a balanced one, and a biased one of
+    texts whose attributes agree. Training sets may overlap each other, but not the test texts."""
     places = labelled.balanced(cells, count, "scr")
     groups = [places[cells[places] == cell] for cell in range(4)]
     each = min(map(len, groups)) // 2

@@ -1,7 +1,7 @@
-"""Short texts through a language model: what enters and leaves a hookpoint, and what coders make of it.
+"""Run short texts through a language model: what enters and leaves a hookpoint, and what coders make of it.
 
-Each text runs as a row of its own behind the token that separated documents in training; that first position is never
-looked at, nor are special tokens. Legend: N tokens looked at, D and E widths, T texts, M latents.
+Each text runs as a row of its own after the token that separated documents in training; that first position and
+special tokens are not looked at. Legend: N tokens looked at, D and E widths, T texts, M latents.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ class TextBatch(NamedTuple):
     sides: dict[str, Tensor]
     """float32 `input` [N, D] and `output` [N, E]."""
     text_N: Tensor
-    """Which text each is of."""
+    """The text that each position belongs to."""
 
 
 class TextReader:
@@ -48,7 +48,7 @@ class TextReader:
 
     @torch.no_grad()
     def read(self, rows: Sequence[list[int]], last_only: bool = False) -> Iterator[TextBatch]:
-        """Batches of texts of like length. `last_only`: the last token of each row alone."""
+        """Yield batches of texts of similar length. `last_only`: only the last token of each row."""
         device = next(self.trunk.parameters()).device
         special = torch.tensor(self.special, device=device)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -74,7 +74,7 @@ class TextReader:
 
 
 class Pooled:
-    """Means over the tokens of each text."""
+    """Mean codes over the tokens of each text."""
 
     def __init__(self, texts: int, width: int) -> None:
         self.count_T = np.zeros(texts)
@@ -82,7 +82,7 @@ class Pooled:
         self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, out: CoderOutput, text_N: Tensor) -> None:
-        """Codes of tokens of these texts."""
+        """Add the codes of tokens of these texts."""
         text = text_N.cpu().numpy()
         self.count_T += np.bincount(text, minlength=len(self.count_T))
         active = (out.values != 0).cpu().numpy()
@@ -90,7 +90,7 @@ class Pooled:
         self._parts.append((values, np.repeat(text, active.sum(1)), indices))
 
     def result(self) -> scipy.sparse.csr_array:
-        """float64 [T, M]."""
+        """float64 [T, M]: the means."""
         values, text, latent = (np.concatenate(column) for column in zip(*self._parts, strict=True))
         share = values / np.maximum(self.count_T, 1)[text]
         return scipy.sparse.coo_array((share, (text, latent)), shape=(len(self.count_T), self.width)).tocsr()

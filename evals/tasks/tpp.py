@@ -4,24 +4,24 @@ Legend: T texts, E width of y, M latents, C classes.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from skipcoder.errors import UserError
 from skipcoder.evals.config import ErasureConfig
+from skipcoder.evals.core.results import Result
 from skipcoder.evals.stats.bootstrap import of_mean
 from skipcoder.evals.tasks import ablation, labelled
 from skipcoder.evals.tasks.texts import TextReader
 from skipcoder.trainer.run.run import Run
 
 
-def tpp(reader: TextReader, runs: Sequence[Run], cfg: ErasureConfig) -> list[dict[str, Any]]:
-    """Of each run, all of one hookpoint: `tpp_N` for each N and the classes it is a mean of."""
+def tpp(reader: TextReader, runs: Sequence[Run], cfg: ErasureConfig) -> list[Result]:
+    """For each of the runs, all of one hookpoint: `tpp_N` for each N, and the classes that it is a mean over."""
     data = labelled.find(cfg.tpp_data)
     data, rows = labelled.distinct(data, reader.tokens(data.texts, cfg.tokens))
     places = labelled.balanced(data.labels, cfg.texts, data.name)
-    # Each class half and half, in turn.
+    # Texts of each class go to the two halves in turn.
     order = np.argsort(data.labels[places], kind="stable")
     places = np.concatenate([places[order[0::2]], places[order[1::2]]])
     labels, half = data.labels[places], len(places[order[0::2]])
@@ -36,7 +36,7 @@ def tpp(reader: TextReader, runs: Sequence[Run], cfg: ErasureConfig) -> list[dic
             more_M = ablation.difference(f_TM[:half], labels[:half] == c).clip(min=0)
             effects.append(more_M * ablation.along(run, probe))
         right_TC = ablation.right(probes, y_TE[half:], labels[half:])
-        result: dict[str, Any] = {"tpp_texts": len(places) - half, "tpp_classes": data.classes}
+        result: Result = {"tpp_texts": len(places) - half, "tpp_classes": data.classes}
         for n in ablation.counts(cfg.ablate, run):
             per_text = np.zeros(len(places) - half)
             for c, effect_M in enumerate(effects):

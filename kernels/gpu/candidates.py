@@ -3,7 +3,7 @@ of pre-activations fits there (2^24 bfloat16 elements are 32 MiB; an H100 has 50
 
 1. Columns g, g + GROUPS, g + 2 GROUPS, ... form a group; the maxima of all groups stay on chip. The c-th largest of
    them is a lower bound of the c-th largest element, and close to it where groups outnumber c.
-2. All elements that reach the bound are written out, with room for half as many again as asked. Only a row with more
+2. All elements that reach the bound are written out, with room for half as many again as c. Only a row with more
    (many duplicates, or fewer groups than c) is searched for its exact c-th element.
 
 Bounds are found by bisection over the ordered bits of the floats: a count per bit, no sorting and no data-dependent
@@ -27,8 +27,8 @@ def ordered_bits(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def load_keys(pre_ptr, row, column, inside, LOW_BIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Ordered bits of a tile of a row, without the LOW_BIT lowest, which bfloat16 does not have; what lies outside
-    comes last."""
+    """Ordered bits of a tile of a row, without the LOW_BIT lowest, which bfloat16 does not have; elements outside
+    the row count as the smallest."""
     return ordered_bits(tl.load(pre_ptr + row + column, mask=inside, other=float("-inf"))) >> LOW_BIT
 
 
@@ -36,7 +36,7 @@ def load_keys(pre_ptr, row, column, inside, LOW_BIT: tl.constexpr):  # type: ign
 def candidates_kernel(  # type: ignore[no-untyped-def]
     pre_ptr, out_ptr, M, C, P, GROUPS: tl.constexpr, LOW_BIT: tl.constexpr
 ):
-    """out[n]: columns of the C largest elements of row n, by rising column; what is left of its P places stays."""
+    """out[n]: columns of the C largest elements of row n, by rising column; the rest of its P places is unchanged."""
     row = tl.program_id(0).to(tl.int64) * M
     place = tl.program_id(0).to(tl.int64) * P
     group = tl.arange(0, GROUPS)
@@ -60,7 +60,7 @@ def candidates_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + place + at, (start + group).to(tl.int64), mask=hit & (at < P))
         found += tl.sum(hit.to(tl.int32))
 
-    if found > P:  # find the C-th element itself, then take what is larger, and of its equals the first
+    if found > P:  # find the C-th element itself, then take all larger ones and the first of its equals
         count = 0
         for start in range(0, M, GROUPS):
             inside = start + group < M
@@ -97,8 +97,8 @@ def candidates_kernel(  # type: ignore[no-untyped-def]
 
 def candidates(pre_NM: Tensor, c: int, out: Tensor | None = None) -> Tensor:
     """int64 [N, P], P between c and 2 c: the columns of each row's c largest elements and of a few more; -1 where a
-    row has fewer than P. Without more than P elements at the bound all equals of the c-th are among them, else
-    the first of them."""
+    row has fewer than P. If at most P elements reach the bound, they include all equals of the c-th, else only
+    the first of these."""
     n, m = pre_NM.shape
     room = places(m, c)
     if out is None:
@@ -113,16 +113,16 @@ def candidates(pre_NM: Tensor, c: int, out: Tensor | None = None) -> Tensor:
 
 
 def places(m: int, c: int) -> int:
-    """Columns written for each row at most."""
+    """Maximum number of columns written per row."""
     return min(c + c // 2 + 8, m)
 
 
 def groups(m: int, c: int) -> int:
-    """Groups of a row: many more than c, so that few elements beside the c largest reach the bound."""
+    """Number of groups: many more than c, so that few elements besides the c largest reach the bound."""
     result: int = min(MOST_GROUPS, max(256, triton.next_power_of_2(8 * c)), triton.next_power_of_2(m))
     return result
 
 
 def num_warps(groups: int, warp: int = 64 if torch.version.hip else 32) -> int:
-    """Each thread loads 16 bytes of bfloat16 at a time, and holds as many maxima, or more of many groups."""
+    """Warps, at most 8, such that each thread loads 16 bytes of bfloat16 at a time and holds 8 maxima (or more)."""
     return max(1, min(8, groups // (8 * warp)))

@@ -1,8 +1,8 @@
 """The three sparse operations in Triton: gather-sum, gather-dot, and the sum over each latent's tokens.
 
-No float atomics: every sum has a fixed order, so results are the same bits from run to run. Rows are tiled over their
+No float atomics: every sum has a fixed order, so results are bitwise equal from run to run. Rows are tiled over their
 width with masks; accumulation is float32 whatever the dtype of the rows. Index arithmetic on rows is 64-bit: a decoder
-of 2^20 latents by 4096 does not fit 32.
+of 2^20 latents by 4096 needs more than 32.
 
 Legend: N tokens, K active latents per token, L entries (token, latent) in all, M latents, D row width, S segments.
 """
@@ -63,7 +63,7 @@ def segment_sum_kernel(  # type: ignore[no-untyped-def]
     latent_ptr, token_ptr, weight_ptr, rows_ptr, start_ptr, count_ptr, segments_ptr, before_ptr, partial_before_ptr,
     out_ptr, partial_ptr, M, D, SEGMENT: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sum one segment of one latent's entries; alone it goes to `out`, else to `partial`."""
+    """Sum one segment of one latent's entries, into `out` if it is the latent's only one, else into `partial`."""
     s = tl.program_id(0).to(tl.int64)
     latent = tl.load(latent_ptr + s)
     if latent < M:
@@ -103,7 +103,7 @@ def combine_kernel(  # type: ignore[no-untyped-def]
 
 
 def block_d(d: int) -> int:
-    """Tile width; narrower rows take the next power of two."""
+    """Tile width: 512, or the next power of two for narrower rows."""
     result: int = min(512, triton.next_power_of_2(d))
     return result
 
@@ -147,7 +147,7 @@ def gather_dot(rows_ND: Tensor, W_MD: Tensor, indices: Tensor, token_L: Tensor) 
 def sum_rows(token: Tensor, weight: Tensor, starts_M: Tensor, rows_ND: Tensor, segment: int = SEGMENT) -> Tensor:
     """float32 [M, D]: for each latent the weighted sum of the rows of its tokens.
 
-    `token` and `weight` hold the N*K entries sorted by latent, `starts_M` where each latent's begin. The number of
+    `token` and `weight` hold the entries sorted by latent, `starts_M` where each latent's entries begin. The number of
     segments is bounded, not counted, so that nothing waits for the device.
     """
     m, d, entries = len(starts_M), rows_ND.shape[1], len(token)

@@ -21,6 +21,6 @@ def sign_step_kernel(y_ptr, z_ptr, grad_ptr, count, lr, y_lr, c, BLOCK: tl.const
 
 
 def sign_step(y: Tensor, z: Tensor, grad: Tensor, lr: float, y_lr: float, c: float) -> None:
-    """Move y and z in place."""
+    """Update y and z in place."""
     count = y.numel()
     sign_step_kernel[(triton.cdiv(count, BLOCK),)](y, z, grad.contiguous(), count, lr, y_lr, c, BLOCK=BLOCK)

@@ -1,6 +1,6 @@
 """Drive a capture with Ray Data: a dataset of unit numbers, a pool of actors that hold the model.
 
-What was tried to get here is told by the comments; the order of the start-up calls matters.
+The comments tell what was tried; the order of the start-up calls matters.
 """
 
 import json
@@ -12,6 +12,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from skipcoder.cluster import cluster
 from skipcoder.errors import UserError
 from skipcoder.pipeline.config import ModelConfig, RayConfig
@@ -19,6 +21,7 @@ from skipcoder.pipeline.store import layout
 from skipcoder.pipeline.store.attrs import Attributes
 from skipcoder.pipeline.store.place import Place
 from skipcoder.progress import progress
+from skipcoder.records import checked
 
 
 def run(store: Place, attrs: Attributes, units: list[int], model: ModelConfig, cfg: RayConfig) -> None:
@@ -45,34 +48,44 @@ def run(store: Place, attrs: Attributes, units: list[int], model: ModelConfig, c
                 advance(tokens_of[unit], **speed)
     finally:
         if captured:
-            with suppress(OSError, UserError):  # a folder that we may not write to
+            with suppress(OSError, UserError):  # the folder may not be writable
                 _log(store, captured, time.perf_counter() - begun, ended)
 
 
-def runs(store: Place) -> list[dict[str, Any]]:
-    """The history of capture runs."""
+class CaptureRun(TypedDict):
+    """One line of NAME.capture.jsonl: a capture that was run."""
+
+    ended: str
+    tokens: int
+    seconds: float
+    tokens_per_second: int
+    """From the end of the first unit on."""
+
+
+def runs(store: Place) -> list[CaptureRun]:
+    """The captures that were run on a store; lines that are damaged are left out."""
     try:
         lines = store.parent.read(_log_file(store)).splitlines()
     except FileNotFoundError:
         return []
     found = []
     for line in lines:
-        with suppress(ValueError):
-            found.append(json.loads(line))
+        with suppress(ValueError):  # UserError is one
+            found.append(checked(CaptureRun, json.loads(line), _log_file(store), ""))
     return found
 
 
 def _log_file(store: Place) -> str:
-    """Beside the store, whose bytes tell no time."""
+    """Name of the log beside the store, whose own bytes hold no times."""
     return f"{store.stem}.capture.jsonl"
 
 
 def _log(store: Place, tokens: int, seconds: float, rate: float) -> None:
-    entry = {
+    entry: CaptureRun = {
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "tokens": tokens,
         "seconds": round(seconds, 1),
-        "tokens_per_second": round(rate),  # once the first unit was there
+        "tokens_per_second": round(rate),
     }
     lines = "".join(json.dumps(line) + "\n" for line in [*runs(store), entry])
     store.parent.write(_log_file(store), lines.encode())
@@ -92,17 +105,17 @@ def _results(store: Place, units: list[int], model: ModelConfig, cfg: RayConfig)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     overlap = bool(gpus) if cfg.overlap is None else cfg.overlap
     calls = 2 if overlap else 1
-    # from_items, not range: a read operator needs a core of its own and hangs beside an actor that
-    # takes the whole machine.
+    # from_items, not range: range's read operator needs a core of its own and hangs beside an actor
+    # that takes the whole machine.
     results = ray.data.from_items(units).map_batches(
         Worker,
         fn_constructor_args=(store.address, model, cpus, "cuda" if gpus else "cpu"),
         batch_size=1,
         compute=ActorPoolStrategy(
-            min_size=1,  # begin with the first that is up
+            min_size=1,  # begin when the first is up
             max_size=cfg.workers,
             initial_size=cfg.workers,
-            max_tasks_in_flight_per_actor=2,  # the next unit's number is there before it is asked for
+            max_tasks_in_flight_per_actor=2,  # the next unit's number arrives before it is needed
             max_concurrent_calls_per_actor=calls,
             enable_true_multi_threading=overlap,
         ),
@@ -118,7 +131,7 @@ def _results(store: Place, units: list[int], model: ModelConfig, cfg: RayConfig)
 
 
 def _explained(batches: Iterable[Any]) -> Iterator[Any]:
-    """A UserError from inside a worker (its model cannot be loaded, its tokens are damaged) as itself."""
+    """Re-raise a UserError from a worker (its model cannot be loaded, its tokens are damaged) as itself."""
     import ray
 
     try:
@@ -131,7 +144,7 @@ def _explained(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def _share(cfg: RayConfig) -> tuple[int, float]:
-    """(CPUs, GPUs) of one worker."""
+    """(CPUs, GPUs) for one worker."""
     import ray
 
     have = ray.cluster_resources()

@@ -1,4 +1,4 @@
-"""Token rows of a store of the same text, so that they need not be made twice."""
+"""Reuse the token rows of a store of the same text, so that they need not be made twice."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,8 +15,8 @@ from skipcoder.pipeline.store.reader import ActivationStore
 
 
 def neighbour_with(place: Place, identity: Identity, rows: int) -> ActivationStore | None:
-    """A store beside `place` that holds these token rows: of the same text, tokenizer and context, whatever its
-    hookpoints. Its rows are those that the text would give."""
+    """A store beside `place` with the same text, tokenizer and context and at least `rows` rows, whatever its
+    hookpoints; None if there is none. Its rows are those that the text would give."""
 
     def source(of: Identity) -> tuple[Any, ...]:
         return of["data"], of["context"], of["repeat"], of["model"]["fingerprint"]
@@ -25,7 +25,7 @@ def neighbour_with(place: Place, identity: Identity, rows: int) -> ActivationSto
     with suppress(UserError, OSError):  # a folder that we may not list
         neighbours = place.neighbours()
     for neighbour in neighbours:
-        with suppress(UserError, OSError):  # whatever else lies there
+        with suppress(UserError, OSError):  # not a store that can be read
             attrs = read_attrs(neighbour)
             if attrs is not None and attrs["rows"] >= rows and source(attrs["identity"]) == source(identity):
                 return ActivationStore(neighbour, attrs)

@@ -27,7 +27,7 @@ class Worker:
     """A Ray Data actor: batches of unit numbers in, one row of facts per unit out.
 
     With `ray.overlap` Ray makes two calls at once: while one encodes and writes, the other runs the model. Memory
-    beside the model's: for each call the unit in bfloat16, and of one side what encoding takes, 12 bytes a number.
+    besides the model's: for each call the unit in bfloat16, and what encoding takes for one side, 12 bytes a number.
     """
 
     def __init__(self, store: str, model: ModelConfig, threads: int, device: str) -> None:
@@ -44,7 +44,7 @@ class Worker:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Commit each unit before returning: a unit that Ray counts as done is on the disk."""
         units = [int(unit) for unit in batch["item"]]
-        # A row that says what is wrong: Ray would report an exception as a worker's failure, with a traceback.
+        # Errors are returned as text: Ray would report an exception as a worker's failure, with a traceback.
         errors = []
         for unit in units:
             try:
@@ -60,7 +60,7 @@ class Worker:
 
 
 def hookpoints_of(attrs: Attributes) -> list[Hookpoint]:
-    """The store's hookpoints as the capture wants them."""
+    """The store's hookpoints in the form that `capture` takes."""
     return [Hookpoint(name, facts["read"], facts["write"]) for name, facts in attrs["hookpoints"].items()]
 
 
@@ -72,7 +72,7 @@ def capture_unit(
     device: str,
     alone: AbstractContextManager[Any] | None = None,
 ) -> None:
-    """Run the model over a unit's rows (`alone`), write and commit it; a unit that is committed is left alone."""
+    """Run the model over a unit's rows (holding `alone`), then write and commit the unit; skip it if committed."""
     if store.place.exists(commit.record_file(unit)):
         commit.refuse_other_rows(store.place, commit.read(store.place, unit), store.rows_of(unit))
         return
@@ -84,7 +84,7 @@ def capture_unit(
             part = capture(model, hookpoints, torch.from_numpy(tokens[i : i + rows]).long().to(device))
             for name, pair in part.items():
                 for taken, z in zip(sides[name], pair, strict=True):
-                    taken.append(z.cpu())  # at once: a GPU holds one micro-batch, not the unit
+                    taken.append(z.cpu())  # now, so that a GPU holds one micro-batch, not the unit
     first_row = layout.unit_token_rows(unit, store.rows, store.unit_rows).start
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name in list(sides):
@@ -96,12 +96,12 @@ def capture_unit(
 
 
 def micro_batch_rows(micro_batch_tokens: int, context: int) -> int:
-    """Rows of one forward pass. A function of the store's identity alone: bits may depend on it."""
+    """Rows in one forward pass. They follow from the store's identity alone, as bits may depend on them."""
     return max(1, micro_batch_tokens // context)
 
 
 def _check_finite(z_ND: Tensor, name: str, first_row: int, context: int) -> None:
-    # A sum is finite unless an element is not (or the sum overflows): cheaper than looking at each.
+    # A sum is finite unless an element is not (or the sum overflows): cheaper than testing each.
     if torch.isfinite(z_ND.sum(dtype=torch.float64)):
         return
     bad = (~torch.isfinite(z_ND)).any(dim=1).nonzero()

@@ -1,4 +1,4 @@
-"""Models in half precision on CPUs that have no instructions for it, as those of most laptops."""
+"""Models in half precision on CPUs that have no instructions for it, such as most laptops'."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 def supported(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of this type on this CPU by oneDNN, and not by its own plain loops."""
+    """Whether torch multiplies matrices of this type on this CPU with oneDNN, not with its own plain loops."""
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if dtype == torch.float16:
@@ -15,19 +15,19 @@ def supported(dtype: torch.dtype) -> bool:
 
 
 class WideLinear(nn.Linear):
-    """A linear layer in half precision whose sums are taken in float32 and rounded once.
+    """A linear layer in half precision that sums in float32 and rounds once.
 
-    On an AVX2 CPU SmolLM2's forward pass takes a quarter of the time so (benchmarks/half_precision.py).
+    On an AVX2 CPU it makes SmolLM2's forward pass take a quarter of the time (benchmarks/half_precision.py).
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """As nn.Linear. Weights are widened for each call, so they take no more memory between calls."""
+        """Do what nn.Linear does. Weights are widened at each call, so they take no more memory between calls."""
         bias = None if self.bias is None else self.bias.float()
         return F.linear(x.float(), self.weight.float(), bias).to(x.dtype)
 
 
 def widen(model: nn.Module) -> None:
-    """Make all of the model's nn.Linear WideLinear, in place. GPT-2's own Conv1D stays as it is."""
+    """Turn all of the model's nn.Linear into WideLinear, in place. GPT-2's own Conv1D stays as it is."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = WideLinear

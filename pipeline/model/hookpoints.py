@@ -1,4 +1,4 @@
-"""Hookpoints: which modules are read, which are written, found by glob over module names."""
+"""Hookpoints: the modules that are read and written, found by globs over module names."""
 
 import difflib
 import fnmatch
@@ -21,9 +21,9 @@ class Hookpoint:
 
 
 def resolve(patterns: Iterable[str], write_modules: Mapping[str, str], modules: Iterable[str]) -> list[Hookpoint]:
-    """Hookpoints that `patterns` (globs over module names) name, in natural order, without repeats.
+    """Hookpoints that match `patterns` (globs over module names), in natural order, without repeats.
 
-    Raises UserError for a pattern that matches nothing, listing what is there.
+    Raises UserError for a pattern that matches nothing, listing the modules.
     """
     names = [name for name in modules if name]
     found: set[str] = set()
@@ -50,7 +50,7 @@ def _write_module(name: str, write_modules: Mapping[str, str], names: list[str])
 
 
 def _hint(pattern: str, names: list[str]) -> str:
-    """What the user may have meant: near names, else the distinct shapes of names (`layers.*.mlp`)."""
+    """What the user may have meant: similar names, and the distinct shapes of names (`layers.*.mlp`)."""
     near = difflib.get_close_matches(pattern, names, n=5)
     shapes = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
     shown = ", ".join(shapes[:25]) + (", ..." if len(shapes) > 25 else "")
@@ -58,7 +58,7 @@ def _hint(pattern: str, names: list[str]) -> str:
 
 
 def layers_needed(hookpoints: Iterable[Hookpoint]) -> int | None:
-    """Layers that must run to reach every hookpoint, or None where a name holds no layer number.
+    """Number of layers that must run to reach every hookpoint, or None if a name has no layer number.
 
     >>> layers_needed([Hookpoint("layers.3.mlp", "layers.3.mlp", "layers.3.norm")])
     4

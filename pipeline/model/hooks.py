@@ -1,4 +1,4 @@
-"""Run a model over rows of tokens and hand out what enters and leaves the hooked modules.
+"""Run a model over rows of tokens and return what enters and leaves the hooked modules.
 
 Legend: B rows, T positions, D and E widths.
 """
@@ -13,7 +13,7 @@ from skipcoder.pipeline.model.hookpoints import Hookpoint
 
 
 class _AllCapturedError(Exception):
-    """Ends the forward pass once the last hooked module has run."""
+    """Raised to end the forward pass once the last hooked module has run."""
 
 
 def first_tensor(value: Any) -> Tensor:

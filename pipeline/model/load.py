@@ -42,20 +42,20 @@ def locate(cfg: ModelConfig) -> Path | None:
 
 
 class ModelIdentity(TypedDict):
-    """What makes two models the same model, as a store and a coder keep it."""
+    """What identifies a model, as recorded in stores and coders."""
 
     id: str
     revision: str | None
     gguf_file: str | None
     fingerprint: str
-    """Of weights, configuration and tokenizer files alike, or the commit on the hub."""
+    """Fingerprint of weight, configuration and tokenizer files, or the commit on the hub."""
     dtype: str
     attention: str
     shuffle: NotRequired[int]
 
 
 def identity(cfg: ModelConfig) -> ModelIdentity:
-    """The model's identity; UserError where there are no weights."""
+    """The model's identity; UserError if there are no weights."""
     directory = locate(cfg)
     if directory is None:
         content = hub.commit_of(cfg.id, cfg.revision, "model")
@@ -89,13 +89,13 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
 
 
 class Description(NamedTuple):
-    """What is known of a model's hookpoints before its weights are loaded."""
+    """What is known about a model's hookpoints before its weights are loaded."""
 
     hookpoints: list[Hookpoint]
     widths: dict[str, tuple[int, int]]
     """Hookpoint -> (d_in, d_out)."""
     flops: float
-    """FLOP of the captured forward pass per token of a whole row; 0 unless they were to be counted."""
+    """FLOP per token of the captured forward pass over a whole row; 0 unless `count_flops` was set."""
 
 
 def describe(cfg: ModelConfig, patterns: Iterable[str], context: int, count_flops: bool = False) -> Description:
@@ -164,7 +164,7 @@ def _load(auto_class: Any, cfg: ModelConfig, device: str, config: Any) -> "torch
     if cfg.gguf_file is not None:
         from transformers import GgufConfig
 
-        options["quantization_config"] = GgufConfig(dequantize=True)  # plain nn.Linear, dtype as asked
+        options["quantization_config"] = GgufConfig(dequantize=True)  # plain nn.Linear, dtype as requested
     model = auto_class.from_pretrained(
         _place(cfg),
         config=config,
@@ -182,7 +182,7 @@ def _load(auto_class: Any, cfg: ModelConfig, device: str, config: Any) -> "torch
 
 
 def _shuffle(model: "torch.nn.Module", seed: int) -> None:
-    """Permute the entries of every matrix, by its name, so that a part of the model is shuffled as the whole is."""
+    """Permute the entries of every matrix, seeded also by its name: a part of the model is shuffled like the whole."""
     import torch
 
     for name, weight in model.named_parameters():
@@ -212,7 +212,7 @@ def _source(cfg: ModelConfig) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _explained(cfg: ModelConfig) -> Iterator[None]:
-    """Quiet loading; what transformers cannot load becomes one message."""
+    """Silence loading; turn transformers' errors into a UserError."""
     from transformers.utils import logging as hf_logging
 
     hf_logging.set_verbosity_error()

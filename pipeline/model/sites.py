@@ -1,4 +1,4 @@
-"""Replace what a model's module takes or gives while the model runs.
+"""Replace the input or output of a module while the model runs.
 
 Legend: B rows, T positions, D read width, E written width.
 """
@@ -31,9 +31,9 @@ def replacing(
     keep_BT: Tensor | Callable[[], Tensor] | None = None,
     adds: bool = False,
 ) -> Iterator[None]:
-    """While active, what passes `write` becomes replace(what passed `read`); or `adds`: that is added to it.
+    """While active, the value at `write` becomes replace(value at `read`); with `adds`, that is added to it.
 
-    `replace` maps [N, D] to [N, E]. Positions where `keep_BT` (or what it gives when called) is True pass unchanged.
+    `replace` maps [N, D] to [N, E]. Positions where `keep_BT` (or what it returns when called) is True stay unchanged.
     """
     modules = dict(getattr(model, "base_model", model).named_modules())
     for site in (read, write):
@@ -68,7 +68,7 @@ def replacing(
 
 
 def _hook(module: nn.Module, side: str, act: Callable[[Tensor], Tensor | None]) -> Any:
-    """Call `act` on a module's input or output; what it returns, unless None, takes the place."""
+    """Call `act` on a module's input or output; its result, unless None, replaces the value."""
     if side == "input":
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:

@@ -1,4 +1,4 @@
-"""What a store says of itself: the attributes of its Zarr group, their types, how they are read and hashed."""
+"""How a store describes itself: the attributes of its Zarr group, their types, how they are read and hashed."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ class Identity(TypedDict):
     context: int
     repeat: bool
     hookpoints: list[str]
-    """Patterns, as they were asked for."""
+    """Patterns, as requested."""
     write_modules: dict[str, str]
     codec: str
     codec_revision: int
@@ -47,12 +47,12 @@ class HookpointFacts(TypedDict):
 
 
 class Described(TypedDict):
-    """What a capture says of a store that it is about to lay out."""
+    """How a capture describes a store that it is about to lay out."""
 
     identity: Identity
     hookpoints: dict[str, HookpointFacts]
     model: dict[str, Any]
-    """The model's configuration, with which it can be loaded again."""
+    """The model's configuration, from which it can be loaded again."""
     data: dict[str, Any]
     """The configuration of the text, without the number of tokens, which may grow."""
     special_tokens: list[int]
@@ -72,7 +72,7 @@ class Attributes(Described):
 
 
 def read_attrs(place: Place) -> Attributes | None:
-    """Attributes of the store at `place`; None where nothing is; UserError where something else is."""
+    """Attributes of the store at `place`; None if nothing is there; UserError if something else is."""
     try:
         content = place.read(FILE)
     except (FileNotFoundError, NotADirectoryError):
@@ -105,7 +105,7 @@ def new_attrs(described: Described) -> Attributes:
 
 
 def write_rows(place: Place, rows: int) -> None:
-    """Say that the store has so many token rows, which are written."""
+    """Record that `rows` token rows of the store are written."""
     metadata = json.loads(place.read(FILE))
     metadata["attributes"]["rows"] = rows
     place.write(FILE, json.dumps(metadata, indent=2).encode())
@@ -117,7 +117,7 @@ def identity_hash(identity: Identity) -> str:
 
 
 def refuse_other_identity(place: Place, attrs: Attributes, identity: Identity) -> None:
-    """UserError naming the keys in which the store at `place` differs from what is asked for."""
+    """Raise UserError naming the keys in which the store at `place` differs from `identity`, if any."""
     facts = differences(attrs["identity"], identity)
     if facts:
         raise UserError(f"{place} holds another capture ({facts}); choose another store.path, or delete it")

@@ -1,15 +1,16 @@
 """How activations become bytes: one small class per codec, chosen by `store.codec`.
 
-A codec turns the activations of one unit into arrays, and a range of their rows back. The codes themselves have no
-suffix; int8 and fp8 add a scale per token (`_scale`) and one per channel and unit (`_channel_scale`), so that no pass
-for calibration is needed:
+A codec turns the activations of one unit into arrays, and any range of their rows back into activations. The codes
+themselves have no suffix; int8 and fp8 add a scale per token (`_scale`) and one per channel and unit
+(`_channel_scale`), so that no calibration pass is needed:
 
     z[n, d] = code[n, d] * scale[n] * channel_scale[d]
 
-Massive activations (a few channels, a few tokens, a thousand times the usual) would leave the rest of their token few
-codes. So a channel's scale is its 0.9-quantile of |z| over a sample of the unit, which such tokens do not move, and
-channels that are large everywhere are brought to the size of the others; a token's scale is what its largest channel
-then needs. A token with a massive activation is itself coarse: the trainer leaves those out by default.
+Massive activations (a few channels of a few tokens, a thousand times the usual size) would leave few codes for the
+rest of their token. A channel's scale is therefore the 0.9-quantile of its |z| over a sample of the unit: such tokens
+do not move it, and channels that are large everywhere are brought to the size of the others. A token's scale is what
+its largest channel then needs. Tokens with a massive activation are still coded coarsely; the trainer leaves them out
+by default.
 
 Legend: N tokens, D channels.
 """
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Arrays = dict[str, np.ndarray]
-"""By suffix: codes [N, D] under "", `_scale` [N], `_channel_scale` [1, D]."""
+"""Arrays by suffix: codes [N, D] under "", `_scale` [N], `_channel_scale` [1, D]."""
 
 
 class Spec(NamedTuple):
@@ -32,15 +33,15 @@ class Spec(NamedTuple):
 
     dtype: str
     fill_value: Any
-    """Decodes to NaN: a hole cannot pass for data."""
+    """A value that decodes to NaN, so that a hole cannot pass for data."""
     per_unit: bool = False
-    """One row for each unit, not for each token."""
+    """Whether the array has one row per unit, not per token."""
     wide: bool = True
-    """A row has a number for each channel, not just one."""
+    """Whether a row has a number for each channel, not just one."""
 
 
 REVISION = 1
-"""Part of a store's identity: to be raised when the same activations would be coded or compressed to other bytes."""
+"""Part of a store's identity: raise it when the same activations would be coded or compressed to different bytes."""
 
 SAMPLE, QUANTILE = 1024, 0.9
 
@@ -56,21 +57,21 @@ class Bf16:
 
     @staticmethod
     def encode(z_ND: "Tensor") -> Arrays:
-        """A unit's activations, of any float dtype, in stored order."""
+        """Encode a unit's activations, of any float dtype, in stored order."""
         import torch
 
         return {"": z_ND.to(torch.bfloat16).contiguous().view(torch.uint16).cpu().numpy()}
 
     @staticmethod
     def decode(coded: Arrays) -> "Tensor":
-        """bfloat16 [N, D], sharing the memory of the codes."""
+        """Decode to bfloat16 [N, D] that shares the memory of the codes."""
         import torch
 
         return torch.from_numpy(coded[""]).view(torch.bfloat16)
 
     @staticmethod
     def codes_of(values_ND: "Tensor") -> np.ndarray | None:
-        """Where the codes of bfloat16 values lie in memory: reading them there decodes them."""
+        """A view of bfloat16 values as their codes: reading codes into it decodes them."""
         import torch
 
         return values_ND.view(torch.uint16).numpy()
@@ -86,12 +87,12 @@ class Int8:
         "_channel_scale": Spec("float32", float("nan"), per_unit=True),
     }
     largest = 100.0
-    """Not 127: the codes are compressed to their entropy, so coarser ones take less. 0.44 of bf16 and 1.4e-4 of the
-    variance lost, against 0.46 and 0.9e-4 (benchmarks/storage.py)."""
+    """Not 127: the codes are compressed to their entropy, so coarser ones take less space: 0.44 of bf16 with 1.4e-4 of
+    the variance lost, against 0.46 with 0.9e-4 (benchmarks/storage.py)."""
 
     @classmethod
     def encode(cls, z_ND: "Tensor") -> Arrays:
-        """A unit's activations, of any float dtype, in stored order (a random one: the head is a fair sample)."""
+        """Encode a unit's activations, of any float dtype, in stored order (random, so the head is a fair sample)."""
         z_ND = z_ND.float().cpu()
         channel_D = channel_scale(z_ND[:SAMPLE])
         scaled_ND = z_ND / channel_D
@@ -101,7 +102,7 @@ class Int8:
 
     @classmethod
     def decode(cls, coded: Arrays) -> "Tensor":
-        """bfloat16 [N, D]: its rounding (1e-6 of the variance) is far below that of the codes."""
+        """Decode to bfloat16 [N, D], whose rounding (1e-6 of the variance) is far below that of the codes."""
         import torch
 
         z_ND = cls._values(torch.from_numpy(coded[""]))
@@ -111,7 +112,7 @@ class Int8:
 
     @staticmethod
     def codes_of(values_ND: "Tensor") -> np.ndarray | None:
-        """None: codes are other numbers than the values."""
+        """None: the codes differ from the values."""
         return None
 
     @staticmethod
@@ -126,7 +127,7 @@ class Int8:
 
 
 class Fp8(Int8):
-    """float8 e4m3: the error is in proportion to the value (3 bits after the leading one)."""
+    """float8 e4m3: the error is proportional to the value (3 bits after the leading one)."""
 
     arrays: ClassVar = {**Int8.arrays, "": Spec("uint8", 0x7F)}
     largest = 448.0
@@ -145,29 +146,29 @@ class Fp8(Int8):
 
 
 class Codec(Protocol):
-    """What a codec must have."""
+    """The interface of a codec."""
 
     arrays: ClassVar[dict[str, Spec]]
-    """The arrays by suffix; the codes have none."""
+    """The arrays by suffix ("" for the codes)."""
 
     @classmethod
     def encode(cls, z_ND: "Tensor") -> Arrays:
-        """A unit's activations, of any float dtype, in stored order."""
+        """Encode a unit's activations, of any float dtype, in stored order."""
 
     @classmethod
     def decode(cls, coded: Arrays) -> "Tensor":
-        """bfloat16 [N, D]; NaN where a code is the fill value."""
+        """Decode to bfloat16 [N, D]; NaN where a code is the fill value."""
 
     @staticmethod
     def codes_of(values_ND: "Tensor") -> np.ndarray | None:
-        """Where codes of bfloat16 values lie in memory, if they are the values themselves."""
+        """A view of bfloat16 values as their codes if these are the values' own bits; else None."""
 
 
 CODECS: Registry[type[Codec]] = Registry("store.codec", {"bf16": Bf16, "int8": Int8, "fp8": Fp8})
 
 
 def channel_scale(sample_ND: "Tensor") -> "Tensor":
-    """float32 [D] > 0: the 0.9-quantile of each channel's magnitude; its largest where nine tenths are zero."""
+    """float32 [D] > 0: the 0.9-quantile of each channel's magnitude, or the maximum if nine tenths are zero."""
     import torch
 
     size_DN = sample_ND.abs().T
@@ -177,11 +178,11 @@ def channel_scale(sample_ND: "Tensor") -> "Tensor":
 
 
 def compressors(compression: str, itemsize: int = 2) -> list[Any]:
-    """Zarr codecs after the array bytes: Blosc, then a CRC32C of each chunk.
+    """Zarr codecs applied to the array bytes: Blosc, then a CRC32C of each chunk.
 
-    Bits are shuffled: with zstd, bf16 takes 0.73 of its size so and encodes four times as fast as with bytes shuffled.
-    Larger blocks than Blosc would choose save a hundredth (benchmarks/storage.py). Codes of one byte are best left
-    alone. Without the CRC a flipped byte in a chunk comes back silently: zarr's own guards only the shard index.
+    Bits are shuffled: with zstd, bf16 then takes 0.73 of its size and encodes four times as fast as with shuffled
+    bytes. Larger blocks than Blosc would choose save a hundredth (benchmarks/storage.py). Codes of one byte are best
+    not shuffled. Without the CRC a flipped byte in a chunk goes unnoticed: zarr's own guards only the shard index.
     """
     from zarr.codecs import BloscCname, BloscCodec, BloscShuffle, Crc32cCodec
 
@@ -191,7 +192,7 @@ def compressors(compression: str, itemsize: int = 2) -> list[Any]:
 
 
 def compress(array: np.ndarray, compression: str) -> bytes:
-    """A chunk as `compressors` compress it, without the checksum."""
+    """Compress a chunk as `compressors` do, without the checksum."""
     from numcodecs import blosc
 
     shuffle = blosc.BITSHUFFLE if array.itemsize > 1 else blosc.NOSHUFFLE

@@ -7,17 +7,37 @@ so the same unit always has the same record.
 import json
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Annotated
 
+from annotated_types import Len
 from google_crc32c import value as crc32c
 from safetensors import SafetensorError
+from typing_extensions import TypedDict
 
 from skipcoder.errors import UserError
 from skipcoder.pipeline.store.place import Place
 from skipcoder.pipeline.store.stats import Moments, unpack
+from skipcoder.records import checked
 
 SIDES = ("input", "output")
 POSITIONS = ("first", "special", "other")
+
+
+class FileFacts(TypedDict):
+    """Size and checksum of a file."""
+
+    bytes: int
+    crc32c: int
+
+
+class Record(TypedDict):
+    """A commit record as JSON."""
+
+    identity: str
+    unit: int
+    rows: Annotated[list[int], Len(2, 2)]
+    tokens_crc32c: int
+    shards: dict[str, FileFacts]
 
 
 @dataclass(frozen=True)
@@ -28,13 +48,8 @@ class Commit:
     unit: int
     rows: tuple[int, int]
     tokens_crc32c: int
-    shards: dict[str, dict[str, int]]
-    """File, relative to the store -> {bytes, crc32c}: a shard of every array, and the unit's statistics."""
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Commit":
-        """Inverse of `vars`."""
-        return cls(**{**data, "rows": tuple(data["rows"])})
+    shards: dict[str, FileFacts]
+    """File (relative to the store) -> its facts: a shard of every array, and the unit's statistics."""
 
 
 def record_file(unit: int) -> str:
@@ -48,7 +63,7 @@ def statistics_file(hookpoint: str, unit: int) -> str:
 
 
 def read_statistics(place: Place, hookpoint: str, record: Commit) -> dict[str, Moments]:
-    """`<side>/<class of positions>` -> moments. UserError names a file that is not what was written."""
+    """`<side>/<class of positions>` -> moments. UserError names a file that is missing or damaged."""
     name = statistics_file(hookpoint, record.unit)
     try:
         content = place.read(name)
@@ -61,20 +76,21 @@ def read_statistics(place: Place, hookpoint: str, record: Commit) -> dict[str, M
 
 
 def committed_units(place: Place) -> set[int]:
-    """Units that have a record, by file name alone."""
+    """Units that have a record, judged by file names alone."""
     stems = (PurePosixPath(name).stem for name in place.sizes("commits"))
-    return {int(stem) for stem in stems if stem.isdigit()}  # not zarr.json, and no file in the making
+    return {int(stem) for stem in stems if stem.isdigit()}  # not zarr.json or a partial file
 
 
 def read(place: Place, unit: int) -> Commit:
-    """Read one record. UserError names a file that does not parse."""
-    name = record_file(unit)
+    """Read one record. UserError names a file that is damaged, and the field at fault."""
+    file, remedy = f"{place}/{record_file(unit)}", "delete it and re-run the capture"
     try:
-        return Commit.from_json(json.loads(place.read(name)))
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{place}/{name} is not a commit record ({error}); delete it and re-run the capture") from None
+        found = json.loads(place.read(record_file(unit)))
+    except ValueError as error:
+        raise UserError(f"{file} is not a commit record ({error}); {remedy}") from None
+    record = checked(Record, found, file, remedy)
+    start, stop = record["rows"]
+    return Commit(record["identity"], record["unit"], (start, stop), record["tokens_crc32c"], record["shards"])
 
 
 def write(place: Place, record: Commit) -> None:
@@ -88,7 +104,7 @@ def write(place: Place, record: Commit) -> None:
 
 
 def refuse_other_rows(place: Place, record: Commit, rows: tuple[int, int]) -> None:
-    """UserError for a record that a shorter capture made while the store was growing."""
+    """Raise UserError for a record that a shorter capture made while the store was growing."""
     if record.rows != rows:
         raise UserError(
             f"{place}/{record_file(record.unit)} is of rows {record.rows}, not {rows}: it was written while the store "
@@ -101,6 +117,6 @@ def withdraw(place: Place, unit: int) -> None:
     place.delete(record_file(unit))
 
 
-def checksum(content: bytes) -> dict[str, int]:
+def checksum(content: bytes) -> FileFacts:
     """Size and CRC32C of a file."""
     return {"bytes": len(content), "crc32c": crc32c(content)}

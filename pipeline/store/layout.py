@@ -12,7 +12,7 @@ MAX_CHUNK_ROWS = 2048
 
 
 def auto_unit_rows(rows: int, context: int) -> int:
-    """Token rows per unit when the user names none: near 16,384 tokens, and at least 64 units."""
+    """Token rows per unit when the user sets none: about 16,384 tokens, but at least 64 units."""
     return max(1, min(16384 // context, rows // 64))
 
 
@@ -27,7 +27,7 @@ def unit_token_rows(unit: int, rows: int, unit_rows: int) -> range:
 
 
 def split(units: int) -> tuple[list[int], list[int]]:
-    """(training units, held-out units): every sixteenth is held out, whatever the seeds or the growth.
+    """(training units, held-out units): every sixteenth is held out, whatever the seeds, also in a store that grows.
 
     >>> split(17)[1]
     [15]
@@ -39,12 +39,12 @@ def split(units: int) -> tuple[list[int], list[int]]:
 
 
 def permutation(seed: int, unit: int, size: int) -> np.ndarray:
-    """Order of the `size` tokens of a unit in the store; the same for every hookpoint."""
+    """Order in which the `size` tokens of a unit are stored; the same for every hookpoint."""
     return np.random.Generator(np.random.PCG64([seed, unit])).permutation(size)
 
 
 def chunk_rows(unit_tokens: int) -> int:
-    """Rows of one compressed chunk: the largest divisor of the unit up to 2048.
+    """Rows of one compressed chunk: the largest divisor of `unit_tokens` up to 2048.
 
     A unit is one shard, so chunks must divide it. Where only tiny divisors exist (a prime context),
     the smallest divisor above the limit is taken: large chunks cost memory, tiny ones cost speed.
@@ -57,7 +57,7 @@ def chunk_rows(unit_tokens: int) -> int:
 
 
 def arrays(attrs: Attributes) -> dict[str, dict[str, Any]]:
-    """What zarr's `create_array` is given for each of a store's arrays, but its length."""
+    """Arguments of zarr's `create_array` for each of a store's arrays, except its length."""
     identity = attrs["identity"]
     context, unit_rows = identity["context"], identity["unit_rows"]
     unit_tokens = unit_rows * context
@@ -66,8 +66,8 @@ def arrays(attrs: Attributes) -> dict[str, dict[str, Any]]:
     def array(
         shard: tuple[int, ...], rows: int, dtype: str, fill_value: Any, compression: str = "zstd"
     ) -> dict[str, Any]:
-        # Holes must be visible: every array's fill value is impossible as data, and chunks that happen to equal it are
-        # written all the same.
+        # Holes must be visible: every array's fill value is impossible as data, and chunks that consist of it are
+        # still written.
         return {
             "shards": shard,
             "chunks": (rows, *shard[1:]),

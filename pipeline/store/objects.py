@@ -1,7 +1,7 @@
 """Stores in object stores, through obstore: `s3://bucket/x.zarr`, `gs://bucket/x.zarr`.
 
-A file appears whole when its upload has ended; `create` is a conditional put (`If-None-Match: *`), which S3, GCS and
-the servers that speak S3 decide for one of several writers.
+A file appears whole when its upload has ended; `create` is a conditional put (`If-None-Match: *`), which on S3, GCS
+and S3-compatible servers succeeds for one of several writers.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from skipcoder.pipeline.store.place import Place
 
 
 class Bucket(Place):
-    """A prefix of a bucket, through obstore. Account and endpoint are those of the environment (AWS_ACCESS_KEY_ID,
-    AWS_ENDPOINT_URL, GOOGLE_SERVICE_ACCOUNT, ...) or of the machine's own role."""
+    """A prefix of a bucket, through obstore. Account and endpoint come from the environment (AWS_ACCESS_KEY_ID,
+    AWS_ENDPOINT_URL, GOOGLE_SERVICE_ACCOUNT, ...) or from the machine's own role."""
 
     parallel = 32
 
@@ -80,7 +80,7 @@ class Bucket(Place):
 
         with _explained(self.address):
             found = (o for some in obstore.list(self._store, folder or None) for o in some)
-            return {o["path"]: o["size"] for o in found if o["path"]}  # "": what web consoles make of a folder
+            return {o["path"]: o["size"] for o in found if o["path"]}  # "": what web consoles create for a folder
 
     def is_empty(self) -> bool:
         import obstore
@@ -118,8 +118,8 @@ class Bucket(Place):
 
     @contextlib.contextmanager
     def only_writer(self) -> Iterator[bool]:
-        """Object stores have no locks that go with a process. What two captures of the same configuration write is the
-        same, and records are made by `create`."""
+        """Yield False: object stores have no locks that end with a process. Two captures of the same configuration
+        write the same bytes, and records are made by `create`."""
         yield False
 
 
@@ -129,13 +129,13 @@ def _connect(address: str) -> Any:
         from obstore.store import from_url
     except ImportError:
         raise UserError(f"{address}: object stores need: pip install 'skipcoder[cloud]'") from None
-    plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")  # as of a server on this machine
+    plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")  # such as a server on this machine
     return from_url(address, client_options={"allow_http": True} if plain else None)
 
 
 @contextlib.contextmanager
 def _explained(address: str) -> Iterator[None]:
-    """obstore's errors, which come after its own retries, as one message; FileNotFoundError as itself."""
+    """Turn obstore's errors, which come after its own retries, into a UserError; pass on FileNotFoundError."""
     try:
         yield
     except Exception as error:

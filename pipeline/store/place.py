@@ -1,9 +1,9 @@
 """Where a store's files lie: a directory, or a prefix of an object store (`s3://bucket/x.zarr`, `gs://...`).
 
-Both keep the same promises, and all that writes a store rests on them:
+Both give the same guarantees, on which everything that writes a store relies:
 
-- `write` leaves the whole file, on the disk, or the one that was there before; also after a power cut.
-- `create` does so only where no such file is, and of several that try at once one succeeds.
+- `write` leaves the whole file on disk, or the previous one; even after a power cut.
+- `create` does so only if no such file exists, and of several that try at once one succeeds.
 
 Files are named relative to the place, with `/` between folders.
 """
@@ -29,7 +29,7 @@ class Place(ABC):
     """A folder of files; `str` gives its path or address."""
 
     parallel: int
-    """How many reads are worth having under way at once."""
+    """Number of reads worth running at the same time."""
 
     @property
     def stem(self) -> str:
@@ -38,41 +38,41 @@ class Place(ABC):
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """A whole file; FileNotFoundError where there is none."""
+        """Read a whole file; FileNotFoundError if there is none."""
 
     @abstractmethod
     def read_range(self, name: str, start: int, length: int) -> np.ndarray:
-        """Bytes of a file, read-only, valid until this thread's next call; a negative `start` counts from the end.
-        Fewer where the file ends."""
+        """Read bytes of a file, fewer if it ends before; a negative `start` counts from the end. The array is read-only
+        and valid until this thread's next call."""
 
     @abstractmethod
     def write(self, name: str, content: bytes) -> None:
-        """Replace a file, or make it."""
+        """Create or replace a file."""
 
     @abstractmethod
     def create(self, name: str, content: bytes) -> bool:
-        """Make a file; False, and nothing changes, where there is one."""
+        """Create a file; if it exists, change nothing and return False."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
 
     @abstractmethod
     def sizes(self, folder: str = "") -> dict[str, int]:
-        """Bytes of every file in a folder and below, by name."""
+        """Size in bytes of every file in a folder and below, by name."""
 
     @abstractmethod
     def is_empty(self) -> bool:
-        """Whether nothing is there."""
+        """Whether the place is empty."""
 
     @abstractmethod
     def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether a file exists."""
 
     @property
     @abstractmethod
     def address(self) -> str:
-        """What finds it from any working directory."""
+        """Path or address that is valid from any working directory."""
 
     @property
     @abstractmethod
@@ -81,22 +81,22 @@ class Place(ABC):
 
     @abstractmethod
     def neighbours(self) -> list["Place"]:
-        """What else ends in .zarr where this place is."""
+        """The other places in the same folder that end in .zarr."""
 
     @abstractmethod
     def zarr(self) -> Any:
-        """What zarr opens."""
+        """The path or store that zarr opens."""
 
     @abstractmethod
     def only_writer(self) -> contextlib.AbstractContextManager[bool]:
-        """Keep a second capture away; False where that cannot be done."""
+        """Keep a second capture out; yield False if that is impossible."""
 
     def clear(self) -> None:
-        """Remove every file. For who is the only writer."""
+        """Remove every file; call only as the sole writer."""
         raise NotImplementedError
 
     def sweep(self) -> None:  # noqa: B027 (most places have nothing to sweep)
-        """Remove what writers that were killed in the middle of a file left. For who is the only writer."""
+        """Remove the partial files of writers that were killed; call only as the sole writer."""
 
 
 class Directory(Place):
@@ -123,7 +123,7 @@ class Directory(Place):
         return scratch[:read]
 
     def _scratch(self, size: int) -> np.ndarray:
-        """Memory of this thread, used again: the first touch of fresh memory costs as much as reading."""
+        """Reuse this thread's memory: the first touch of fresh memory costs as much as reading."""
         if len(getattr(self._local, "memory", ())) < size:
             self._local.memory = np.empty(size, np.uint8)
         result: np.ndarray = self._local.memory[:size]
@@ -142,7 +142,7 @@ class Directory(Place):
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
                     raise
-                if (self.path / name).exists():  # no hard links here: next to at once is the best there is
+                if (self.path / name).exists():  # no hard links here: this is as near to atomic as it gets
                     return False
                 partial.replace(self.path / name)
         files.sync((self.path / name).parent)
@@ -184,7 +184,7 @@ class Directory(Place):
 
     @contextlib.contextmanager
     def only_writer(self) -> Iterator[bool]:
-        """The lock lies beside the store and goes with the process, however that ends."""
+        """Hold a lock beside the store; it is released when the process ends, however that happens."""
         lock = self.path.with_name(f".{self.path.name}.lock")
         files.make_folder(lock.parent)
         with contextlib.ExitStack() as stack:
@@ -205,7 +205,7 @@ class Directory(Place):
                 lock.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """What tells that this is a store goes last."""
+        """Remove zarr.json, which marks it as a store, last."""
         for child in sorted(self.path.iterdir(), key=lambda child: child.name == "zarr.json"):
             shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
 

@@ -10,7 +10,7 @@ SCHEMES = ("s3://", "gs://")
 
 
 def place_at(path: str | Path | Place) -> Place:
-    """A directory for a path, a bucket's prefix for an address; UserError for what can be neither."""
+    """Directory for a path, Bucket for an address; UserError for what can be neither."""
     if isinstance(path, Place):
         return path
     if "://" not in str(path):

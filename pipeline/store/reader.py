@@ -1,8 +1,8 @@
 """The activation store, for readers: open it, see what is in it, read units and chunks.
 
 On disk (Zarr v3 group): `tokens` [rows, context], `index` [n], `<hookpoint>/input` and `/output` [n, d], `commits/` and
-`statistics/`. A unit is a range of token rows and one shard of every array; what has no commit record does not exist.
-int8 and fp8 codes have scales beside them (`codec.py`). Only activations as tensors need torch.
+`statistics/`. A unit is a range of token rows and one shard of every array; it exists only if it has a commit record.
+int8 and fp8 codes have scales beside them (`codec.py`). Only reading activations as tensors needs torch.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ class ActivationStore:
 
     @property
     def path(self) -> Path:
-        """The directory of a store that is one."""
+        """Path of a store that is a directory."""
         assert isinstance(self.place, Directory)
         return self.place.path
 
@@ -74,7 +74,7 @@ class ActivationStore:
 
     @property
     def rows(self) -> int:
-        """Token rows the finished store has."""
+        """Token rows of the finished store."""
         return int(self.attrs["rows"])
 
     @property
@@ -122,7 +122,7 @@ class ActivationStore:
         return [unit for unit in {"train": train, "held_out": held_out}[name] if unit in self.commits]
 
     def hookpoint(self, name: str | None) -> str:
-        """`name` if the store has it; the only hookpoint for None; else UserError listing what is there."""
+        """`name` if the store has it; for None the only hookpoint; else UserError listing them all."""
         if name in self.hookpoints:
             assert name is not None
             return name
@@ -139,33 +139,33 @@ class ActivationStore:
     def moments(
         self, hookpoint: str, side: str, split: str | None = "train", positions: tuple[str, ...] = ("other",)
     ) -> Moments:
-        """Merged statistics of one side over a split (None: over all units), for these classes of positions
-        (commit.POSITIONS). Merged once; the result is kept beside the store."""
+        """Merged statistics of one side over a split (None: over all units), for these classes of `positions` (see
+        commit.POSITIONS). Merged once; the result is kept beside the store."""
         units = self.units if split is None else self.split(split)
         names = [f"{side}/{where}" for where in positions]
         key = json.dumps([self.content, units, hookpoint, names])
         file = f"moments-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-        with suppress(OSError, SafetensorError, KeyError):  # not there, or not whole: merged anew
+        with suppress(OSError, SafetensorError, KeyError):  # missing or damaged: merge again
             return unpack(self.derived.read(file))["merged"]
-        at_once = 4 * self.place.parallel  # a unit's statistics may have hundreds of kilobytes
+        at_once = 4 * self.place.parallel  # a unit's statistics may take hundreds of kilobytes
         merged = Moments.empty(self.width(hookpoint, side))
         with ThreadPoolExecutor(self.place.parallel) as pool:
             for some in (units[i : i + at_once] for i in range(0, len(units), at_once)):
                 read = pool.map(lambda unit: commit.read_statistics(self.place, hookpoint, self.commits[unit]), some)
                 merged = merge_all((found[name] for found in read for name in names), merged)
-        with suppress(OSError, UserError):  # a place that cannot be written, as of a shared store
+        with suppress(OSError, UserError):  # not writable, as beside a shared store
             self.derived.write(file, pack({"merged": merged}))
         return merged
 
     @cached_property
     def content(self) -> str:
-        """Hash of the checksums of all files: other bytes, other hash."""
+        """Hash of the checksums of all files; it differs if any byte does."""
         facts = json.dumps({unit: record.shards for unit, record in self.commits.items()}, sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
     @property
     def derived(self) -> Place:
-        """Beside the store: what can be computed from it again (`NAME.derived/`)."""
+        """Place beside the store for what can be recomputed from it (`NAME.derived/`)."""
         return place_at(f"{self.place.parent}/{self.place.stem}.derived")
 
     # ---- what is in it ----------------------------------------------------------------------------
@@ -203,8 +203,7 @@ class ActivationStore:
         return self.read("tokens", rows.start, rows.stop)
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Rows [start, stop) of an array as stored, in `out` if that is given; a damaged chunk raises UserError naming
-        it."""
+        """Rows [start, stop) of an array as stored, in `out` if that is given. UserError names a damaged chunk."""
         if name not in self._readers:
             self._readers[name] = ShardReader.of(self.place, name, self.array(name))
         reader = self._readers[name]
@@ -231,7 +230,7 @@ class ActivationStore:
         return row // (self.unit_rows * (1 if array == "tokens" else self.context))
 
     def _remedy(self, array: str, unit: int) -> str:
-        """What mends a damaged shard: a re-run writes activations anew, tokens never."""
+        """How to mend a damaged shard: a re-run rewrites activations, but never tokens."""
         if array == "tokens":
             return "delete the store and capture anew"
         return f"delete {self.place}/{commit.record_file(unit)} and re-run the capture to mend it"

@@ -1,9 +1,9 @@
-"""Shards of a store's arrays as whole files: made in memory, and read chunk by chunk.
+"""Make shards of a store's arrays in memory, as whole files, and read them chunk by chunk.
 
-zarr-python makes every byte (`encode`), in memory: so a shard is written in one step wherever the store lies, and one
-that is there already, torn perhaps, is never read. Reading takes a shorter way than zarr-python, which makes two
-requests and a trip through an event loop for each chunk: `ShardReader` remembers the shards' indices and decodes
-straight into place (benchmarks/storage.py). Arrays that are not coded as ours are left to zarr.
+zarr-python makes every byte in memory (`encode`): a shard is thus written in one step wherever the store lies, and an
+existing one, perhaps torn, is never read. Reading bypasses zarr-python, which makes two requests and a trip through an
+event loop for each chunk: `ShardReader` remembers the shards' indices and decodes straight into place
+(benchmarks/storage.py). Arrays that are coded differently are left to zarr.
 """
 
 import struct
@@ -19,7 +19,7 @@ _MISSING = 2**64 - 1
 
 
 def encode(array: dict[str, Any], rows: np.ndarray) -> bytes:
-    """The shard that begins with `rows` (no more than one holds). `array`: what zarr's `create_array` is given."""
+    """The shard that begins with `rows` (no more than one holds). `array`: arguments of zarr's `create_array`."""
     import zarr
     from zarr.storage import MemoryStore
 
@@ -31,7 +31,7 @@ def encode(array: dict[str, Any], rows: np.ndarray) -> bytes:
 
 
 class ShardReader:
-    """Chunks of one array of a Zarr v3 store, rows along the first dimension."""
+    """Reader of one array's chunks in a Zarr v3 store, rows along the first dimension."""
 
     def __init__(
         self, place: Place, name: str, shard_rows: int, chunk_shape: tuple[int, ...], dtype: np.dtype[Any]
@@ -42,7 +42,7 @@ class ShardReader:
 
     @classmethod
     def of(cls, place: Place, name: str, array: Any) -> "ShardReader | None":
-        """A reader for a zarr array of a store; None if its coding is another than ours."""
+        """A reader for a zarr array of a store; None if it is coded differently."""
         (outer, *rest) = array.metadata.codecs
         inner = [type(codec).__name__ for codec in getattr(outer, "codecs", ())]
         known = inner == ["BytesCodec", "BloscCodec", "Crc32cCodec"] and not rest and array.shards is not None
@@ -52,8 +52,8 @@ class ShardReader:
         return cls(place, name, array.shards[0], array.chunks, np.dtype(array.dtype))
 
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray | None:
-        """Rows [start, stop) if they are the beginning of one chunk, else None. ValueError if it is damaged. A whole
-        chunk is decoded right into `out`, if given and contiguous, and `out` returned."""
+        """Rows [start, stop) if they are the beginning of one chunk, else None. ValueError if the chunk is damaged. If
+        `out` is contiguous and of a whole chunk's shape, the chunk is decoded into it and `out` is returned."""
         rows = self.chunk_shape[0]
         if start % rows or not 0 < stop - start <= rows:
             return None
@@ -76,7 +76,7 @@ class ShardReader:
         return out
 
     def _read_index(self, file: str) -> np.ndarray:
-        """uint64 [chunks, 2]: where each chunk of a shard begins, and its bytes."""
+        """uint64 [chunks, 2]: where each chunk of a shard begins, and its size in bytes."""
         size = 16 * (self.shard_rows // self.chunk_shape[0]) + 4
         index = self.place.read_range(file, -size, size)
         if len(index) < size or crc32c(index[:-4]) != struct.unpack("<I", index[-4:].tobytes())[0]:

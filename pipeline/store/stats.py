@@ -12,7 +12,7 @@ from safetensors.numpy import load, save
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean, centred sum of squares and largest magnitude, the latter three per dimension (float64)."""
+    """Count, mean, centred sum of squares and largest magnitude, the last three per dimension (float64)."""
 
     count: int
     mean: np.ndarray
@@ -30,19 +30,19 @@ class Moments:
 
     @classmethod
     def of(cls, z_ND: np.ndarray, error: float = 0.0) -> "Moments":
-        """Two-pass moments of rows. numpy sums axis 0 in one thread, so the bits depend on nothing else."""
+        """Two-pass moments of rows. numpy sums axis 0 in one thread, so the bits depend on the rows alone."""
         if not len(z_ND):
             return cls.empty(z_ND.shape[1])
         mean = z_ND.mean(axis=0, dtype=np.float64)
         m2, norms = np.zeros_like(mean), 0.0
-        for start in range(0, len(z_ND), 1024):  # 1024 rows: the float64 copy stays small
+        for start in range(0, len(z_ND), 1024):  # 1024 rows keep the float64 copy small
             rows = z_ND[start : start + 1024].astype(np.float64)
             norms += float(np.sqrt((rows**2).sum(axis=1)).sum())
             m2 += ((rows - mean) ** 2).sum(axis=0)
         return cls(len(z_ND), mean, m2, np.abs(z_ND).max(axis=0).astype(np.float64), norms, error)
 
     def merge(self, other: "Moments") -> "Moments":
-        """Chan's update: as if both sets of rows had been seen at once."""
+        """Merge by Chan's update, as if both sets of rows had been seen at once."""
         if not other.count or not self.count:
             return self if not other.count else other
         count = self.count + other.count

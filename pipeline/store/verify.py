@@ -1,4 +1,4 @@
-"""Re-read a store and compare everything with what its commit records say."""
+"""Re-read a store and compare everything with its commit records."""
 
 import json
 from collections.abc import Iterator
@@ -9,17 +9,18 @@ from google_crc32c import value as crc32c
 from skipcoder.errors import UserError
 from skipcoder.pipeline.store import commit, layout
 from skipcoder.pipeline.store.attrs import identity_hash, read_attrs
+from skipcoder.pipeline.store.commit import FileFacts
 from skipcoder.pipeline.store.place import Place
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.store.stats import Moments
 from skipcoder.pipeline.store.writer import classes_of
 
-# Sums may be ordered otherwise by another version of numpy.
+# Another version of numpy may sum in a different order.
 _RTOL = 1e-9
 
 
 def problems(place: Place) -> Iterator[str]:
-    """What is wrong with the store at `place`, one line each; UserError where there is none. Memory: one unit."""
+    """Yield each problem of the store at `place` as a line; UserError if there is no store. Memory: one unit."""
     attrs = read_attrs(place)
     if attrs is None:
         raise UserError(f"no activation store at {place}")
@@ -66,7 +67,7 @@ def _of_unit(store: ActivationStore, unit: int) -> Iterator[str]:
 
 
 def _content(store: ActivationStore, unit: int, record: commit.Commit) -> Iterator[str]:
-    """Values against checksums and statistics; every chunk that cannot be decoded."""
+    """Check values against checksums and statistics; yield every chunk that cannot be decoded."""
     tokens = store.tokens(unit)
     if crc32c(np.ascontiguousarray(tokens, dtype="<i4").tobytes()) != record.tokens_crc32c:
         yield "tokens: other ids than those that were captured"
@@ -109,5 +110,5 @@ def _some(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
 
 
-def _plain(facts: dict[str, int]) -> str:
+def _plain(facts: FileFacts) -> str:
     return json.dumps(facts).strip("{}").replace('"', "")

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 def create(place: Place, described: Described) -> Attributes:
     """Lay out an empty store and return its attributes; it has 0 rows until `write_tokens` has finished.
 
-    Metadata that is there already, from a capture that was killed or runs beside this one, stays: the same identity
-    makes the same.
+    Metadata already present, from a capture that was killed or runs beside this one, is kept: the same identity gives
+    the same metadata.
     """
     files: dict[str, Any] = {}
     attrs = new_attrs(described)
@@ -47,7 +47,7 @@ def create(place: Place, described: Described) -> Attributes:
     group.create_group("statistics")
     for name, array in layout.arrays(attrs).items():
         group.create_array(name, shape=(0, *array["chunks"][1:]), **array)
-    for name in sorted(files, key=lambda name: (name != FILE, name)):  # the store's own first: it holds the place
+    for name in sorted(files, key=lambda name: (name != FILE, name)):  # the store's own first: it claims the place
         place.create(name, files[name].to_bytes())
     laid_out = read_attrs(place)
     assert laid_out is not None
@@ -56,10 +56,10 @@ def create(place: Place, described: Described) -> Attributes:
 
 
 def write_tokens(place: Place, attrs: Attributes, rows: int, token_rows: Iterable[np.ndarray]) -> None:
-    """Write the token rows of a new or growing store, then admit them (`rows` in the attributes).
+    """Write the token rows of a new or growing store, then record their number (`rows` in the attributes).
 
-    Rows that are there already must come again, unchanged: anything else is another data source. A last unit that was
-    short is touched, and loses its record, only when the source has given all that was asked.
+    The source must give the rows already stored again, unchanged; otherwise it is a different source. A last unit that
+    was short is rewritten, and loses its record, only when the source has given all rows that were requested.
     """
     unit_rows, context, old = attrs["identity"]["unit_rows"], attrs["identity"]["context"], attrs["rows"]
     arrays = layout.arrays(attrs)
@@ -137,7 +137,7 @@ def write_unit(
                 rows_of_class = values[torch.from_numpy(chosen)].float().numpy()
                 moments[f"{side}/{where}"] = Moments.of(rows_of_class, float(error_N[chosen].sum()))
         write(commit.statistics_file(name, unit), pack(moments))
-    if len(span) < identity["unit_rows"]:  # the store's last unit, unless another capture has made it grow
+    if len(span) < identity["unit_rows"]:  # the last unit, unless another capture has made the store grow
         now = read_attrs(place)
         if now is None or now["rows"] != attrs["rows"]:
             raise UserError(f"{place} has grown while it was captured; run the longer capture again")
@@ -153,7 +153,7 @@ def write_unit(
 
 
 def _squared_error(values_ND: "Tensor", z_ND: "Tensor") -> np.ndarray:
-    """float64 [N]: squared distance of what will be read from what the model gave."""
+    """float64 [N]: squared distance between what will be read and what the model gave."""
     import torch
 
     if values_ND.dtype == z_ND.dtype and torch.equal(values_ND, z_ND):
@@ -163,7 +163,7 @@ def _squared_error(values_ND: "Tensor", z_ND: "Tensor") -> np.ndarray:
 
 
 def classes_of(attrs: Attributes, position_N: np.ndarray, token_N: np.ndarray) -> dict[str, np.ndarray]:
-    """bool [N] for each class of positions (commit.POSITIONS); flat positions, and the tokens there."""
+    """bool [N] for each class of positions (commit.POSITIONS), from flat positions and their tokens."""
     is_first = position_N % attrs["identity"]["context"] == 0
     is_special = np.isin(token_N, attrs["special_tokens"]) & ~is_first
     return {"first": is_first, "special": is_special, "other": ~(is_first | is_special)}

@@ -1,4 +1,4 @@
-"""Pack documents into full rows of tokens: nothing dropped but the last partial row."""
+"""Pack documents into full rows of tokens, dropping only the last partial row."""
 
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice, repeat
@@ -14,14 +14,14 @@ _DOCUMENTS_AT_ONCE = 64
 
 
 def bos_of(tokenizer: Any) -> int | None:
-    """Token that the tokenizer itself puts before a text, or None where it puts none."""
+    """Token that the tokenizer itself puts before a text, or None if it puts none."""
     ids = tokenizer("a").input_ids
     return ids[0] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else None
 
 
 def pack(documents: Iterable[str], tokenizer: Any, context: int) -> Iterator[np.ndarray]:
-    """Rows int32 [context]: documents joined by the end-of-text token and cut; each row begins with BOS
-    where the tokenizer adds one. Empty documents are skipped."""
+    """Yield rows, int32 [context]: documents joined by the end-of-text token and cut; each row begins with BOS
+    if the tokenizer adds one. Empty documents are skipped."""
     bos = bos_of(tokenizer)
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     body = context - (bos is not None)
@@ -41,7 +41,7 @@ def pack(documents: Iterable[str], tokenizer: Any, context: int) -> Iterator[np.
 
 
 def rows_of(cfg: DataConfig, tokenizer: Any, rows: int) -> Iterator[np.ndarray]:
-    """Exactly `rows` rows of the configured source, or UserError stating how many there are."""
+    """Yield exactly `rows` rows of the configured source, or raise UserError stating how many there are."""
     count = 0
     passes: Iterable[Iterable[str]] = (sources.documents(cfg),)
     if cfg.repeat:
@@ -59,7 +59,7 @@ def rows_of(cfg: DataConfig, tokenizer: Any, rows: int) -> Iterator[np.ndarray]:
 
 
 def _nonempty(passes: Iterable[Iterable[str]]) -> Iterator[Iterable[str]]:
-    """Passes over the source; a pass without any text ends it, so that `repeat` cannot loop for ever."""
+    """Yield passes over the source; stop after one without any text, so that `repeat` cannot loop for ever."""
     for documents in passes:
         seen = False
 

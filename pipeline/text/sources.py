@@ -19,11 +19,11 @@ from skipcoder.pipeline.config import DataConfig, SourceKind
 from skipcoder.registry import Registry
 
 PAUSES = (1, 2, 4, 8, 16, 32, 64)
-"""Seconds to wait when a stream from the hub has broken, after what datasets tries by itself."""
+"""Seconds to wait each time a stream from the hub breaks, after datasets' own retries."""
 
 
 class DataIdentity(TypedDict):
-    """What makes two sources the same source, as a store keeps it."""
+    """What identifies a source, as recorded in a store."""
 
     kind: str
     place: str | None
@@ -36,17 +36,17 @@ class Source(Protocol):
 
     @property
     def path_is(self) -> str:
-        """What `data.path` must be, "" where it is not needed."""
+        """What `data.path` must be; "" if it is not needed."""
 
     def documents(self, cfg: DataConfig) -> Iterator[str]:
-        """In their fixed order. Raises UserError naming file, line and remedy."""
+        """Documents in a fixed order. Raises UserError naming file, line and remedy."""
 
     def fingerprint(self, cfg: DataConfig) -> tuple[str | None, str]:
-        """The place, if it makes a difference, and a fingerprint of the content, without reading it all."""
+        """The place, if it makes a difference, and a fingerprint of the content, made without reading all of it."""
 
 
 def check(cfg: DataConfig) -> None:
-    """UserError for an unknown source, and for one that lacks the path it needs."""
+    """Raise UserError for an unknown source and for one that lacks the path it needs."""
     if (wanted := SOURCES[cfg.kind].path_is) and not cfg.path:
         raise UserError(f"data.path is missing: data.kind={cfg.kind} needs {wanted}")
 
@@ -57,26 +57,26 @@ def documents(cfg: DataConfig) -> Iterator[str]:
 
 
 def identity(cfg: DataConfig) -> DataIdentity:
-    """What makes two sources the same source: kind, place and content fingerprint, without reading it all."""
+    """What identifies the source: kind, place and content fingerprint, found without reading all of it."""
     place, content = SOURCES[cfg.kind].fingerprint(cfg)
     return {"kind": str(cfg.kind), "place": place, "field": cfg.field, "fingerprint": content}
 
 
 @dataclass(frozen=True)
 class Files:
-    """Files of one sort, in natural order of their paths."""
+    """Files of one format, in natural order of their paths."""
 
     suffixes: tuple[str, ...]
     read: Callable[[Path, str], Iterator[str]]
     path_is: str = "a file, directory or glob"
 
     def documents(self, cfg: DataConfig) -> Iterator[str]:
-        """Those of all files."""
+        """Documents of all files."""
         for path in self.files(cfg)[1]:
             yield from self.read(path, cfg.field)
 
     def fingerprint(self, cfg: DataConfig) -> tuple[None, str]:
-        """Of names and contents; the same files elsewhere are the same source."""
+        """Fingerprint of names and contents; the same files elsewhere are the same source."""
         root, files = self.files(cfg)
         return None, fingerprint.of_files(files, root)
 
@@ -98,10 +98,10 @@ class Files:
 
 
 class Stdlib(Files):
-    """The sources that come with Python."""
+    """The source files that come with Python."""
 
     def files(self, cfg: DataConfig) -> tuple[Path, list[Path]]:
-        """By a hash of the name, so that any prefix is a mixture of the whole library."""
+        """Files ordered by a hash of the name, so that any prefix is a mixture of the whole library."""
         root = Path(sysconfig.get_paths()["stdlib"])
         inside = (path for path in root.rglob("*.py") if "site-packages" not in path.parts and path.is_file())
         return root, sorted(inside, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest())
@@ -113,11 +113,11 @@ class Hub:
     path_is = "a dataset id"
 
     def documents(self, cfg: DataConfig) -> Iterator[str]:
-        """In the data set's order."""
+        """Documents in the data set's order."""
         return _from_hub(cfg)
 
     def fingerprint(self, cfg: DataConfig) -> tuple[str, str]:
-        """Its name, subset and split, and the commit."""
+        """The data set's name, subset and split; its commit."""
         assert cfg.path is not None
         commit = hub.commit_of(cfg.path, cfg.revision, "dataset")
         return "/".join(filter(None, (cfg.path, cfg.subset, cfg.split))), commit
@@ -187,8 +187,8 @@ def _from_hub(cfg: DataConfig) -> Iterator[str]:
 
 
 def _patiently(rows: Any) -> Iterator[dict[str, Any]]:
-    """Rows of a streamed data set, in their order; when it breaks off, from there on after a pause. A stream that never
-    began is not tried again: its name is wrong, or the hub out of reach."""
+    """Yield the rows of a streamed data set in order; if the stream breaks, resume it after a pause. A stream that
+    never began is not tried again: its name is wrong, or the hub out of reach."""
     failures, begun = 0, False
     while True:
         try:

@@ -3,7 +3,7 @@
     class TestMine(CodecTests):
         codec = Mine
 
-The built-in ones inherit them, too (tests/).
+The tests of the built-in ones inherit them, too (tests/).
 """
 
 from skipcoder.testing.activation import ActivationTests

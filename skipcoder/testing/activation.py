@@ -24,7 +24,7 @@ class ActivationTests:
 
     @pytest.fixture(params=[Kind.sae, Kind.transcoder, Kind.skip_transcoder])
     def coder(self, request: pytest.FixtureRequest) -> SparseCoder:
-        """A coder with random weights, in training."""
+        """A coder with random weights, in training mode."""
         coder = make_coder(CoderConfig(kind=request.param, activation=self.name, k=K, width=M), D, D)
         generator = torch.Generator().manual_seed(1)
         for p in coder.parameters():
@@ -33,7 +33,7 @@ class ActivationTests:
         return coder
 
     def inputs(self, seed: int = 0) -> Tensor:
-        """[N, D]."""
+        """Random inputs [N, D]."""
         return torch.randn(N, D, generator=torch.Generator().manual_seed(seed))
 
     def test_codes_are_codes(self, coder: SparseCoder) -> None:

@@ -19,7 +19,7 @@ class CodecTests:
     """Largest share of the variance of normally distributed bfloat16 activations that may be lost."""
 
     def activations(self) -> torch.Tensor:
-        """[N, D], with channels of different size."""
+        """Random activations [N, D], with channels of different size."""
         z_ND = torch.randn(N, D, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, D)
         return z_ND.to(torch.bfloat16)
 
@@ -51,7 +51,7 @@ class CodecTests:
         coded = self.codec.encode(self.activations()[:2])
         hole = {suffix: _hole(coded[suffix], spec) for suffix, spec in self.codec.arrays.items()}
         assert self.codec.decode(_copies(hole)).isnan().all()
-        assert self.codec.decode({**_copies(coded), "": hole[""]}).isnan().all()  # in the codes alone
+        assert self.codec.decode({**_copies(coded), "": hole[""]}).isnan().all()  # a hole in the codes alone
 
     def test_codes_that_are_the_values_decode_where_they_lie(self) -> None:
         z_ND = self.activations()
@@ -68,5 +68,5 @@ def _hole(array: np.ndarray, spec: Spec) -> np.ndarray:
 
 
 def _copies(coded: Arrays) -> Arrays:
-    """Decoding may use the memory of the codes."""
+    """Copy the arrays: decoding may reuse their memory."""
     return {suffix: array.copy() for suffix, array in coded.items()}

@@ -1,4 +1,4 @@
-"""Tests that every format of coders passes."""
+"""Tests that every coder format passes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +13,16 @@ from skipcoder.trainer.coder.coder import SparseCoder
 
 
 class FormatTests:
-    """Inherit, register the format in READERS, set its `name`, and override `coder`; `write` where we can write it."""
+    """Inherit, register the format in READERS, set its `name`, and override `coder`; set `write` if we can write it."""
 
     name: ClassVar[str]
     options: ClassVar[dict[str, Any]] = {}
-    """For reading."""
+    """Options for reading."""
     write: ClassVar[Callable[[SparseCoder, Path], object]]
 
     @pytest.fixture
     def coder(self) -> SparseCoder:
-        """A coder that the format can hold as it is."""
+        """A coder that the format can hold unchanged."""
         raise NotImplementedError
 
     def test_round_trip(self, coder: SparseCoder, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tests that every place passes: what a store rests on."""
+"""Tests that every place passes: what a store relies on."""
 
 import threading
 
@@ -52,4 +52,4 @@ class PlaceTests:
             thread.join()
         (winner,) = won
         assert here.read("record") == bytes([winner]) * 1000
-        assert list(here.sizes()) == ["record"]  # nothing left of the others
+        assert list(here.sizes()) == ["record"]  # the others left nothing behind

@@ -9,7 +9,7 @@ from skipcoder.pipeline.config import DataConfig
 from skipcoder.pipeline.text import sources
 
 SOME = 200
-"""Documents looked at."""
+"""Documents read by a test."""
 
 
 class SourceTests:
@@ -17,7 +17,7 @@ class SourceTests:
 
     @pytest.fixture
     def cfg(self) -> DataConfig:
-        """A configuration that means the source, with a path where it needs one."""
+        """A configuration that selects the source, with a path if it needs one."""
         raise NotImplementedError
 
     def test_the_same_documents_every_time(self, cfg: DataConfig) -> None:

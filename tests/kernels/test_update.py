@@ -49,7 +49,7 @@ def test_equals_the_schedulefree_library() -> None:
             super().__init__(params, {"lr": LR})
 
         @torch.no_grad()
-        def step(self) -> None:
+        def step(self) -> None:  # type: ignore[override]
             for p in self.param_groups[0]["params"]:
                 p.sub_(p.grad.sign(), alpha=LR)
 

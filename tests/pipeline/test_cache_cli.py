@@ -13,7 +13,9 @@ from skipcoder.pipeline.store import commit
 from skipcoder.pipeline.store.places import place_at
 from skipcoder.pipeline.store.reader import ActivationStore
 from tests.conftest import CONTEXT, REPO, UNIT_ROWS, UNITS
-from tests.pipeline.store.test_store import files
+from tests.pipeline.store.test_writer import files
+
+pytestmark = pytest.mark.ray
 
 
 def command(tiny_model: Path, text_file: Path, path: Path | str, *more: str, kind: str = "jsonl") -> list[str]:

@@ -1,10 +1,9 @@
 """Coders with random weights of every kind, and how far float32 may carry two ways of computing one apart."""
 
-from typing import Any
-
 import torch
 
 from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.coder.files import Provenance
 from skipcoder.trainer.config import ActivationName, CoderConfig, Kind
 
 EPS = 2.0**-23
@@ -29,12 +28,16 @@ def random_coder(
     return coder.requires_grad_(False).eval()
 
 
-def meta(hookpoint: str = "layers.1.mlp", kind: Kind = Kind.transcoder) -> dict[str, Any]:
+def meta(hookpoint: str = "layers.1.mlp", kind: Kind = Kind.transcoder) -> Provenance:
     """Where a coder attaches, as coder.json has it."""
     read = "output" if kind == Kind.sae else "input"
     return {
         "model": {
-            **{"id": "tiny", "revision": None, "gguf_file": None, "fingerprint": "0", "dtype": "bfloat16"},
+            "id": "tiny",
+            "revision": None,
+            "gguf_file": None,
+            "fingerprint": "0",
+            "dtype": "bfloat16",
             "attention": "sdpa",
         },
         "hookpoint": hookpoint,

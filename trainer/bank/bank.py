@@ -1,8 +1,8 @@
 """A bank: any number of coders on one stream of batches. Each batch is read, decoded and moved once.
 
-A member takes the batches that it would take alone, in the same order, and shares nothing else with the others: its
+A member takes the batches that it would take alone, in the same order, and shares nothing else with the others, so its
 result is the same to the bit. Members may be at different steps (one was added later, another interrupted earlier): the
-stream begins where the one furthest behind stands, and the others wait for their batch.
+stream begins at the step of the member furthest behind, and the others wait for their next batch.
 """
 
 import signal
@@ -30,6 +30,13 @@ from skipcoder.trainer.run.device import pick_device
 from skipcoder.trainer.run.run import Summary
 
 
+class Job(NamedTuple):
+    """A coder to train, and the directory of its run."""
+
+    cfg: TrainConfig
+    directory: Path
+
+
 class Outcome(NamedTuple):
     """What became of one run."""
 
@@ -38,7 +45,7 @@ class Outcome(NamedTuple):
     """None if the run failed."""
     error: Exception | None = None
     trace: str = ""
-    """Where an unforeseen error came from."""
+    """The traceback of an unforeseen error."""
 
 
 def train(cfg: TrainConfig, directory: Path) -> Summary:
@@ -53,7 +60,7 @@ def train(cfg: TrainConfig, directory: Path) -> Summary:
 
 
 def stream_key(cfg: TrainConfig) -> tuple[Any, ...]:
-    """What the members of a bank have in common."""
+    """Return what the members of a bank must have in common."""
     stream = tuple(vars(cfg.stream).items())
     loop = cfg.train
     machine = loop.device, loop.threads
@@ -61,9 +68,9 @@ def stream_key(cfg: TrainConfig) -> tuple[Any, ...]:
 
 
 def train_bank(jobs: Sequence[tuple[TrainConfig, Path]]) -> list[Outcome]:
-    """Train all jobs, which share their stream, to the end. One that fails is dropped; the others go on.
+    """Train all jobs, which share a stream, to the end. A job that fails is dropped; the others go on.
 
-    An interruption leaves every member where it can go on.
+    After an interruption every member can be resumed.
     """
     refuse_shared_directories(jobs)
     assert len({stream_key(cfg) for cfg, _ in jobs}) <= 1
@@ -94,7 +101,7 @@ def train_bank(jobs: Sequence[tuple[TrainConfig, Path]]) -> list[Outcome]:
 
 
 def refuse_shared_directories(jobs: Sequence[tuple[TrainConfig, Path]]) -> None:
-    """UserError if two jobs would write into one directory."""
+    """Raise UserError if two jobs would write into one directory."""
     places = [directory.resolve() for _, directory in jobs]
     for place in places:
         if places.count(place) > 1:
@@ -130,7 +137,7 @@ def _loop(
     outcomes: dict[Path, Outcome],
     ranks: Ranks,
 ) -> None:
-    """Steps until every member has made all of its own."""
+    """Take batches until every member has made all of its steps."""
     with live_table(members, outcomes) as show, closing(iter(stream)) as batches, _stopping() as asked_to_stop:
         members = _unfinished(members, outcomes)
         while members:
@@ -156,7 +163,7 @@ def _loop(
 
 
 def _unfinished(members: list[Member], outcomes: dict[Path, Outcome]) -> list[Member]:
-    """Those still at work; the summaries of the others are written."""
+    """Return the members still in training; write the summaries of those that have finished."""
     for member in members:
         if member.directory not in outcomes and member.finished:
             with _failing(outcomes, member.directory):
@@ -167,7 +174,7 @@ def _unfinished(members: list[Member], outcomes: dict[Path, Outcome]) -> list[Me
 
 
 def _held_out(cfg: TrainConfig, store: ActivationStore, device: str) -> Batch | None:
-    """The first eval_tokens held-out tokens of a fixed order."""
+    """Return the first eval_tokens held-out tokens in a fixed order."""
     if not cfg.train.eval_tokens:
         return None
     hookpoint, tokens = store.hookpoint(cfg.hookpoint), cfg.train.eval_tokens
@@ -178,7 +185,7 @@ def _held_out(cfg: TrainConfig, store: ActivationStore, device: str) -> Batch | 
 
 @contextmanager
 def _stopping() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM wait for the end of a step, so that what is saved is whole; a second Ctrl-C does not."""
+    """Delay Ctrl-C and SIGTERM to the end of a step, so that what is saved is whole; a second Ctrl-C acts at once."""
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
@@ -186,7 +193,7 @@ def _stopping() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.append(number)
 
-    if threading.current_thread() is not threading.main_thread():  # signals are not ours
+    if threading.current_thread() is not threading.main_thread():  # cannot handle signals
         yield lambda: False
         return
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -199,7 +206,7 @@ def _stopping() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def _failing(outcomes: dict[Path, Outcome], *directories: Path) -> Iterator[None]:
-    """An exception inside is the outcome of these runs (as far as they have none), not the end of the others."""
+    """Make an exception the outcome of these runs (where they have none yet) rather than the end of the others."""
     try:
         yield
     except Exception as error:
@@ -207,7 +214,7 @@ def _failing(outcomes: dict[Path, Outcome], *directories: Path) -> Iterator[None
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             fault = UserError(no_space(error))
         trace = "" if isinstance(fault, UserError) else traceback.format_exc()
-        # Tracebacks hold frames, and those the tensors of the whole bank.
+        # Tracebacks hold frames, and frames hold the tensors of the whole bank.
         fault = fault.with_traceback(None)
         fault.__context__ = fault.__cause__ = None
         for directory in directories:

@@ -1,4 +1,4 @@
-"""The members of a bank in one live table; without a terminal, a line for every tenth of the way."""
+"""Show the members of a bank in one live table; without a terminal, print a line for every tenth of the way."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from skipcoder.trainer.run.run import MetricsLine
 
 @contextmanager
 def live_table(members: Sequence[Member], outcomes: Mapping[Path, Any]) -> Iterator[Callable[[], None]]:
-    """Yields `show()`, to be called after every step. `outcomes` by directory, as they come."""
+    """Yield `show()`, to be called after every step. `outcomes`: by directory, filled in as runs end."""
     console = Console(stderr=True)
     if console.is_terminal:
         with Live(console=console, refresh_per_second=2, get_renderable=lambda: _render(members, outcomes)):

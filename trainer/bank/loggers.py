@@ -1,4 +1,4 @@
-"""metrics.jsonl also for TensorBoard (`train.tensorboard=true`) and Weights & Biases (`train.wandb=PROJECT`)."""
+"""Write metrics also to TensorBoard (`train.tensorboard=true`) and Weights & Biases (`train.wandb=PROJECT`)."""
 
 import uuid
 from collections.abc import Iterator, Mapping
@@ -12,20 +12,20 @@ from skipcoder.trainer.config import TrainConfig
 
 
 class Logger(Protocol):
-    """Where lines of metrics go."""
+    """A destination for lines of metrics."""
 
     def go_on_after(self, step: int) -> None:
-        """Steps above `step` that an interrupted run has written will come again."""
+        """Resume after `step`: later steps that the interrupted run wrote will be written again."""
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """The numbers of a line of metrics.jsonl, nested ones as `ms/read`."""
+        """Write the numbers of a line of metrics.jsonl, nested ones under names like `ms/read`."""
 
     def close(self, finished: bool) -> None:
-        """Write what is still in memory; `finished`: the run has come to its end."""
+        """Write what is still in memory; `finished`: whether the run is complete."""
 
 
 def loggers(cfg: TrainConfig, directory: Path) -> list[Logger]:
-    """Those that the configuration asks for."""
+    """Return the loggers that the configuration asks for."""
     asked: list[Logger] = []
     if cfg.train.tensorboard:
         asked.append(TensorBoard(directory))
@@ -35,7 +35,7 @@ def loggers(cfg: TrainConfig, directory: Path) -> list[Logger]:
 
 
 class TensorBoard:
-    """Event files in the run's folder tensorboard/."""
+    """Writes event files to the run's folder tensorboard/."""
 
     def __init__(self, directory: Path) -> None:
         try:
@@ -61,7 +61,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """One W&B run for each run directory, whose name it bears. Account, mode and host are W&B's own settings
+    """Keeps one W&B run for each run directory, under its name. Account, mode and host are W&B's own settings
     (`wandb login`, WANDB_MODE=offline, ...)."""
 
     def __init__(self, cfg: TrainConfig, directory: Path) -> None:
@@ -75,7 +75,7 @@ class Wandb:
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex)
         try:
-            # create_new: the members of a bank are runs side by side in one process.
+            # create_new: the members of a bank are concurrent runs in one process.
             self._run = wandb.init(
                 project=cfg.train.wandb,
                 id=identity.read_text(),
@@ -89,7 +89,7 @@ class Wandb:
             raise UserError(f"train.wandb={cfg.train.wandb}: {error}; `wandb login`, or WANDB_MODE=offline") from None
 
     def go_on_after(self, step: int) -> None:
-        # W&B drops steps that it has; a resumed run comes to the same numbers, so nothing is lost.
+        # W&B drops steps that it already has; a resumed run gives the same numbers, so nothing is lost.
         pass
 
     def write(self, line: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""One coder in a bank: a run on its way, what it logs and what it leaves behind."""
+"""One coder in a bank: a run in progress, what it logs and the files it leaves."""
 
 import time
 from pathlib import Path
@@ -14,17 +14,17 @@ from skipcoder.trainer.data.batch import Batch
 from skipcoder.trainer.data.ranks import ALONE, Ranks
 from skipcoder.trainer.data.stream import ActivationStream, Position
 from skipcoder.trainer.run.build import make_learner, token_filter
-from skipcoder.trainer.run.checkpoint import FOLDER, load_state, save_state
+from skipcoder.trainer.run.checkpoint import FOLDER, State, load_state, save_state
 from skipcoder.trainer.run.provenance import provenance
 from skipcoder.trainer.run.run import MetricsLine, RunDirectory, Summary
 from skipcoder.trainer.step.learner import Learner
 
 
 class Member:
-    """A run on its way. Made cheaply; `start` builds the learner."""
+    """A run in progress. Cheap to make; `start` builds the learner."""
 
     def __init__(self, cfg: TrainConfig, directory: Path) -> None:
-        """UserError if the directory holds a run of another configuration."""
+        """Raise UserError if the directory holds a run of another configuration."""
         self.cfg, self.directory, self.files = cfg, directory, RunDirectory(directory)
         self.files.refuse_other(cfg)
         self.steps = -(-cfg.train.tokens // cfg.train.batch_tokens)
@@ -44,7 +44,7 @@ class Member:
 
     @property
     def learner(self) -> Learner:
-        """The learner of a member that has started and was not released."""
+        """The learner of a member that has started and has not been released."""
         assert self._learner is not None
         return self._learner
 
@@ -53,7 +53,7 @@ class Member:
     def start(
         self, store: ActivationStore, stream: ActivationStream, device: str, ranks: Ranks = ALONE
     ) -> Position | None:
-        """Build the learner, or go on from the last save; returns the stream's position, None at the beginning."""
+        """Build the learner, from the last save if any; return the stream's position, None at the beginning."""
         self.store, (self.hookpoint,) = store, stream.hookpoints
         self.ranks = ranks
         state = load_state(self.directory)
@@ -80,18 +80,18 @@ class Member:
 
     @property
     def done(self) -> int:
-        """Steps made."""
+        """Number of steps made."""
         if self._learner is not None:
             return self._learner.step_number
         return self.last["step"] if self.last else 0
 
     @property
     def finished(self) -> bool:
-        """All steps are made."""
+        """Whether all steps are made."""
         return self.done == self.steps
 
     def step(self, batch: Batch, read_ms: float, held_out: Batch | None) -> None:
-        """One optimiser step, and a line of metrics where one is due."""
+        """Make one optimiser step, and write a line of metrics if one is due."""
         self.window.append(self.learner.step(batch.x, batch.y, batch.tokens))
         self.read_ms.append(read_ms)
         every, step = self.cfg.train.log_every, self.learner.step_number
@@ -135,11 +135,11 @@ class Member:
 
     @property
     def seconds(self) -> float:
-        """Spent in training, over all resumptions."""
+        """Seconds spent in training, over all resumptions."""
         return self.seconds_before + time.perf_counter() - self.begun
 
     def _calibrate(self) -> None:
-        """Let the activation see training tokens once more, if it wants to."""
+        """Let the activation see training tokens once more, if it asks for them."""
         tokens = self.learner.activation.calibration_tokens
         if tokens:
             device, kept = self.learner.coder.W_enc.device, token_filter(self.cfg)
@@ -148,7 +148,7 @@ class Member:
             self.learner.calibrate(batch.x, batch.y)
 
     def release(self, finished: bool = False) -> None:
-        """Let go of the learner's memory and of what is watching."""
+        """Free the learner's memory and close the loggers."""
         for logger in self.loggers:
             logger.close(finished)
         self.loggers = []
@@ -157,12 +157,15 @@ class Member:
     # ---- files ------------------------------------------------------------------------------------
 
     def save(self, stream: Position) -> None:
-        """The point from which an interrupted run goes on; `stream`: the position after the last step."""
+        """Save the point from which an interrupted run resumes; `stream`: the position after the last step."""
         if self.ranks.is_main:
-            window = [{key: value.cpu() for key, value in w.items()} for w in self.window]
-            learner = self.learner.state_dict()
-            state = {"learner": learner, "stream": stream, "window": window, "seconds": self.seconds}
-            save_state(state, self.directory)  # type: ignore[arg-type]
+            state: State = {
+                "learner": self.learner.state_dict(),
+                "stream": stream,
+                "window": [{key: value.cpu() for key, value in w.items()} for w in self.window],
+                "seconds": self.seconds,
+            }
+            save_state(state, self.directory)
 
     def finish(self) -> Summary:
         """Write the coder and the summary."""

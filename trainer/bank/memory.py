@@ -1,4 +1,4 @@
-"""How much memory a coder in training takes, and which coders fit a device together."""
+"""How much memory a coder in training takes, and which coders fit on a device together."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,11 +9,11 @@ from skipcoder.trainer.config import Kind, OptimName, TrainConfig
 
 GIB = 2**30
 MARGIN = GIB // 2
-"""For batches, pre-activations and what a step needs beside them (benchmarks/memory.py)."""
+"""Bytes for batches, pre-activations and what else a step needs (benchmarks/memory.py)."""
 
 
 class Need(NamedTuple):
-    """Bytes of one coder."""
+    """Bytes that one coder needs."""
 
     resident: int
     """Held from the first step to the last: parameters, optimiser, counts."""
@@ -23,7 +23,7 @@ class Need(NamedTuple):
 
 
 def need(cfg: TrainConfig, d_in: int, d_out: int) -> Need:
-    """Of one coder; float32 throughout."""
+    """Return the need of one coder, float32 throughout."""
     m = cfg.coder.width
     weights = m * (d_in + d_out + 1) + d_out + (d_in * d_out if cfg.coder.kind == Kind.skip_transcoder else 0)
     copies = 3 if cfg.optim.name is OptimName.adam else 2
@@ -31,7 +31,7 @@ def need(cfg: TrainConfig, d_in: int, d_out: int) -> Need:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that new tensors on the device may use."""
+    """Return the memory that new tensors on the device may use."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     import psutil  # type: ignore[import-untyped]
@@ -40,7 +40,7 @@ def free_bytes(device: str) -> int:
 
 
 def pack(needs: Sequence[Need], budget: float, devices: int = 1) -> list[list[int]]:
-    """Numbers of the coders that share a bank: as few banks as fit, at least one for each device, about equally full.
+    """Return the coders' numbers by bank: as few banks as fit, at least one per device, about equally full.
 
     >>> pack([Need(4, 1), Need(4, 1), Need(4, 1)], MARGIN + 9)
     [[0, 2], [1]]
@@ -49,7 +49,7 @@ def pack(needs: Sequence[Need], budget: float, devices: int = 1) -> list[list[in
     """
     for number in range(min(devices, len(needs)), len(needs) + 1):
         banks: list[list[int]] = [[] for _ in range(number)]
-        for i in range(len(needs)):  # the emptiest takes the next
+        for i in range(len(needs)):  # the emptiest bank takes the next coder
             min(banks, key=lambda bank: sum(needs[j].resident for j in bank)).append(i)
         if all(bank_bytes([needs[j] for j in bank]) <= budget for bank in banks):
             break
@@ -57,5 +57,5 @@ def pack(needs: Sequence[Need], budget: float, devices: int = 1) -> list[list[in
 
 
 def bank_bytes(needs: Sequence[Need]) -> int:
-    """Of a bank at its fullest: members step one after the other."""
+    """Return the peak need of a bank, whose members step one after the other."""
     return MARGIN + sum(n.resident for n in needs) + max((n.passing for n in needs), default=0)

@@ -1,39 +1,53 @@
-"""A sweep as banks: group the jobs by stream, pack the groups by memory, train one bank after another, or all at once
-on Ray."""
+"""Train a sweep as banks: group the jobs by stream, pack the groups by memory, and train one bank after another, or
+all at once on Ray."""
 
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from skipcoder import cli
 from skipcoder.errors import UserError
 from skipcoder.trainer.bank import memory
-from skipcoder.trainer.bank.bank import Outcome, refuse_shared_directories, stream_key, train_bank
-from skipcoder.trainer.config import TrainConfig
+from skipcoder.trainer.bank.bank import Job, Outcome, refuse_shared_directories, stream_key, train_bank
 from skipcoder.trainer.run.build import open_store
 from skipcoder.trainer.run.device import pick_device
 
-Job = tuple[TrainConfig, Path]
-
 STOPPING_SECONDS = 120
-"""What interrupted banks are given to finish a step and save."""
+"""Time that interrupted banks are given to finish a step and save."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """See BankLauncherConf."""
+    """The settings described in BankLauncherConf."""
 
     ray: bool | None = None
     address: str | None = None
     memory_gib: float | None = None
 
 
+class Plan(NamedTuple):
+    """A sweep as banks."""
+
+    banks: list[list[Job]]
+    refused: list[Outcome]
+    """The outcomes of jobs that fit in no bank."""
+
+
+class Failure(NamedTuple):
+    """A job that failed."""
+
+    name: str
+    error: Exception
+    trace: str
+    """Where an unforeseen error came from."""
+
+
 def run_sweep(jobs: Sequence[Job], settings: Settings) -> list[Outcome]:
-    """Train all jobs; outcomes in their order."""
+    """Train all jobs; return their outcomes in the same order."""
     several = torch.cuda.device_count() > 1 or settings.address is not None
     refuse_shared_directories(jobs)
     if settings.address is not None and settings.memory_gib is None:
@@ -47,20 +61,17 @@ def run_sweep(jobs: Sequence[Job], settings: Settings) -> list[Outcome]:
     return [by_directory[directory] for _, directory in jobs]
 
 
-def plan(
-    jobs: Sequence[Job], settings: Settings, devices: int, together: bool = False
-) -> tuple[list[list[Job]], list[Outcome]]:
-    """(the banks, each a list of jobs; the outcomes of those that can be in none), and say how many. `together`: all
-    banks share one memory at the same time."""
+def plan(jobs: Sequence[Job], settings: Settings, devices: int, together: bool = False) -> Plan:
+    """Print and return the banks. `together`: all banks share one memory at the same time."""
     banks: list[list[Job]] = []
     refused: list[Outcome] = []
     groups: dict[object, list[Job]] = {}
     for cfg, directory in jobs:
         if cfg.store.path is None:
-            open_store(cfg)  # finds it, and writes the path into cfg
-        groups.setdefault(stream_key(cfg), []).append((cfg, directory))
+            open_store(cfg)  # finds the store and writes its path into cfg
+        groups.setdefault(stream_key(cfg), []).append(Job(cfg, directory))
     for group in groups.values():
-        cfg = group[0][0]
+        cfg = group[0].cfg
         try:
             device = pick_device(cfg.train.device) if settings.address is None else "there"
             store = open_store(cfg)
@@ -72,24 +83,24 @@ def plan(
         budget /= len(groups) if together else 1
         needs, fitting = [], []
         for job in group:
-            need = memory.need(job[0], facts["d_in"], facts["d_out"])
+            need = memory.need(job.cfg, facts["d_in"], facts["d_out"])
             if memory.bank_bytes([need]) <= budget:
                 needs.append(need)
                 fitting.append(job)
                 continue
             error = UserError(
-                f"coder.width={job[0].coder.width} takes about {memory.bank_bytes([need]) / memory.GIB:.1f} GiB to "
+                f"coder.width={job.cfg.coder.width} takes about {memory.bank_bytes([need]) / memory.GIB:.1f} GiB to "
                 f"train, {device} has {budget / memory.GIB:.1f} GiB for it; lower the width"
             )
-            refused.append(Outcome(job[1], None, error))
+            refused.append(Outcome(job.directory, None, error))
         banks += [[fitting[i] for i in bank] for bank in memory.pack(needs, budget, devices)]
     for number, bank in enumerate(banks, 1):
         print(f"bank {number} of {len(banks)}: {len(bank)} coder{'s' if len(bank) > 1 else ''} on one stream")
-    return banks, refused
+    return Plan(banks, refused)
 
 
 def _on_ray(jobs: Sequence[Job], settings: Settings) -> list[Outcome]:
-    """Every bank is a Ray task with a GPU of its own, or, where Ray has none, with an equal share of the cores."""
+    """Run every bank as a Ray task with its own GPU or, where Ray has no GPU, with an equal share of the cores."""
     from skipcoder.cluster import cluster
 
     with cluster(settings.address, show_output=True):
@@ -106,22 +117,22 @@ def _on_ray(jobs: Sequence[Job], settings: Settings) -> list[Outcome]:
             for bank, one in zip(banks, waiting, strict=True):
                 try:
                     found += ray.get(one)  # type: ignore[arg-type]
-                except ray.exceptions.RayError as error:  # a worker died, again and again
+                except ray.exceptions.RayError as error:  # a worker died repeatedly
                     found += [Outcome(directory, None, RuntimeError(str(error))) for _, directory in bank]
         except KeyboardInterrupt:
             for one in waiting:
-                ray.cancel(one)  # a Ctrl-C there: the bank saves and ends
+                ray.cancel(one)  # acts as Ctrl-C in the task: the bank saves and ends
             ray.wait(waiting, num_returns=len(waiting), timeout=STOPPING_SECONDS)
             raise
         return found
 
 
 def _bank_task(bank: list[Job], threads: int | None, directory: str) -> list[Outcome]:
-    os.chdir(directory)  # relative paths are the driver's
+    os.chdir(directory)  # relative paths are relative to the driver's
     if threads:
         torch.set_num_threads(threads)
     outcomes = train_bank(bank)
-    # Exceptions of libraries may not survive the way to the driver.
+    # Exceptions of libraries may not survive the transfer to the driver.
     return [o if o.error is None else o._replace(error=_portable(o.error)) for o in outcomes]
 
 
@@ -129,11 +140,12 @@ def _portable(error: Exception) -> Exception:
     return error if isinstance(error, UserError) else RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def report_failures(failures: Sequence[tuple[str, Exception, str]]) -> None:
-    """Name every failure, (where, what, traceback if unforeseen), and leave with their exit code, if there is any."""
+def report_failures(failures: Sequence[Failure]) -> None:
+    """Print all failures and exit with their code, if there are any."""
     if not failures:
         return
-    for name, error, trace in failures:
-        print(trace, file=sys.stderr, end="")
-        print(f"error: {name}: {error}", file=sys.stderr)
-    sys.exit(cli.BAD_INPUT if all(isinstance(error, UserError) for _, error, _ in failures) else cli.FAILED)
+    for failure in failures:
+        print(failure.trace, file=sys.stderr, end="")
+        print(f"error: {failure.name}: {failure.error}", file=sys.stderr)
+    foreseen = all(isinstance(failure.error, UserError) for failure in failures)
+    sys.exit(cli.BAD_INPUT if foreseen else cli.FAILED)

@@ -28,21 +28,21 @@ from skipcoder.trainer.config import CoderConfig, Kind
 
 
 class CoderOutput(NamedTuple):
-    """What `coder(x)` gives; leading dimensions are those of x."""
+    """What `coder(x)` returns; leading dimensions are those of x."""
 
     y_hat: Tensor
     """[..., E] reconstruction (SAE) or prediction (transcoder) of the MLP side the coder writes."""
     values: Tensor
-    """[..., K] activations of the chosen latents, 0 where fewer fire; batchtopk, jumprelu: K is the most of a token."""
+    """[..., K] activations of the chosen latents, 0 where fewer fire; batchtopk, jumprelu: K is the most on a token."""
     indices: Tensor
     """int64 [..., K] the chosen latents."""
 
 
 class SparseCoder(nn.Module):
-    """A sparse coder. Parameters are float32 and take activations as the model makes them."""
+    """A sparse coder. Its parameters are float32 and fit activations as the model makes them."""
 
     threshold: Tensor | None
-    """[M], what a pre-activation must exceed: of batchtopk outside training, of jumprelu always."""
+    """[M], what a pre-activation must exceed: for batchtopk outside training, for jumprelu always."""
 
     def __init__(self, cfg: CoderConfig, d_in: int, d_out: int, seed: int = 0) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class SparseCoder(nn.Module):
         self.activation.check(cfg)
         self.meta: Provenance = {}
         self.search = EXACT
-        """How the encoder finds latents; in a mode other than float32 the skip's product is bfloat16."""
+        """How the encoder finds latents; in a mode other than float32 the skip's product is in bfloat16."""
         bound = d_in**-0.5
         generator = torch.Generator().manual_seed(seed)
         self.W_enc = nn.Parameter(torch.rand(cfg.width, d_in, generator=generator) * 2 * bound - bound)
@@ -81,11 +81,11 @@ class SparseCoder(nn.Module):
         return self.b_dec if self.cfg.kind == Kind.sae else None
 
     def encode(self, x_ND: Tensor, k: int | None = None) -> Codes:
-        """Values and indices of the active latents of each token (K of them, or `k`)."""
+        """Return values and indices of the active latents of each token (K of them, or `k`)."""
         return self.activation.encode(self, x_ND, k)
 
     def rescale(self, s_in: float, s_out: float) -> None:
-        """Change the weights so that coder(s_in x) becomes s_out times what coder(x) was (fold.py)."""
+        """Change the weights so that the new coder(s_in x) is s_out times the old coder(x) (fold.py)."""
         self.W_enc.div_(s_in)
         self.W_dec.mul_(s_out)
         self.b_dec.mul_(s_out)
@@ -93,11 +93,11 @@ class SparseCoder(nn.Module):
             self.W_skip.mul_(s_out / s_in)
 
     def decode(self, codes: Codes, x_ND: Tensor) -> Tensor:
-        """[N, E]: the sparse part, plus bias, plus the skip of `x_ND`."""
+        """Return [N, E]: the sparse part, plus bias, plus the skip of `x_ND`."""
         return sparse_decode(codes, self.W_dec, self.affine(x_ND))
 
     def affine(self, x_ND: Tensor) -> Tensor:
-        """What the latents are added to: b_dec [E], or with a skip W_skip x + b_dec [N, E]."""
+        """Return what the sparse part is added to: b_dec [E] or, with a skip, W_skip x + b_dec [N, E]."""
         if self.W_skip is None:
             return self.b_dec
         dtype = self.W_skip.dtype if self.search.is_exact else torch.bfloat16
@@ -113,7 +113,7 @@ class SparseCoder(nn.Module):
         return CoderOutput(y_hat, values.view(*lead, k), indices.view(*lead, k))
 
     def skip_only(self, x: Tensor) -> Tensor:
-        """[..., E]: the prediction with every latent at 0 (the affine part of a skip transcoder)."""
+        """Return [..., E]: the prediction with every latent at 0 (the affine part of a skip transcoder)."""
         if self.W_skip is None:
             return self.b_dec.expand(*x.shape[:-1], self.d_out)
         return x.to(self.W_skip.dtype) @ self.W_skip.T + self.b_dec
@@ -149,7 +149,7 @@ class SparseCoder(nn.Module):
     def from_pretrained(
         cls, name: str, revision: str | None = None, subfolder: str | None = None, **options: Any
     ) -> "SparseCoder":
-        """Load a coder of a folder, or of ORG/NAME on the Hugging Face Hub, in any format that can be imported
+        """Load a coder from a folder, or from ORG/NAME on the Hugging Face Hub, in any format that can be imported
         (docs/formats.md); `options` are those of the format."""
         coder = readers.read(hub.folder_of(name, revision, subfolder), **options)
         assert isinstance(coder, SparseCoder)
@@ -161,5 +161,5 @@ KINDS: Registry[type[SparseCoder]] = Registry("coder.kind", dict.fromkeys(Kind, 
 
 
 def make_coder(cfg: CoderConfig, d_in: int, d_out: int, seed: int = 0) -> SparseCoder:
-    """A new coder; `seed` is that of its initialisation."""
+    """Make a new coder; `seed` is that of its initialisation."""
     return KINDS[cfg.kind](cfg, d_in, d_out, seed)

@@ -18,10 +18,10 @@ _MORE_EXACT = {"scout": "bfloat16", "bfloat16": "float32"}
 
 
 def make_search(cfg: EncodeConfig, x: Moments, s_in: float, device: str) -> Search:
-    """How a run that reads inputs x / s_in searches for latents."""
+    """Return how a run that reads inputs x / s_in searches for latents."""
     mean = torch.from_numpy(x.mean / s_in).float()
-    # The root of each dimension's standard deviation halves, on a log scale, what dimensions differ by, in the inputs
-    # and, the other way round, in the weights.
+    # Scaling by the root of each dimension's standard deviation halves, on a log scale, the differences between
+    # dimensions in the inputs and, inversely, in the weights.
     spread = torch.from_numpy((x.variance / s_in**2) ** 0.25).float()
     spread = (spread / spread.mean()).clamp_min(1e-3)
     return Search(
@@ -31,8 +31,8 @@ def make_search(cfg: EncodeConfig, x: Moments, s_in: float, device: str) -> Sear
 
 
 def fastest_mode(device: str) -> str:
-    """The mode that benchmarks/train_step.py found fastest on a machine with these instructions; on CUDA bfloat16,
-    as none has been measured yet."""
+    """Return the mode that benchmarks/train_step.py found fastest with this CPU's instructions; on CUDA bfloat16, as
+    none has been measured yet."""
     if device.startswith("cuda"):
         return "bfloat16"
     has = torch.cpu.get_capabilities()
@@ -43,8 +43,8 @@ def fastest_mode(device: str) -> str:
 
 @torch.no_grad()
 def recall(coder: SparseCoder, x_ND: Tensor, tokens: int = SAMPLE) -> float:
-    """Share of the float32 choice of latents (those with values above 0) that the coder's search chooses, on the
-    first tokens of a batch; 1 if there is nothing to choose."""
+    """Return the share of the latents chosen in float32 (those with values above 0) that the coder's search chooses,
+    on the first tokens of a batch; 1 if there are none."""
     x_ND = x_ND[:tokens]
     search = coder.search
     chosen = coder.encode(x_ND)
@@ -57,5 +57,5 @@ def recall(coder: SparseCoder, x_ND: Tensor, tokens: int = SAMPLE) -> float:
 
 
 def more_exact(search: Search) -> Search:
-    """The search to fall back to."""
+    """Return the search to fall back to."""
     return search._replace(mode=_MORE_EXACT[search.mode])

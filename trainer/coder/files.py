@@ -53,7 +53,7 @@ class ScaleFacts(TypedDict):
 
 
 class Provenance(TypedDict, total=False):
-    """Where a coder comes from and where it attaches. A coder that is made by hand has none of it."""
+    """Where a coder comes from and where it attaches. A coder made by hand has none of these keys."""
 
     model: ModelIdentity
     hookpoint: str
@@ -63,7 +63,7 @@ class Provenance(TypedDict, total=False):
     scales: ScaleFacts
     seed: int
     imported: dict[str, Any]
-    """Of a coder from another tool's files: the format, and what those files say."""
+    """For a coder from another tool's files: the format, and what those files say."""
 
 
 class Description(Provenance):
@@ -92,17 +92,17 @@ class Loaded(NamedTuple):
 
 
 def write_coder(folder: Path, tensors: dict[str, Tensor], description: Description) -> None:
-    """Write both files. The tensors carry the description too, so that the pair can never be read half old, half
-    new."""
+    """Write both files. The tensors carry the description too, so that a reader never mixes an old file and
+    a new one."""
     text = json.dumps(description, indent=2)
     write_atomically(folder / TENSORS, safetensors_save(tensors, {DESCRIPTION: text}))
     write_atomically(folder / DESCRIPTION, text.encode())
 
 
 def read_coder(path: Path) -> Loaded:
-    """What `write_coder` wrote; `path` may be the run, its checkpoint folder or the folder itself.
+    """Read what `write_coder` wrote; `path` may be the run, its checkpoint folder or the folder itself.
 
-    Raises UserError where there is no coder, or one that is damaged or of another version, naming the field at fault.
+    Raises UserError if there is no coder, or if it is damaged (naming the field at fault) or of another version.
     """
     for folder in (path / "checkpoint", path):
         file = folder / TENSORS
@@ -115,7 +115,7 @@ def read_coder(path: Path) -> Loaded:
         tensors = safetensors_load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         description = json.loads(header["__metadata__"][DESCRIPTION])
-    except Exception as error:  # safetensors raises its own type, json and KeyError others
+    except Exception as error:  # safetensors, json and missing keys raise different types
         raise UserError(f"{file} is damaged or not a skipcoder checkpoint ({error})") from None
     if not isinstance(description, dict) or description.get("format_version") != FORMAT_VERSION:
         version = description.get("format_version") if isinstance(description, dict) else None

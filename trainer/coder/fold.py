@@ -15,16 +15,16 @@ from skipcoder.trainer.config import Kind
 
 
 def power_of_two_scale(mean_square: float) -> float:
-    """2^round(log2 sqrt(mean_square)), the scale that brings activations to about unit size."""
+    """Return 2^round(log2 sqrt(mean_square)), the scale that brings activations to about unit size."""
     return 2.0 ** round(math.log2(math.sqrt(mean_square))) if mean_square > 0 else 1.0
 
 
 @torch.no_grad()
 def fold(coder: SparseCoder, s_in: float, s_out: float) -> SparseCoder:
-    """A copy of `coder` (trained on x/s_in -> y/s_out) that works on raw activations."""
+    """Return a copy of `coder` (trained on x/s_in -> y/s_out) that works on raw activations."""
     if coder.cfg.kind == Kind.sae:
         assert s_in == s_out, "an SAE reads and writes one side, so it has one scale"
     folded = copy.deepcopy(coder)
-    folded.search = EXACT  # a scout's statistics are those of the scaled input
+    folded.search = EXACT  # a scout's statistics describe the scaled input
     folded.rescale(s_in, s_out)
     return folded

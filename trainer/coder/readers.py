@@ -1,7 +1,7 @@
-"""Coders from folders: the formats that can be read, by name.
+"""Read coders from folders: the formats that can be read, by name.
 
-Each format is a module (trainer/formats/ has the built-in ones) with `MARK`, the glob by which its folders are known,
-and `read(folder, ...)`. The modules know coders, and coders find them through this table alone.
+Each format is a module (trainer/formats/ has the built-in ones) with `MARK`, the glob that identifies its folders, and
+`read(folder, ...)`. The modules import coders, and coders reach them through this table alone.
 """
 
 from importlib import import_module
@@ -20,7 +20,7 @@ class Reader(Protocol):
     MARK: str
 
     def read(self, folder: Path, **options: Any) -> nn.Module:
-        """The coder in a folder; UserError for one that we have no words for."""
+        """Return the coder in a folder; raise UserError for one that we cannot represent."""
 
 
 class _Module:
@@ -40,7 +40,7 @@ READERS: Registry[Reader] = Registry(
 
 
 def detect(folder: Path) -> str:
-    """The format of a folder's files; UserError where it is none that is known."""
+    """Return the format of a folder's files; raise UserError if it is unknown."""
     for name, reader in READERS.items():
         if any(folder.glob(reader.MARK)):
             return name
@@ -49,7 +49,7 @@ def detect(folder: Path) -> str:
 
 
 def read(folder: Path, format: str | None = None, **options: Any) -> nn.Module:
-    """The coder in a folder, ready to use; `options` are those of the format's own `read`."""
+    """Return the coder in a folder, ready to use; `options` go to the format's own `read`."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such directory")
     name = format or detect(folder)

@@ -17,8 +17,8 @@ CHUNK = 2**26
 
 @torch.no_grad()
 def converted(coder: SparseCoder, x_ND: Tensor) -> SparseCoder:
-    """A top-k coder with a threshold for each latent in place of the choice, such that on `x_ND` each fires as often as
-    it was chosen. One threshold for all costs far more (benchmarks/thresholds.py). Weights are shared with `coder`."""
+    """Return a top-k coder with a threshold per latent in place of top-k, such that on `x_ND` each fires as often as
+    top-k chose it. One threshold for all costs far more (benchmarks/thresholds.py). Weights are shared with `coder`."""
     found = make_coder(replace(coder.cfg, activation=ActivationName.jumprelu), coder.d_in, coder.d_out)
     found.load_state_dict(coder.state_dict() | {"threshold": found.threshold}, assign=True)
     found.meta = coder.meta.copy()
@@ -28,7 +28,7 @@ def converted(coder: SparseCoder, x_ND: Tensor) -> SparseCoder:
     thresholds = []
     for latents in torch.arange(coder.cfg.width, device=x_ND.device).split(max(1, CHUNK // len(x_ND))):
         pre_NC = (x_ND @ coder.W_enc[latents].T + coder.b_enc[latents]).sort(0, descending=True).values
-        # Half way between the smallest that shall fire and the largest that shall not: rounding must not decide.
+        # Halfway between the smallest that should fire and the largest that should not: rounding must not decide.
         below_C = pre_NC.gather(0, chosen_M[latents].clamp_max(len(x_ND) - 1)[None])[0].clamp_min(0)
         above_C = pre_NC.gather(0, (chosen_M[latents] - 1).clamp_min(0)[None])[0].clamp_min(0)
         thresholds.append(torch.where(chosen_M[latents] > 0, (below_C + above_C) / 2, 2 * above_C))

@@ -1,4 +1,4 @@
-"""Run a generator in a thread of its own, one item ahead of who takes them."""
+"""Run a generator in a thread of its own, one item ahead of its consumer."""
 
 import queue
 import threading
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def ahead(items: Generator[T]) -> Generator[T]:
-    """The items; exceptions of the generator are raised here."""
+    """Yield the items; exceptions of the generator are raised here."""
     ready: queue.Queue[Any] = queue.Queue(maxsize=1)
     stop = threading.Event()
     end = object()

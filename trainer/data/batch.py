@@ -1,4 +1,4 @@
-"""A batch of activation pairs, and how one comes together from the rows of a pool.
+"""A batch of activation pairs, and how one is assembled from the rows of a pool.
 
 Legend: B tokens of a batch, D input width, E output width.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 GATHER_ROWS = 512
-"""Rows gathered, then converted, at once: they stay in a core's cache (a quarter faster than a whole batch at once)."""
+"""Rows gathered, then converted, at a time: they stay in a core's cache (a quarter faster than a whole batch)."""
 
 
 class Batch(NamedTuple):
@@ -40,7 +40,7 @@ class BatchLayout(NamedTuple):
 
     hookpoints: list[str]
     widths: list[int]
-    """Of both sides of each hookpoint in turn."""
+    """Widths of both sides of each hookpoint in turn."""
     rank: int
     world_size: int
     device: torch.device
@@ -48,19 +48,19 @@ class BatchLayout(NamedTuple):
 
 
 class Assembly:
-    """A batch in the making: this rank's rows of what `add` is given, in the stream's dtype, on their way to its
-    device."""
+    """A batch in the making: collects this rank's rows of what `add` is given, and moves them to the stream's device
+    and dtype."""
 
     def __init__(self, layout: BatchLayout, most: int) -> None:
-        """`most`: tokens of this rank that a batch can hold."""
+        """`most`: the most tokens of this rank in a batch."""
         self.layout, self.tokens, self.mine = layout, 0, 0
-        self.on_gpu = layout.device.type == "cuda"  # there it is converted, so that half the bytes travel
+        self.on_gpu = layout.device.type == "cuda"  # the GPU converts, so that half the bytes travel
         dtype = torch.bfloat16 if self.on_gpu else layout.dtype
         sides = [torch.empty(most, d, dtype=dtype, pin_memory=self.on_gpu) for d in layout.widths]
         self.columns = (*sides, torch.empty(most, dtype=torch.int64))
 
     def add(self, columns: tuple[Tensor, ...], rows: Tensor) -> None:
-        """The next tokens of the global batch."""
+        """Add the next tokens of the global batch."""
         first = (self.layout.rank - self.tokens) % self.layout.world_size
         rows_of_mine = rows[first :: self.layout.world_size]
         for some in rows_of_mine.split(GATHER_ROWS):
@@ -70,7 +70,7 @@ class Assembly:
         self.tokens += len(rows)
 
     def done(self) -> Batch:
-        """The batch."""
+        """Return the finished batch."""
         *sides, position = (z[: self.mine] for z in self.columns)
         if self.on_gpu:
             sides = [z.to(self.layout.device, non_blocking=True) for z in sides]

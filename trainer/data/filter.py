@@ -20,7 +20,7 @@ class TokenFilter:
         return (*first, *(() if self.special_tokens else ("special",)), "other")
 
     def keep(self, position_B: np.ndarray, token_B: np.ndarray, context: int, special: Sequence[int]) -> np.ndarray:
-        """bool [B] of the positions that stay."""
+        """Return bool [B], true for the positions that are kept."""
         keep = position_B % context >= self.first_positions
         if self.special_tokens and special:
             keep &= ~np.isin(token_B, special)
@@ -28,4 +28,4 @@ class TokenFilter:
 
 
 USUAL = TokenFilter()
-"""The default of training: no first position of a row, no special token."""
+"""The default of training: leaves out the first position of each row and special tokens."""

@@ -6,10 +6,10 @@ import numpy as np
 
 
 def epoch_order(seed: int, epoch: int, unit_of_chunk: Sequence[int]) -> np.ndarray:
-    """Chunk numbers in the order of one epoch.
+    """Return chunk numbers in the order of one epoch.
 
-    Chunks are dealt in rounds: each round takes one random chunk from every unit that has any left, units in
-    random order. Neighbours, and so the chunks that are shuffled together, come from different units.
+    Chunks are dealt in rounds: each round takes one random chunk from every unit that has any left, with the
+    units in random order. Neighbours, and thus chunks that are shuffled together, come from different units.
     """
     rng = _generator(seed, epoch, 0)
     chunks_of: dict[int, list[int]] = {}
@@ -24,7 +24,7 @@ def epoch_order(seed: int, epoch: int, unit_of_chunk: Sequence[int]) -> np.ndarr
 
 
 def block_permutation(seed: int, epoch: int, block: int, size: int) -> np.ndarray:
-    """Order of the `size` tokens of one block (= `pool_chunks` consecutive chunks)."""
+    """Return the order of the `size` tokens of one block (= `pool_chunks` consecutive chunks)."""
     return _generator(seed, epoch, block + 1).permutation(size)
 
 

@@ -22,7 +22,7 @@ Columns = tuple[Tensor, ...]
 
 
 class Chunk(NamedTuple):
-    """Stored tokens [start, stop), which one compressed chunk of every array holds."""
+    """Stored tokens [start, stop), held by one compressed chunk of every array."""
 
     unit: int
     start: int
@@ -30,7 +30,7 @@ class Chunk(NamedTuple):
 
 
 class Pool:
-    """Reads chunks of a store into columns of memory, which are used again."""
+    """Reads chunks of a store into columns of memory, which are reused."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Pool:
         at_once: int,
         keep: bool,
     ) -> None:
-        """`at_once`: chunks that are shuffled together; `keep`: hold every chunk once it has been read."""
+        """`at_once`: chunks that are shuffled together; `keep`: whether to keep every chunk once it has been read."""
         self.store, self.hookpoints, self.chunks, self.filter = store, hookpoints, chunks, filter
         self.at_once = min(at_once, len(chunks))
         self._free: list[Columns] = []
@@ -49,7 +49,7 @@ class Pool:
         self._kept_rows: dict[int, np.ndarray] = {}
 
     def read(self, chosen: Sequence[int], threads: ThreadPoolExecutor) -> tuple[Columns, np.ndarray]:
-        """Columns that hold these chunks, and the rows that the filter leaves, chunk by chunk."""
+        """Return columns that hold these chunks, and the rows that the filter keeps, chunk by chunk."""
         if (whole := self._whole) is not None:
             missing = [chunk for chunk in chosen if chunk not in self._kept_rows]
             rows = threads.map(lambda chunk: self._decode(chunk, whole, chunk), missing)
@@ -59,7 +59,7 @@ class Pool:
         return columns, np.concatenate(list(threads.map(self._decode, chosen, repeat(columns), count())))
 
     def release(self, columns: Columns) -> None:
-        """The next chunks may be decoded in place of these."""
+        """Let the next chunks be decoded in place of these."""
         if columns is not self._whole:
             self._free.append(columns)
 
@@ -69,7 +69,7 @@ class Pool:
         return *(torch.empty(rows, d, dtype=torch.bfloat16) for d in widths), torch.empty(rows, dtype=torch.int64)
 
     def _decode(self, chunk: int, columns: Columns, slot: int) -> np.ndarray:
-        """Decode a chunk into its slot; returns the rows of the columns that the filter leaves."""
+        """Decode a chunk into its slot; return the rows of the columns that the filter keeps."""
         unit, start, stop = self.chunks[chunk]
         position = self.store.read("index", start, stop).astype(np.int64)
         tokens = _tokens(self.store, unit)[position - self.store.unit_range(unit)[0]]

@@ -1,9 +1,9 @@
-"""Data parallel training: the processes of one `torchrun`, each with its share of every global batch.
+"""Data-parallel training: the processes of one `torchrun`, each with its share of every global batch.
 
     torchrun --nproc-per-node 8 trainer/train.py ...
 
-Losses and counts are sums with constant denominators, so adding over the ranks gives what one process would have; the
-order of the additions differs, and with it the last bits.
+Losses and counts are sums with constant denominators, so adding them over the ranks gives the result of one process;
+only the order of the additions differs, and thus the last bits.
 """
 
 import os
@@ -16,14 +16,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `size`; alone by default."""
+    """The rank of this process among `size`; alone by default."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def join(cls) -> "Ranks":
-        """The group that torchrun started; without torchrun, alone."""
+        """Join the group that torchrun started; without torchrun, be alone."""
         size = int(os.environ.get("WORLD_SIZE", 1))
         if size == 1:
             return cls()
@@ -39,25 +39,25 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, *tensors: Tensor) -> None:
-        """Add up over the ranks, in place."""
+        """Sum tensors over the ranks, in place."""
         if self.size > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
     def share(self, *tensors: Tensor) -> None:
-        """Give all ranks the tensors of the main one, in place."""
+        """Copy the main rank's tensors to all ranks, in place."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
     def total(self, n: int) -> int:
-        """Sum of the ranks' numbers."""
+        """Return the sum of `n` over the ranks."""
         found = torch.tensor(n, device=self._device)
         self.sum(found)
         return int(found)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks, which may differ in number, one rank after the other."""
+        """Return the rows of all ranks, one rank after another; their numbers may differ."""
         if self.size == 1:
             return rows
         lengths = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(self.size)]
@@ -73,7 +73,7 @@ class Ranks:
         return "cuda" if self.size > 1 and dist.get_backend() == "nccl" else "cpu"
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
+        """Whether `flag` is true on any rank."""
         if self.size == 1:
             return flag
         return self.total(int(flag)) > 0

@@ -31,12 +31,12 @@ from skipcoder.trainer.data.order import block_permutation, epoch_order
 from skipcoder.trainer.data.pool import KEEP_BYTES, Chunk, Columns, Pool
 
 POOL_BYTES = 2**29
-"""Pairs that are shuffled together by default. A reader holds three times as much. With more text the batches would be
-better mixed, benchmarks/README.md says how much."""
+"""Bytes of pairs that are shuffled together by default. A reader holds three times as much. A larger pool would mix
+batches better; benchmarks/README.md says by how much."""
 
 
 class Position(TypedDict):
-    """Where a stream stands, as a checkpoint keeps it."""
+    """The position of a stream, as a checkpoint stores it."""
 
     epoch: int
     block: int
@@ -51,13 +51,13 @@ class _Block(NamedTuple):
     is_last: bool
     columns: Columns
     shuffle: Tensor
-    """The rows that are served, in their order."""
+    """The rows to serve, in order."""
 
 
 class ActivationStream:
-    """Endless (or `epochs` long) stream of batches. The order depends on (seed, epoch, layout) alone.
+    """An endless stream of batches, or one of `epochs` epochs. The order depends on (seed, epoch, layout) alone.
 
-    Several hookpoints come aligned: each batch holds the same tokens of all of them. batch_tokens counts over all
+    Several hookpoints are aligned: each batch holds the same tokens of all of them. batch_tokens counts over all
     ranks; rank r gets rows r::world_size of each global batch, and the last batch of an epoch is short.
     """
 
@@ -85,7 +85,7 @@ class ActivationStream:
         self.batch_tokens, self.seed, self.epochs = batch_tokens, seed, epochs
         self.rank, self.world_size = rank, world_size
         self.device, self.dtype = torch.device(device), dtype
-        if self.device.type == "cuda" and self.device.index is None:  # the current device is each thread's own
+        if self.device.type == "cuda" and self.device.index is None:  # each thread has its own current device
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.chunks = [
             Chunk(unit, start, min(start + store.chunk_rows, stop))
@@ -108,7 +108,7 @@ class ActivationStream:
     # ---- position ---------------------------------------------------------------------------------
 
     def layout_hash(self) -> str:
-        """Of everything but the position that decides which tokens come next."""
+        """Return the hash of all but the position that decides which tokens come next."""
         facts = {
             "identity": self.store.attrs["identity_hash"],
             "chunks": self.chunks,
@@ -119,15 +119,15 @@ class ActivationStream:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
     def state_dict(self) -> Position:
-        """Where the next batch begins."""
+        """Return the position where the next batch begins."""
         return {"epoch": self.epoch, "block": self.block, "offset": self.offset, "layout": self.layout_hash()}
 
     def beginning(self) -> Position:
-        """Where the first batch begins."""
+        """Return the position where the first batch begins."""
         return {"epoch": 0, "block": 0, "offset": 0, "layout": self.layout_hash()}
 
     def load_state_dict(self, state: Position) -> None:
-        """Go to a position that `state_dict` gave. UserError if the layout is another."""
+        """Go to a position that `state_dict` gave; raise UserError if the layout differs."""
         if state["layout"] != self.layout_hash():
             raise UserError(
                 f"the stream of {self.store.place} has changed since this run was saved "
@@ -151,7 +151,7 @@ class ActivationStream:
         return Assembly(layout, most)
 
     def _batches(self) -> Generator[tuple[Batch, tuple[int, int, int]]]:
-        """Batches, each with the position after it."""
+        """Yield batches, each with the position after it."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         epoch, number, offset = self.epoch, self.block, self.offset

@@ -1,4 +1,4 @@
-"""Tensors and files to coders and back, for all formats. Legend: M latents."""
+"""Turn tensors and files into coders and back, for all formats. Legend: M latents."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -19,9 +19,9 @@ from skipcoder.trainer.config import ActivationName, CoderConfig, Kind
 def assemble(
     kind: Kind, activation: ActivationName, k: int, tensors: Mapping[str, Tensor], subtracts_b_dec: bool | None = None
 ) -> SparseCoder:
-    """A coder of these tensors, named and shaped as SparseCoder's. `subtracts_b_dec`: whether they were made for an
-    encoder that takes x - b_dec; ours does so for SAEs and not for transcoders, and the difference goes into b_enc.
-    None: as ours."""
+    """Make a coder of tensors named and shaped as SparseCoder's. `subtracts_b_dec`: whether they were made for an
+    encoder that takes x - b_dec; ours does so for SAEs but not transcoders, and a difference is folded into b_enc.
+    None: the same as ours."""
     (m, d_in), d_out = tensors["W_enc"].shape, len(tensors["b_dec"])
     if kind == Kind.sae and d_in != d_out:
         raise UserError(f"an SAE reconstructs what it reads, but these weights lead from {d_in} to {d_out} dimensions")
@@ -39,7 +39,7 @@ def assemble(
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; UserError where the file is none."""
+    """Read a JSON object; raise UserError if the file holds none."""
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -50,7 +50,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file."""
+    """Read all tensors of a safetensors file."""
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
@@ -58,19 +58,19 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def need(tensors: dict[str, Any], names: tuple[str, ...], file: Path) -> None:
-    """UserError unless all are there."""
+    """Raise UserError unless `tensors` has all `names`."""
     missing = [name for name in names if name not in tensors]
     if missing:
         raise UserError(f"{file} lacks {', '.join(missing)}; it holds {', '.join(sorted(tensors))}")
 
 
 def must_hold(coder: SparseCoder, format: str, kinds: Collection[str], activations: Collection[str]) -> None:
-    """UserError unless a format has this kind of coder and this activation."""
+    """Raise UserError unless the format can hold this coder's kind and activation."""
     for what, found, known in (("kind", coder.cfg.kind, kinds), ("activation", coder.cfg.activation, activations)):
         if found not in known:
             raise refuse(coder, format, f"its {what} can be {', '.join(known)}")
 
 
 def refuse(coder: SparseCoder, format: str, reason: str) -> UserError:
-    """The error for a coder that a format cannot hold."""
+    """Return the error for a coder that a format cannot hold."""
     return UserError(f"{format} cannot hold this {coder.cfg.kind} ({coder.cfg.activation}): {reason}")

@@ -1,9 +1,9 @@
-"""circuit-tracer (0.4): one folder for all layers of a model, config.yaml and layer_0.safetensors, layer_1...
+"""circuit-tracer (0.4): one folder for all layers of a model, with config.yaml, layer_0.safetensors, layer_1...
 
-It holds transcoders and skip transcoders of one width: with top-k, if as many latents as k are above zero on every
-token (it keeps what top-k chooses, negative or not, where ours is zero), or with thresholds of at least 0 (jumprelu,
-batchtopk). Loaded from a folder of this machine by `ReplacementModel.from_pretrained` it forgets top-k and takes all
-positive latents; config.yaml says how to load it there. From the Hub it does not.
+It holds transcoders and skip transcoders of one width: with top-k, if at least k latents are above zero on every token
+(it keeps what top-k chooses even if negative, where ours gives zero), or with thresholds of at least 0 (jumprelu,
+batchtopk). When `ReplacementModel.from_pretrained` loads a local folder, it ignores top-k and takes all positive
+latents; config.yaml says how to load one with top-k. When it loads from the Hub, it keeps top-k.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ _LOCAL = """\
 
 
 def write(coders: Sequence[SparseCoder], folder: Path) -> None:
-    """One transcoder for each layer from 0 on, in any order."""
+    """Write one transcoder for each layer from 0 on; `coders` can be in any order."""
     for coder in coders:
         must_hold(coder, "circuit_tracer", (Kind.transcoder, Kind.skip_transcoder), _ACTIVATIONS)
         if coder.d_in != coder.d_out:
@@ -70,7 +70,7 @@ def write(coders: Sequence[SparseCoder], folder: Path) -> None:
 
 
 def read(folder: Path, *, layer: int) -> SparseCoder:
-    """The transcoder of one layer. What its top-k chooses below zero counts as zero."""
+    """Read the transcoder of one layer. Values below zero that its top-k chooses count as zero."""
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text())
     except (OSError, yaml.YAMLError) as error:

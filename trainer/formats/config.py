@@ -30,26 +30,26 @@ class TopK(Enum):
 
 @dataclass
 class ExportConfig:
-    """`python trainer/export.py`: coders as another tool's files."""
+    """`python trainer/export.py`: write coders as another tool's files."""
 
     run: str | None = None
     """A run directory; the coder is written into `out`."""
     runs: str | None = None
-    """A glob of run directories, each coder is written into `out`/HOOKPOINT; circuit_tracer: one run for each layer."""
+    """A glob of run directories; each coder is written into `out`/HOOKPOINT; circuit_tracer: one run for each layer."""
     format: Target = Target.plain
     out: str = "???"
     topk: TopK | None = None
-    """How a format that has no top-k transcoders (saelens; circuit_tracer where fewer than k latents are positive)
-    holds one. exact: by classes that skipcoder registers with SAELens. thresholds: latents fire above thresholds
-    instead, each as often as it was chosen; what that changes is measured and written into the metadata."""
+    """How to write a top-k transcoder to a format that has none (saelens; circuit_tracer where fewer than k latents are
+    positive). exact: with classes that skipcoder registers with SAELens. thresholds: latents fire above thresholds
+    instead, each as often as it was chosen; the change is measured and written into the metadata."""
     store: StoreRef = field(default_factory=StoreRef)
-    """Activations that outputs are compared on; null: the store that the run was trained on."""
+    """Store of activations to compare outputs on; null: the store that the run was trained on."""
     push: str | None = None
     """ORG/NAME on the Hugging Face Hub to upload the folder to."""
     private: bool = False
-    """Whether the repository, if it is new, is private."""
+    """Whether the repository, if new, is private."""
     license: str | None = None
-    """Of the weights, for the model card, as apache-2.0."""
+    """License of the weights for the model card, e.g. apache-2.0."""
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.runs is None):
@@ -60,31 +60,31 @@ class ExportConfig:
 
 @dataclass
 class ImportConfig:
-    """`python trainer/import_coder.py`: another tool's coder as a run directory, to evaluate and interpret."""
+    """`python trainer/import_coder.py`: make another tool's coder a run directory, to evaluate and interpret."""
 
     source: str = "???"
     """A folder, or ORG/NAME on the Hugging Face Hub."""
     revision: str | None = None
-    """Of the Hub's repository."""
+    """Revision of the Hub's repository."""
     subfolder: str | None = None
-    """In source, as layers.10.mlp or layer_12/width_16k/average_l0_82."""
+    """Folder in `source`, e.g. layers.10.mlp or layer_12/width_16k/average_l0_82."""
     format: Source | None = None
-    """null: as the files look."""
+    """null: recognised from the files."""
     store: StoreRef = field(default_factory=StoreRef)
-    """A store of the model that the coder is of."""
+    """A store of the coder's model."""
     hookpoint: str | None = None
     """null: the only hookpoint of the store."""
     side: Side | None = None
-    """Of an SAE: the side of the MLP that it reads; null: the one on which its held-out FVU is lower."""
+    """SAE: the side of the MLP that it reads; null: the side with the lower held-out FVU."""
     layer: int | None = None
-    """circuit_tracer: which of its layers."""
+    """circuit_tracer: the layer to import."""
     transcoder: bool | None = None
-    """gemma_scope: whether the file is a transcoder's; null: as the held-out FVU says."""
+    """gemma_scope: whether the file holds a transcoder; null: held-out FVU decides."""
     subtract_decoder_bias: bool | None = None
-    """sparsify: whether a transcoder subtracts b_dec from what it reads; null: as the held-out FVU says."""
+    """sparsify: whether a transcoder subtracts b_dec from what it reads; null: held-out FVU decides."""
     first_positions: int = 1
-    """The coder is not for so many positions at the start of each row."""
+    """Number of positions at the start of each row that the coder is not meant for."""
     special_tokens: bool = True
-    """Nor for positions that hold one of the tokenizer's special tokens."""
+    """Whether it is also not meant for the tokenizer's special tokens."""
     run: RunConfig = field(default_factory=RunConfig)
     device: str | None = None

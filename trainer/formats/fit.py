@@ -1,4 +1,4 @@
-"""How well a coder fits a store: a sample of activations, its FVU and L0 there. Legend: N tokens, E output width."""
+"""How well a coder fits a store: its FVU and L0 on a sample of activations. Legend: N tokens, E output width."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ ROWS = 4096
 
 
 class Sample(NamedTuple):
-    """ActivationName pairs of some tokens of one hookpoint, in a random order."""
+    """Activation pairs of some tokens of one hookpoint, in a random order."""
 
     x_ND: Tensor
     y_NE: Tensor
@@ -24,24 +24,24 @@ class Sample(NamedTuple):
     def of(
         store: ActivationStore, hookpoint: str, kept: TokenFilter, split: str = "held_out", tokens: int = TOKENS
     ) -> "Sample":
-        """At most `tokens` of a split."""
+        """Draw at most `tokens` tokens of a split."""
         stream = ActivationStream(store, hookpoint, tokens, split=split, filter=kept, epochs=1)
         batch = next(iter(stream))
         return Sample(batch.x, batch.y)
 
     @property
     def tokens(self) -> int:
-        """Their number."""
+        """Number of tokens."""
         return len(self.x_ND)
 
     def side(self, name: str) -> Tensor:
-        """`input` or `output` of the MLP."""
+        """Activations of one side of the MLP, `input` or `output`."""
         return self.x_ND if name == "input" else self.y_NE
 
 
 @torch.no_grad()
 def fit(coder: SparseCoder, sample: Sample, read: str, write: str) -> dict[str, float]:
-    """`fvu` (in float64) and `l0` of a coder that reads and writes these sides."""
+    """Return `fvu` (in float64) and `l0` of a coder that reads and writes these sides."""
     y_NE = sample.side(write).double()
     error, fired = 0.0, 0
     for x, y in zip(sample.side(read).split(ROWS), y_NE.split(ROWS), strict=True):

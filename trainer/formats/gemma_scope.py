@@ -1,6 +1,6 @@
-"""Gemma Scope (arXiv 2408.05147): params.npz, jumprelu SAEs that do not subtract b_dec, and transcoders.
+"""Gemma Scope (arXiv 2408.05147): params.npz with a jumprelu SAE that does not subtract b_dec, or a transcoder.
 
-The file does not say which it holds: `transcoder=True` for those of google/gemma-scope-2b-pt-transcoders.
+The file does not say which it holds: pass `transcoder=True` for those of google/gemma-scope-2b-pt-transcoders.
 """
 
 import zipfile
@@ -18,7 +18,7 @@ MARK = "params.npz"
 
 
 def read(folder: Path, *, transcoder: bool = False) -> SparseCoder:
-    """The coder of one folder, as layer_12/width_16k/average_l0_82."""
+    """Read the coder of one folder, e.g. layer_12/width_16k/average_l0_82."""
     file = folder / MARK
     try:
         with np.load(file) as arrays:

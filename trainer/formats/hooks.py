@@ -1,4 +1,4 @@
-"""Where a coder reads and writes, in TransformerLens' words."""
+"""Where a coder reads and writes, in TransformerLens' names."""
 
 import re
 
@@ -7,7 +7,7 @@ from skipcoder.trainer.coder.files import SiteFacts
 
 
 def layer_of(module: str) -> int:
-    """The number in a module's name; UserError where there is none."""
+    """Return the layer number in a module's name; raise UserError if it has none."""
     found = re.search(r"\.(\d+)\.", f".{module}.")
     if found is None:
         raise UserError(f"module {module!r} holds no layer number")
@@ -15,8 +15,8 @@ def layer_of(module: str) -> int:
 
 
 def transformer_lens(site: SiteFacts) -> str:
-    """The name of a site: the input of `layers.10.mlp` is `blocks.10.mlp.hook_in`, its output
-    `blocks.10.hook_mlp_out`, which is what the residual stream is given. UserError for other modules."""
+    """Return a site's name: the input of `layers.10.mlp` is `blocks.10.mlp.hook_in`, its output
+    `blocks.10.hook_mlp_out`, which is added to the residual stream. Raise UserError for other modules."""
     module, side = site["module"], site["side"]
     if not re.search(r"\.(mlp|post_feedforward_layernorm)$", module):
         raise UserError(f"TransformerLens' name of module {module!r} is not known")

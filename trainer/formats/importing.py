@@ -1,4 +1,4 @@
-"""Make a run directory of another tool's coder. What its files do not say is settled by held-out FVU."""
+"""Make a run directory from another tool's coder. Held-out FVU settles what its files do not say."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from skipcoder.trainer.run.checkpoint import FOLDER
 from skipcoder.trainer.run.device import pick_device
 from skipcoder.trainer.run.provenance import attachment
 from skipcoder.trainer.run.run import RunDirectory, Summary
+from skipcoder.trainer.step.learner import Sides
 
 
 class Way(NamedTuple):
@@ -29,12 +30,11 @@ class Way(NamedTuple):
     fvu: float
     l0: float
     coder: SparseCoder
-    sides: tuple[str, str]
-    """(side read, side written) of the MLP."""
+    sides: Sides
 
 
 def import_coder(cfg: ImportConfig) -> Summary:
-    """Write the run directory; returns its summary. What the files do not say is settled by held-out FVU."""
+    """Write the run directory; return its summary. Held-out FVU settles what the files do not say."""
     directory = Path(cfg.run.dir)
     refuse_full(directory, "run.dir")
     device = pick_device(cfg.device, "device")
@@ -59,19 +59,19 @@ def import_coder(cfg: ImportConfig) -> Summary:
                 )
             found = fit(coder.to(device), sample, *sides)
             ways.append(Way(found["fvu"], found["l0"], coder.cpu(), sides))
-            facts = ", ".join(f"{key}={value}" for key, value in {**options, "reads": sides[0]}.items())
+            facts = ", ".join(f"{key}={value}" for key, value in {**options, "reads": sides.read}.items())
             print(f"{folder} ({format}, {facts}): held-out FVU {found['fvu']:.4f}, L0 {found['l0']:.1f}")
     fvu, l0, coder, sides = min(ways, key=lambda way: way.fvu)
     if fvu >= 1:
         print(f"this is no better than the mean: is {folder} a coder of {hookpoint} of this model?")
-    if coder.cfg.activation == ActivationName.jumprelu:  # its files do not say how many latents it is meant to have
+    if coder.cfg.activation == ActivationName.jumprelu:  # its files do not say how many latents should fire
         coder.cfg.k = min(max(round(l0), 1), coder.cfg.width)
     coder.meta = {**attachment(store, hookpoint, sides, kept), **coder.meta}
     coder.meta["data"]["train_tokens"] = None
     coder.save(directory / FOLDER)
     summary: Summary = {
         "kind": coder.cfg.kind, "k": coder.cfg.k, "width": coder.cfg.width,
-        "activation": coder.cfg.activation, "side": sides[1], "hookpoint": hookpoint,
+        "activation": coder.cfg.activation, "side": sides.write, "hookpoint": hookpoint,
         "model": store.attrs["model"]["name"], "seed": None, "train_tokens": None, "held_out_fvu": fvu,
         "l0": l0, "seconds": None,
     }  # fmt: skip
@@ -84,7 +84,7 @@ def import_coder(cfg: ImportConfig) -> Summary:
 
 
 def _options(cfg: ImportConfig, format: str, folder: Path) -> list[dict[str, Any]]:
-    """What the format's `read` may be told: as asked, else every way."""
+    """Return the options to try with the format's `read`: as configured, else all choices."""
     if cfg.layer is not None or format == Source.circuit_tracer:
         if cfg.layer is None or format != Source.circuit_tracer:
             raise UserError(f"layer=N is for format=circuit_tracer, which needs it; {folder} is {format}")
@@ -101,8 +101,8 @@ def _options(cfg: ImportConfig, format: str, folder: Path) -> list[dict[str, Any
     return [{name: value} for value in ((False, True) if getattr(cfg, name) is None else (getattr(cfg, name),))]
 
 
-def _sides(cfg: ImportConfig, kind: str) -> list[tuple[str, str]]:
+def _sides(cfg: ImportConfig, kind: str) -> list[Sides]:
     if kind != "sae":
-        return [("input", "output")]
+        return [Sides("input", "output")]
     sides = [cfg.side.value] if cfg.side else ["output", "input"]
-    return [(side, side) for side in sides]
+    return [Sides(side, side) for side in sides]

@@ -9,7 +9,7 @@ MARK = TENSORS
 
 
 def write(coder: SparseCoder, folder: Path) -> None:
-    """Write any coder, with all that is known of it."""
+    """Write any coder, with all that is known about it."""
     coder.save(folder)
 
 

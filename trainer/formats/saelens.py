@@ -1,7 +1,7 @@
-"""SAELens (6.x): cfg.json and sae_weights.safetensors, weights the other way round.
+"""SAELens (6.x): cfg.json and sae_weights.safetensors, with W_enc transposed.
 
-It holds SAEs with top-k, and with thresholds (jumprelu, batchtopk) every kind of coder. Transcoders with top-k it has
-no class for; they need the ones that `skipcoder.trainer.formats.saelens_classes` registers when it is imported, or
+It holds SAEs with top-k, and every kind of coder with thresholds (jumprelu, batchtopk). It has no class for transcoders
+with top-k; they need the classes that `skipcoder.trainer.formats.saelens_classes` registers when it is imported, or
 thresholds in place of top-k (thresholds.converted).
 """
 
@@ -20,13 +20,13 @@ from skipcoder.trainer.formats.hooks import transformer_lens
 
 MARK = "sae_weights.safetensors"
 VERSION = "6.54.12"
-"""The one that the tests were run with; files without a version are taken for old ones, and lose their hooks."""
+"""The version that the tests ran with; SAELens takes files without one for old files and drops their hooks."""
 _KINDS = {"": Kind.sae, "transcoder": Kind.transcoder, "skip_transcoder": Kind.skip_transcoder}
 _ACTIVATIONS = {"standard": ActivationName.jumprelu, "topk": ActivationName.topk, "jumprelu": ActivationName.jumprelu}
 
 
 def architecture(coder: SparseCoder) -> str:
-    """SAELens' name; those of top-k transcoders are ours. UserError where there is none."""
+    """Return SAELens' name for a coder (for top-k transcoders, ours); raise UserError if there is none."""
     activation, kind = coder.cfg.activation, coder.cfg.kind
     must_hold(coder, "saelens", list(Kind), (ActivationName.topk, ActivationName.batchtopk, ActivationName.jumprelu))
     name = "topk" if activation == ActivationName.topk else "jumprelu"
@@ -34,7 +34,7 @@ def architecture(coder: SparseCoder) -> str:
 
 
 def write(coder: SparseCoder, folder: Path, facts: dict[str, Any] | None = None) -> None:
-    """The same bits, transposed. `facts` are added to the metadata."""
+    """Write the same bits, with W_enc transposed. `facts` are added to the metadata."""
     is_sae = coder.cfg.kind == Kind.sae
     config = {
         "architecture": architecture(coder), "d_in": coder.d_in, "d_sae": coder.cfg.width,
@@ -71,7 +71,7 @@ def _metadata(coder: SparseCoder) -> dict[str, Any]:
 
 
 def read(folder: Path) -> SparseCoder:
-    """An SAE or transcoder of SAELens that `SAE.save_model` (or `save_inference_model`) wrote, or of `write`."""
+    """Read an SAE or transcoder written by SAELens' `SAE.save_model` (or `save_inference_model`), or by `write`."""
     config, tensors = read_json(folder / "cfg.json"), read_tensors(folder / MARK)
     need(tensors, ("W_enc", "b_enc", "W_dec", "b_dec"), folder / MARK)
     name = config.get("architecture", "standard")
@@ -97,9 +97,9 @@ def read(folder: Path) -> SparseCoder:
 
 
 def _parse(name: str, folder: Path) -> tuple[Kind, ActivationName]:
-    """`jumprelu_skip_transcoder` -> (skip_transcoder, jumprelu)."""
+    """Parse a name: `jumprelu_skip_transcoder` -> (skip_transcoder, jumprelu)."""
     if name in ("transcoder", "skip_transcoder"):
-        return _KINDS[name], ActivationName.jumprelu  # SAELens' are ReLU, whatever else their files say
+        return _KINDS[name], ActivationName.jumprelu  # SAELens' own are ReLU, whatever their files say
     first, _, rest = name.partition("_")
     if first not in _ACTIVATIONS or rest not in _KINDS:
         known = ["standard", "topk", "jumprelu", "transcoder", "skip_transcoder"]

@@ -15,25 +15,25 @@ from torch import Tensor
 
 @dataclass
 class TopKTranscoderConfig(TranscoderConfig):
-    """Of a transcoder whose k largest latents fire."""
+    """Configuration of a transcoder whose k largest latents fire."""
 
     k: int = 32
 
     @classmethod
     def architecture(cls) -> str:
-        """Its name in cfg.json."""
+        """The name in cfg.json."""
         return "topk_transcoder"
 
 
 @dataclass
 class TopKSkipTranscoderConfig(SkipTranscoderConfig):
-    """Of a skip transcoder whose k largest latents fire."""
+    """Configuration of a skip transcoder whose k largest latents fire."""
 
     k: int = 32
 
     @classmethod
     def architecture(cls) -> str:
-        """Its name in cfg.json."""
+        """The name in cfg.json."""
         return "topk_skip_transcoder"
 
 
@@ -43,18 +43,18 @@ class TopKTranscoder(Transcoder):
     cfg: TopKTranscoderConfig
 
     def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
-        """The k largest, at least 0."""
+        """Return TopK: the k largest, at least 0."""
         result: Callable[[Tensor], Tensor] = TopK(self.cfg.k)
         return result
 
 
 class TopKSkipTranscoder(SkipTranscoder):
-    """The same, plus W_skip x."""
+    """y_hat as of TopKTranscoder, plus W_skip x."""
 
     cfg: TopKSkipTranscoderConfig
 
     def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
-        """The k largest, at least 0."""
+        """Return TopK: the k largest, at least 0."""
         result: Callable[[Tensor], Tensor] = TopK(self.cfg.k)
         return result
 

@@ -1,8 +1,8 @@
 """EleutherAI's sparsify (eai-sparsify 1.3): cfg.json and sae.safetensors.
 
-It holds top-k and group max, of SAEs, transcoders and skip transcoders that write as many dimensions as they read.
-Transcoders from before February 2025 subtracted b_dec from what they read, and their files do not say so:
-`subtract_decoder_bias=True` reads them, and on data the FVU tells which they are.
+It holds SAEs, transcoders and skip transcoders with top-k or group max that write as many dimensions as they read.
+Transcoders from before February 2025 subtract b_dec from what they read, but their files do not say so:
+`subtract_decoder_bias=True` reads them, and FVU on data tells the two sorts apart.
 """
 
 import json
@@ -21,7 +21,7 @@ _ACTIVATIONS = (ActivationName.topk, ActivationName.groupmax)
 
 
 def write(coder: SparseCoder, folder: Path) -> None:
-    """The same bits under sparsify's names."""
+    """Write the same bits under sparsify's names."""
     cfg = coder.cfg
     must_hold(coder, "sparsify", list(Kind), _ACTIVATIONS)
     if coder.d_in != coder.d_out:
@@ -29,7 +29,7 @@ def write(coder: SparseCoder, folder: Path) -> None:
     tensors = coder.state_dict()
     config = {
         "activation": cfg.activation,
-        "expansion_factor": 32,  # num_latents decides
+        "expansion_factor": 32,  # num_latents overrides it
         "normalize_decoder": cfg.normalize_decoder,
         "num_latents": cfg.width,
         "k": cfg.k,
@@ -44,8 +44,8 @@ def write(coder: SparseCoder, folder: Path) -> None:
 
 
 def read(folder: Path, *, subtract_decoder_bias: bool | None = None) -> SparseCoder:
-    """A checkpoint of sparsify's own trainer, or of `write`. `subtract_decoder_bias`: whether a transcoder's encoder
-    takes x - b_dec; None, as in all since February 2025: no."""
+    """Read a checkpoint of sparsify's own trainer, or of `write`. `subtract_decoder_bias`: whether a transcoder's
+    encoder takes x - b_dec; None: it does not, as in all since February 2025."""
     config, tensors = read_json(folder / "cfg.json"), read_tensors(folder / MARK)
     need(tensors, tuple(_NAMES)[:4], folder / MARK)
     need(config, ("k",), folder / "cfg.json")

@@ -1,7 +1,7 @@
 """Hydra's launcher `bank`: the jobs of a sweep that read the same stream are trained together, in one pass.
 
-Every Hydra application in this environment imports this module, so it imports nothing heavy; what it does is in
-`skipcoder.trainer.sweep`.
+Every Hydra application in this environment imports this module, so it imports nothing heavy; the work is done in
+`skipcoder.trainer.bank.sweep`.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from skipcoder.settings import typed
 
 @dataclass
 class BankLauncherConf:
-    """`hydra.launcher.*` of a sweep."""
+    """The `hydra.launcher.*` settings of a sweep."""
 
     _target_: str = "hydra_plugins.skipcoder_bank.BankLauncher"
     ray: bool | None = None
-    """Run banks as Ray tasks; null: where there are several GPUs, or an address."""
+    """Whether to run banks as Ray tasks; null: if there are several GPUs, or an address."""
     address: str | None = None
-    """An existing Ray cluster (`auto` or an address); null: a Ray of our own."""
+    """An existing Ray cluster (`auto` or an address); null: start one of our own."""
     memory_gib: float | None = None
     """Memory that one bank may use; null: what is free on the device."""
 
@@ -35,28 +35,29 @@ ConfigStore.instance().store(group="hydra/launcher", name="bank", node=BankLaunc
 
 
 class BankLauncher(Launcher):
-    """Each job gets its own folder and configuration as from any launcher; the training is done once for all."""
+    """Gives each job its own folder and configuration, as any launcher does, but trains all jobs together."""
 
     def __init__(self, ray: bool | None, address: str | None, memory_gib: float | None) -> None:
         self.ray, self.address, self.memory_gib = ray, address, memory_gib
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Hydra's first call."""
+        """Keep what `launch` needs; Hydra calls this first."""
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Record what each job would do, train them, and hand each its held-out FVU (for sweepers that optimise)."""
+        """Record each job's configuration, train all, and return their held-out FVUs (for sweepers that optimise)."""
         setup_globals()
-        from skipcoder.trainer.bank.sweep import Settings, report_failures, run_sweep
+        from skipcoder.trainer.bank.bank import Job
+        from skipcoder.trainer.bank.sweep import Failure, Settings, report_failures, run_sweep
         from skipcoder.trainer.config import TrainConfig
         from skipcoder.trainer.run.build import check
 
-        jobs = []
+        jobs: list[Job] = []
 
         def record(cfg: DictConfig) -> None:
             config = typed(cfg, TrainConfig)
             check(config)
-            jobs.append((config, Path(HydraConfig.get().runtime.output_dir)))
+            jobs.append(Job(config, Path(HydraConfig.get().runtime.output_dir)))
 
         returns = []
         for number, overrides in enumerate(job_overrides, initial_job_idx):
@@ -68,10 +69,10 @@ class BankLauncher(Launcher):
                 job_subdir_key="hydra.sweep.subdir", configure_logging=False,
             )  # fmt: skip
             if one.status is JobStatus.FAILED:  # before anything is trained
-                report_failures([(" ".join(overrides), one._return_value, "")])
+                report_failures([Failure(" ".join(overrides), one._return_value, "")])
             returns.append(one)
         outcomes = run_sweep(jobs, Settings(self.ray, self.address, self.memory_gib))
-        report_failures([(str(o.directory), o.error, o.trace) for o in outcomes if o.error is not None])
+        report_failures([Failure(str(o.directory), o.error, o.trace) for o in outcomes if o.error is not None])
         for one, outcome in zip(returns, outcomes, strict=True):
             assert outcome.summary is not None
             one.return_value = outcome.summary["held_out_fvu"]

@@ -15,7 +15,7 @@ from skipcoder.trainer.step.skip_init import TOKENS_PER_DIMENSION, ridge
 
 
 def check(cfg: TrainConfig, ranks: int = 1) -> None:
-    """UserError for a kind or activation that is unknown, or that cannot do what the configuration asks of it."""
+    """Raise UserError for a kind or activation that is unknown or cannot do what the configuration asks of it."""
     KINDS[cfg.coder.kind]
     activation = ACTIVATIONS[cfg.coder.activation]
     activation.check(cfg.coder)
@@ -23,7 +23,7 @@ def check(cfg: TrainConfig, ranks: int = 1) -> None:
 
 
 def open_store(cfg: TrainConfig) -> ActivationStore:
-    """The complete store that the configuration means; its path is written into the configuration."""
+    """Open the configured store, which must be complete; write its path into the configuration."""
     cfg.store.path = store_path(cfg.store.path)
     store = ActivationStore.open(cfg.store.path)
     if not store.is_complete:
@@ -34,12 +34,12 @@ def open_store(cfg: TrainConfig) -> ActivationStore:
 
 
 def token_filter(cfg: TrainConfig) -> TokenFilter:
-    """The positions that training leaves out."""
+    """Return the filter of the positions that training leaves out."""
     return TokenFilter(cfg.stream.first_positions, cfg.stream.special_tokens)
 
 
 def make_stream(cfg: TrainConfig, store: ActivationStore, device: str, ranks: Ranks = ALONE) -> ActivationStream:
-    """The configured stream of training tokens."""
+    """Make the configured stream of training tokens."""
     return ActivationStream(
         store,
         store.hookpoint(cfg.hookpoint),
@@ -62,7 +62,7 @@ def make_learner(
     fresh: bool = True,
     ranks: Ranks = ALONE,
 ) -> Learner:
-    """A learner; a `fresh` one starts from the statistics of the store's training units."""
+    """Make a learner; a `fresh` one starts from the statistics of the store's training units."""
     kept = token_filter(cfg)
     x, y = (store.moments(hookpoint, side, positions=kept.classes) for side in sides(cfg.coder))
     learner = Learner(cfg, x, y, steps, device, ranks)
@@ -85,7 +85,7 @@ def _starts_from_ridge(cfg: TrainConfig, tokens: int, d_in: int) -> bool:
 
 
 def store_path(asked: str | None) -> str:
-    """The asked store; without a wish the only one under stores/."""
+    """Return the path asked for or, if none, that of the only store under stores/."""
     if asked is not None:
         return asked
     found = sorted(Path("stores").glob("*.zarr"))

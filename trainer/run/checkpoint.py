@@ -1,4 +1,4 @@
-"""The point from which an interrupted run goes on. The file appears whole or not at all."""
+"""The point from which an interrupted run resumes. The file appears whole or not at all."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from skipcoder.errors import UserError
 from skipcoder.files import write_atomically
 from skipcoder.records import checked
 from skipcoder.trainer.data.stream import Position
+from skipcoder.trainer.step.learner import LearnerState
 
 FOLDER = "checkpoint"
 
@@ -17,13 +18,12 @@ FOLDER = "checkpoint"
 class State(TypedDict):
     """All that a resumed run depends on."""
 
-    learner: dict[str, Any]
-    """`Learner.state_dict`."""
+    learner: LearnerState
     stream: Position
     window: list[dict[str, Any]]
     """Losses since the last line of metrics."""
     seconds: float
-    """Spent in training so far."""
+    """Seconds spent in training so far."""
 
 
 def save_state(state: State, directory: Path) -> None:
@@ -32,7 +32,7 @@ def save_state(state: State, directory: Path) -> None:
 
 
 def load_state(directory: Path) -> State | None:
-    """The resume point, or None where there is none; UserError where it is damaged."""
+    """Return the resume point, or None if there is none; raise UserError if it is damaged."""
     file = _file(directory)
     if not file.is_file():
         return None

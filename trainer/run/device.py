@@ -1,4 +1,4 @@
-"""The device to run on."""
+"""Choose the device to run on."""
 
 import torch
 
@@ -6,7 +6,7 @@ from skipcoder.errors import UserError
 
 
 def pick_device(asked: str | None, key: str = "train.device") -> str:
-    """The asked device, if it is there; without a wish, cuda before cpu."""
+    """Return the device asked for, if available; if none is asked for, cuda before cpu."""
     if asked is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if asked.startswith("cuda") and not torch.cuda.is_available():

@@ -3,11 +3,11 @@
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.coder.files import Provenance, ScaleFacts, SiteFacts
 from skipcoder.trainer.data.filter import TokenFilter
-from skipcoder.trainer.step.learner import Learner
+from skipcoder.trainer.step.learner import Learner, Sides
 
 
 def provenance(store: ActivationStore, hookpoint: str, kept: TokenFilter, learner: Learner) -> Provenance:
-    """Where a trained coder comes from and where it attaches."""
+    """Return where a trained coder comes from and where it attaches."""
     found = attachment(store, hookpoint, learner.sides, kept)
     data = found.pop("data")
     data["train_tokens"] = learner.tokens
@@ -15,19 +15,18 @@ def provenance(store: ActivationStore, hookpoint: str, kept: TokenFilter, learne
     return {**found, "scales": scales, "data": data, "seed": learner.cfg.seed}
 
 
-def attachment(store: ActivationStore, hookpoint: str, sides: tuple[str, str], kept: TokenFilter) -> Provenance:
-    """Where a coder that reads and writes these sides of a store's hookpoint attaches to its model."""
+def attachment(store: ActivationStore, hookpoint: str, sides: Sides, kept: TokenFilter) -> Provenance:
+    """Return where a coder that reads and writes these sides of a store's hookpoint attaches to its model."""
     facts = store.hookpoints[hookpoint]
     site: dict[str, SiteFacts] = {
         "input": {"module": facts["read"], "side": "input"},
         "output": {"module": facts["write"], "side": "output"},
     }
-    read, write = sides
     return {
         "model": store.attrs["identity"]["model"],
         "hookpoint": hookpoint,
-        "read": site[read],
-        "write": site[write],
+        "read": site[sides.read],
+        "write": site[sides.write],
         "data": {
             "store_identity": store.attrs["identity_hash"],
             "source": store.attrs["data"],

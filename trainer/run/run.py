@@ -25,12 +25,12 @@ from skipcoder.trainer.run.checkpoint import FOLDER
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 
-# What may differ between a run and its resumption: it does not change what is learned.
+# Keys that may differ between a run and its resumption: they do not change what is learned.
 _FREE_KEYS = ("run", "train.device", "train.threads", "train.save_every", "train.tensorboard", "train.wandb")
 
 
 class Summary(TypedDict):
-    """summary.json: what was trained, and how it ended. Imported coders and controls know less of themselves."""
+    """summary.json: what was trained, and how it ended. Imported coders and controls lack some keys."""
 
     kind: str
     k: int
@@ -51,12 +51,12 @@ class Summary(TypedDict):
 
 
 class MetricsLine(TypedDict):
-    """A line of metrics.jsonl: means since the last line. The loss's other terms stand beside these."""
+    """A line of metrics.jsonl: means since the last line. The loss's other terms are keys, too."""
 
     step: int
     tokens: int
     fvu: float
-    """Of the batches, against the variance of the training units."""
+    """FVU of the batches, against the variance of the training units."""
     l0: float
     grad_norm: float
     dead: int
@@ -70,13 +70,13 @@ class MetricsLine(TypedDict):
 
 
 class RunDirectory:
-    """Reads and writes the files of a run but its checkpoint."""
+    """Reads and writes the files of a run, except its checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def refuse_other(self, cfg: Any) -> None:
-        """UserError naming the keys in which the run that is here was configured otherwise."""
+        """Raise UserError, naming the keys that differ, if a run of another configuration is here."""
         if not (self.path / CONFIG).exists():
             return
         then, now = (OmegaConf.to_container(c, enum_to_str=True) for c in (self.config(), OmegaConf.structured(cfg)))
@@ -85,7 +85,7 @@ class RunDirectory:
             raise UserError(f"{self.path} holds another run ({facts}); choose another directory, or delete it")
 
     def config(self) -> Any:
-        """config.yaml as OmegaConf reads it."""
+        """Return config.yaml as OmegaConf reads it."""
         return OmegaConf.load(self.path / CONFIG)
 
     def write_config(self, cfg: Any) -> None:
@@ -94,7 +94,7 @@ class RunDirectory:
 
     @property
     def summary(self) -> Summary | None:
-        """The summary of a finished run, None of another; UserError where it is damaged."""
+        """The summary of a finished run, None for another; raises UserError if it is damaged."""
         file = self.path / SUMMARY
         if not file.exists():
             return None
@@ -110,7 +110,7 @@ class RunDirectory:
 
     @property
     def metrics(self) -> list[MetricsLine]:
-        """The lines of metrics.jsonl, up to one that a kill has cut."""
+        """The lines of metrics.jsonl, up to one cut off by a kill."""
         lines: list[MetricsLine] = []
         file = self.path / METRICS
         if not file.exists():
@@ -124,7 +124,7 @@ class RunDirectory:
         return lines
 
     def write_metrics(self, lines: list[MetricsLine]) -> None:
-        """Replace metrics.jsonl; no lines: remove it."""
+        """Replace metrics.jsonl; remove it if there are no lines."""
         if not lines:
             (self.path / METRICS).unlink(missing_ok=True)
             return
@@ -145,11 +145,11 @@ class Run:
     coder: SparseCoder
     store_path: str
     is_control: bool = False
-    """No trained coder, but something that answers as one (controls.py)."""
+    """Whether this is no trained coder, but something that acts as one (controls.py)."""
 
     @classmethod
     def open(cls, path: Path) -> "Run":
-        """Read a run directory; UserError says what is missing."""
+        """Read a run directory; raise UserError saying what is missing."""
         if not path.is_dir():
             raise UserError(f"run={path}: no such directory")
         coder, directory = SparseCoder.load(path), RunDirectory(path)
@@ -162,7 +162,7 @@ class Run:
 
     @cached_property
     def configuration(self) -> str:
-        """A fingerprint of all that was asked of the training but its seed and its place."""
+        """A fingerprint of the run's configuration except its seed and directory."""
         if self.is_control:
             return str(self.path)
         asked = OmegaConf.to_container(RunDirectory(self.path).config())
@@ -171,7 +171,7 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def check(self, store: ActivationStore) -> None:
-        """UserError if the run is of another capture than the store holds."""
+        """Raise UserError if the run is of another capture than the store holds."""
         if self.coder.meta["hookpoint"] not in store.hookpoints:
             raise UserError(f"{self.path} was trained on {self.coder.meta['hookpoint']}, which {store.place} lacks")
         if self.coder.meta["data"]["store_identity"] != store.attrs["identity_hash"]:
@@ -199,7 +199,7 @@ class Run:
 
 
 def find_runs(pattern: str) -> list[Path]:
-    """Run directories that the glob matches, in natural order; UserError where there is none."""
+    """Return the run directories that match the glob, in natural order; raise UserError if none do."""
     found = [Path(p) for p in natsorted(glob.glob(pattern)) if (Path(p) / CONFIG).is_file()]
     if not found:
         raise UserError(f"runs={pattern!r} matches no run directory (one that holds {CONFIG})")

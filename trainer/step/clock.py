@@ -1,4 +1,4 @@
-"""Where the time of a step goes, without making anything wait."""
+"""Measure where the time of a step goes, without making anything wait."""
 
 import time
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 class Clock:
     """`start()` begins a step, `lap(name)` ends a phase; `read()` gives the mean milliseconds per step of each phase
-    since the last reading. On CUDA the marks are events on the stream, looked at only by `read`."""
+    since the last reading. On CUDA the marks are events on the stream, which only `read` looks at."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device.startswith("cuda")
@@ -19,7 +19,7 @@ class Clock:
         self.lap(None)
 
     def lap(self, name: str | None) -> None:
-        """What ran since the last mark was `name`."""
+        """End the phase `name`, which began at the last mark."""
         if not self.cuda:
             self.marks.append((name, time.perf_counter()))
             return
@@ -28,7 +28,7 @@ class Clock:
         self.marks.append((name, event))
 
     def read(self) -> dict[str, float]:
-        """{phase: mean ms per step}."""
+        """Return {phase: mean ms per step}."""
         if self.cuda:
             torch.cuda.synchronize()
         totals: dict[str, float] = {}

@@ -6,10 +6,12 @@ Legend: B tokens of a batch, M latents, E output width.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from pydantic import ConfigDict, with_config
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from skipcoder.pipeline.store.stats import Moments
 from skipcoder.trainer.coder.activations.base import Step
@@ -36,6 +38,27 @@ class Scales:
     """Total variance of a target token of the training units, raw units squared."""
 
 
+class Sides(NamedTuple):
+    """The sides of the MLP, `input` or `output`, that a coder reads and writes."""
+
+    read: str
+    write: str
+
+
+@with_config(ConfigDict(arbitrary_types_allowed=True))
+class LearnerState(TypedDict):
+    """All that a step depends on, as a checkpoint keeps it."""
+
+    coder: dict[str, Tensor]
+    optimiser: list[dict[str, Any]]
+    since_fired: Tensor
+    density: Tensor
+    encode_mode: str
+    recall: float
+    step: int
+    tokens: int
+
+
 class Learner:
     """Trains one coder on batches of raw activation pairs; knows nothing of files or sweeps."""
 
@@ -57,18 +80,18 @@ class Learner:
         self.optimiser = build_optimiser(cfg.optim, self.coder)
         self.since_fired_M = torch.zeros(cfg.coder.width, dtype=torch.int64, device=device)
         self.density_M = torch.zeros(cfg.coder.width, device=device)
-        """How often each latent fires per token: the mean so far, later with a memory of DENSITY_TOKENS."""
+        """How often each latent fires per token: the mean so far, later a moving average over DENSITY_TOKENS."""
         self.dead_tokens = cfg.train.dead_tokens or min(10_000_000, max(1, cfg.train.tokens // 4))
 
     @torch.no_grad()
     def start_skip(self, W_ED: Tensor, b_E: Tensor) -> None:
-        """Start from the affine map y = W x + b of raw activations (before the first step)."""
+        """Start the skip from the affine map y = W x + b of raw activations (before the first step)."""
         assert self.coder.W_skip is not None
         self.coder.W_skip.copy_(W_ED * (self.scales.s_in / self.scales.s_out))
         self.coder.b_dec.copy_(b_E / self.scales.s_out)
 
     def step(self, x: Tensor, y: Tensor, batch_tokens: int) -> dict[str, Tensor]:
-        """One optimiser step on this rank's raw pairs. Returns 0-d tensors, so that nothing waits for the device:
+        """Make one optimiser step on this rank's raw pairs. Returns 0-d tensors, so that nothing waits for the device:
         `fvu` (against the training units' variance) and the loss's other terms, `l0`, `grad_norm`."""
         self.clock.start()
         x, y = self._scaled(x, y)
@@ -94,7 +117,7 @@ class Learner:
         return {**parts, "l0": fired_M.sum() / batch_tokens, "grad_norm": norm}
 
     def _backward(self, x: Tensor, y: Tensor, batch_tokens: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Gradients, the loss's terms and how often each latent fired [M], over all micro-batches and ranks."""
+        """Set gradients; return the loss's terms and how often each latent fired [M], over micro-batches and ranks."""
         parts: dict[str, Tensor] = {}
         fired_M = torch.zeros_like(self.since_fired_M)
         step = self.activation.step(self.coder, self.k, self.ranks)
@@ -112,21 +135,21 @@ class Learner:
         return parts | of_batch, fired_M
 
     def losses(self, step: Step, x: Tensor, y: Tensor, batch_tokens: int) -> Losses:
-        """The losses of scaled pairs that are part of a global batch."""
+        """Return the losses of scaled pairs that are part of a global batch."""
         dead_M = (self.since_fired_M >= self.dead_tokens).nonzero()[:, 0] if self.cfg.loss.auxk else None
         variance = batch_tokens * (self.scales.variance / self.scales.s_out**2)
         return losses(self.coder, self.cfg.loss, step, x, y, variance, dead_M, self.clock.lap)
 
     @property
     def k(self) -> int:
-        """Latents active in the coming step."""
+        """Latents active per token in the next step."""
         k, start = self.cfg.coder.k, self.cfg.train.k_start
         left = 1 - self.step_number / (self.cfg.train.k_anneal * self.steps)
         return k + round((start - k) * left) if start is not None and left > 0 else k
 
     @contextmanager
     def as_saved(self) -> Iterator[SparseCoder]:
-        """The coder as it would be saved now (in its own scale): averaged weights, exact search."""
+        """Yield the coder as it would be saved now (in its own scale): averaged weights, exact search."""
         search, weights = self.coder.search, [p.data for p in self.coder.parameters()]
         self.coder.eval().search = search._replace(mode="float32")
         for p in self.coder.parameters():
@@ -141,31 +164,31 @@ class Learner:
             self.coder.train().search = search
 
     def calibrate(self, x: Tensor, y: Tensor) -> None:
-        """What the activation does with some raw pairs when training is over."""
+        """Let the activation calibrate itself on some raw pairs after training."""
         with self.as_saved() as coder:
             self.activation.calibrate(coder, self._scaled(x, y)[0])
 
     @torch.no_grad()
     def fvu(self, x: Tensor, y: Tensor) -> float:
-        """Of raw pairs, with the weights that would be saved now: squared error over squared distance from the
-        mean."""
+        """Return the FVU of raw pairs with the weights that would be saved now: squared error over squared distance
+        from the mean."""
         x, y = self._scaled(x, y)
         with self.as_saved() as coder:
             error = y.double() - coder(x).y_hat.double()
         return float(error.square().sum() / (y.double() - y.double().mean(0)).square().sum())
 
     def folded(self) -> SparseCoder:
-        """The coder to save, for raw activations, on the CPU."""
+        """Return the coder to save, for raw activations, on the CPU."""
         with self.as_saved() as coder:
             return fold(coder, self.scales.s_in, self.scales.s_out).eval().cpu()
 
     def _scaled(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(what the coder reads, what it should write) out of raw pairs."""
-        sides = {"input": x, "output": y}
-        return sides[self.sides[0]] / self.scales.s_in, sides[self.sides[1]] / self.scales.s_out
+        """Scale raw pairs to (what the coder reads, what it should write)."""
+        pair = {"input": x, "output": y}
+        return pair[self.sides.read] / self.scales.s_in, pair[self.sides.write] / self.scales.s_out
 
     def _check_recall(self, x: Tensor) -> None:
-        """Measure, and go on in a more exact mode if too little is found."""
+        """Measure recall, and switch to a more exact mode if it is too low."""
         if not self.coder.search.is_exact:
             self.recall = recall(self.coder, x)
             if self.ranks.any(self.recall < self.cfg.encode.min_recall):
@@ -173,17 +196,17 @@ class Learner:
 
     @property
     def dead(self) -> int:
-        """Latents that have not fired for `dead_tokens` tokens."""
+        """Number of latents that have not fired for `dead_tokens` tokens."""
         return int((self.since_fired_M >= self.dead_tokens).sum())
 
     @property
     def density(self) -> dict[str, float]:
-        """Of latents' firing densities: the median, and the share of latents that fire on more than a tenth of all
+        """The median of latents' firing densities, and the share of latents that fire on more than a tenth of all
         tokens."""
         return {"median": float(self.density_M.median()), "dense": float((self.density_M > DENSE).float().mean())}
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that `step` depends on."""
+    def state_dict(self) -> LearnerState:
+        """Return all that `step` depends on."""
         return {
             "coder": self.coder.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -195,7 +218,7 @@ class Learner:
             "tokens": self.tokens,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: LearnerState) -> None:
         """Continue bit for bit from a state of the same configuration."""
         self.coder.load_state_dict(state["coder"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -205,17 +228,17 @@ class Learner:
         self.coder.search = self.coder.search._replace(mode=state["encode_mode"])
 
 
-def sides(cfg: CoderConfig) -> tuple[str, str]:
-    """(side read, side written) of the MLP."""
+def sides(cfg: CoderConfig) -> Sides:
+    """Return the sides of the MLP that a coder reads and writes."""
     if cfg.kind == Kind.sae:
         side = "input" if cfg.side is Side.input else "output"
-        return side, side
-    return "input", "output"
+        return Sides(side, side)
+    return Sides("input", "output")
 
 
 @torch.no_grad()
 def remove_parallel_gradient(W_dec_ME: Tensor) -> None:
-    """Take from each row's gradient what would only change the row's length."""
+    """Remove from each row's gradient what would only change the row's length."""
     grad = W_dec_ME.grad
     assert grad is not None
     along = torch.einsum("me,me->m", grad, W_dec_ME) / W_dec_ME.norm(dim=1).square_().clamp_min_(1e-30)
@@ -224,5 +247,5 @@ def remove_parallel_gradient(W_dec_ME: Tensor) -> None:
 
 @torch.no_grad()
 def normalise_rows(W_dec_ME: Tensor) -> None:
-    """Bring every row to length 1."""
+    """Scale every row to length 1."""
     W_dec_ME.div_(W_dec_ME.norm(dim=1, keepdim=True).clamp_min(1e-30))

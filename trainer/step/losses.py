@@ -1,7 +1,7 @@
 """The training loss of one coder on one batch.
 
 Every term is a sum over tokens divided by a constant, so losses add up over micro-batches and ranks. A term that is
-not, as the penalty of jumprelu, is its activation's own business. Legend: N tokens, M latents, E output width.
+not such a sum, like the penalty of jumprelu, is left to its activation. Legend: N tokens, M latents, E output width.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ MULTI_TOPK, MULTI_TOPK_WEIGHT = 4, 1 / 8
 
 
 class Losses(NamedTuple):
-    """What a batch gives."""
+    """The losses of a batch."""
 
     total: Tensor
-    """To be minimised."""
+    """The sum to minimise."""
     parts: dict[str, Tensor]
-    """`fvu`, the error of the k latents, and the other terms."""
+    """`fvu`, the error with k latents, and the other terms."""
     codes: Codes
-    """Of the k latents."""
+    """Codes of the k latents."""
 
 
 def losses(
@@ -40,10 +40,10 @@ def losses(
     dead_M: Tensor | None = None,
     lap: Callable[[str], None] = lambda phase: None,
 ) -> Losses:
-    """The losses of some or all of the tokens of a global batch.
+    """Return the losses of some or all of the tokens of a global batch.
 
     `step`: what the coder's activation does in this step; `variance`: the denominator, the tokens of the global batch
-    times the variance of a token; `dead_M`: indices of the dead latents; `lap` is told when a phase ends.
+    times the variance of a token; `dead_M`: indices of the dead latents; `lap` is called when a phase ends.
     """
     parts: dict[str, Tensor] = {}
     if cfg.multi_topk:
@@ -74,13 +74,13 @@ def losses(
 
 
 def _prefix(codes: Codes, width: int) -> Codes:
-    """The codes with latents from `width` on at 0 (Matryoshka: Bussmann et al., arXiv 2503.17547)."""
+    """Return the codes with latents from `width` on at 0 (Matryoshka: Bussmann et al., arXiv 2503.17547)."""
     return codes._replace(values=torch.where(codes.indices < width, codes.values, 0))
 
 
 def auxk(coder: SparseCoder, x_ND: Tensor, error_NE: Tensor, dead_M: Tensor) -> Tensor:
-    """Squared error of the dead latents' prediction of the error (Gao et al., arXiv 2406.04093), weighted by how many
-    are dead. The gradient reaches the dead latents' encoder and decoder, not b_dec or the skip."""
+    """Return the squared error of the dead latents' prediction of the error (Gao et al., arXiv 2406.04093), weighted by
+    how many are dead. The gradient reaches the dead latents' encoder and decoder, but not b_dec or the skip."""
     if not len(dead_M):
         return error_NE.new_zeros(())
     most = coder.d_out // 2

@@ -1,7 +1,7 @@
 """Optimisers of one coder, and the learning-rate schedule.
 
-Rows without a gradient cannot be skipped exactly: Adam's moments go on decaying and moving them, and the schedule-free
-y goes on moving towards z. So every step touches every row.
+Skipping rows without a gradient would not be exact: Adam's moments go on decaying and moving them, and the
+schedule-free y goes on moving towards z. Thus every step touches every row.
 """
 
 import math
@@ -17,7 +17,7 @@ from skipcoder.trainer.config import OptimConfig, OptimName
 
 
 def learning_rate(cfg: OptimConfig, width: int) -> float:
-    """The configured rate, or the rule of the field: Adam 2e-4 / sqrt(width / 2^14) (the paper), signum 5e-3 by the
+    """Return the configured rate, or the usual one: Adam 2e-4 / sqrt(width / 2^14) (the paper's), signum 5e-3 over the
     same root, Muon 2e-3 (both eai-sparsify's)."""
     if cfg.lr is not None:
         return cfg.lr
@@ -27,7 +27,7 @@ def learning_rate(cfg: OptimConfig, width: int) -> float:
 
 
 def build_optimiser(cfg: OptimConfig, coder: SparseCoder) -> "Optimiser":
-    """The configured optimiser over the parameters of one coder."""
+    """Build the configured optimiser over the parameters of one coder."""
     lr = learning_rate(cfg, coder.cfg.width)
     groups: list[dict[str, Any]] = [
         {"params": [p], "scale": coder.activation.learning_rate_scale(name, coder.d_in)}
@@ -36,7 +36,7 @@ def build_optimiser(cfg: OptimConfig, coder: SparseCoder) -> "Optimiser":
     if cfg.name is OptimName.signum:
         return Optimiser(lr, ScheduleFreeSign(groups, lr, cfg.momentum))
     vectors = [g for g in groups if cfg.name is OptimName.adam or g["params"][0].dim() < 2]
-    # One fused pass per parameter: on CPU 5 ms where the foreach form takes 27.
+    # One fused pass per parameter: on CPU 5 ms where the foreach form takes 27 ms.
     adam = torch.optim.Adam(vectors, lr=lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
     if cfg.name is OptimName.adam:
         return Optimiser(lr, adam)
@@ -63,55 +63,55 @@ class Optimiser:
             part.zero_grad(set_to_none=True)
 
     def copies(self, parameter: nn.Parameter) -> list[Tensor]:
-        """The parameter and what else of the same meaning is kept with it."""
+        """Return the parameter and, if schedule-free, the z kept with it."""
         return [parameter, self.parts[0].state[parameter]["z"]] if self.schedule_free else [parameter]
 
     def averaged(self, parameter: nn.Parameter) -> Tensor:
-        """What to save and to evaluate in place of the parameter; the parameter itself unless schedule-free."""
+        """Return what to save and evaluate in place of the parameter: the parameter itself unless schedule-free."""
         return self.parts[0].averaged(parameter) if isinstance(self.parts[0], ScheduleFreeSign) else parameter
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Of every part."""
+        """Return the state of every part."""
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Continue bit for bit."""
+        """Continue bit for bit from what `state_dict` gave."""
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
 
 
 class ScheduleFreeSign(torch.optim.Optimizer):
     """Schedule-free sign descent, eai-sparsify's "signum". Parameters hold y, where gradients are taken; the state
-    holds z. The average x, the weights to use, is made of both by `averaged`."""
+    holds z. `averaged` makes x, the average and the weights to use, from both."""
 
     def __init__(self, params: Iterable[dict[str, Any]], lr: float, momentum: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """z makes a step of equal weight to all before it in the average."""
+        """Move z by a step that counts as much in the average as each step before it."""
         assert closure is None
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state[p]
-                if not state:  # not before: weights may still be initialised
+                if not state:  # not earlier: weights may be initialised until now
                     state |= {"z": p.detach().clone(), "step": torch.zeros(())}
                 state["step"] += 1
                 sign_step(p, state["z"], p.grad, group["lr"], group["momentum"], 1 / float(state["step"]))
 
     @torch.no_grad()
     def averaged(self, parameter: nn.Parameter) -> Tensor:
-        """x = y + (1 / beta - 1) (y - z)."""
+        """Return x = y + (1 / beta - 1) (y - z)."""
         if not self.state[parameter]:
             return parameter
         return torch.lerp(parameter, self.state[parameter]["z"], 1 - 1 / self.param_groups[0]["momentum"])
 
 
 def schedule(cfg: OptimConfig, step: int, steps: int) -> float:
-    """Factor on the rate at `step` (from 0) of `steps`: linear warm-up over at most 5 % of the run, then linear
-    to 0; always 1 for signum, which is schedule-free.
+    """Return the factor on the rate at `step` (from 0) of `steps`: linear warm-up over at most 5 % of the run, then
+    linear decay to 0; always 1 for signum, which is schedule-free.
 
     >>> [round(schedule(OptimConfig(), s, 100), 3) for s in (0, 4, 5, 99)]
     [0.2, 1.0, 1.0, 0.011]

@@ -23,22 +23,22 @@ TOKENS_PER_DIMENSION = 64
 
 
 def ridge(store: ActivationStore, hookpoint: str, kept: TokenFilter) -> tuple[Tensor, Tensor]:
-    """(W [E, D], b [E]) in float64 from training tokens of a store; kept beside it for the next run."""
+    """Return (W [E, D], b [E]) in float64 from training tokens of a store; kept beside it for later runs."""
     stream = ActivationStream(store, hookpoint, 8192, filter=kept, epochs=1)
     file = cache_file(store, stream)
     try:
         found = load(store.derived.read(file))
         return found["W"], found["b"]
     except (OSError, SafetensorError, KeyError):
-        pass  # not there, or not whole: made anew
+        pass  # missing or incomplete: solved anew
     W, b = solve(stream, store.hookpoints[hookpoint]["d_in"])
-    with suppress(OSError, UserError):  # a place that cannot be written, as of a shared store: all solve for themselves
+    with suppress(OSError, UserError):  # where a (shared) store cannot be written, each run solves for itself
         store.derived.write(file, save({"W": W.contiguous(), "b": b.contiguous()}))
     return W, b
 
 
 def cache_file(store: ActivationStore, stream: ActivationStream) -> str:
-    """Beside the store, named by all that the solution depends on."""
+    """Return the name of the file beside the store, made from all that the solution depends on."""
     key = hashlib.sha256(
         f"{store.content} {stream.layout_hash()} {LAMBDA} {TOKENS_PER_DIMENSION}".encode()
     ).hexdigest()[:16]
@@ -46,10 +46,10 @@ def cache_file(store: ActivationStore, stream: ActivationStream) -> str:
 
 
 def solve(stream: ActivationStream, d_in: int, lam: float = LAMBDA) -> tuple[Tensor, Tensor]:
-    """(W [E, D], b [E]) in float64 from at least 64 d_in filtered training tokens of `stream`.
+    """Return (W [E, D], b [E]) in float64 from at least 64 d_in filtered training tokens of `stream`.
 
     Moments are centred on the mean of the first batch, which keeps the sums well conditioned, and corrected to the
-    true mean in the end.
+    true mean at the end.
     """
     wanted = TOKENS_PER_DIMENSION * d_in
     n, shift_x, shift_y = 0, None, None

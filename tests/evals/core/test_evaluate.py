@@ -132,7 +132,8 @@ def test_spliced_cross_entropy_is_that_of_a_plain_hook(
 ) -> None:
     run = Run.open(sweep / "transcoder")
     evaluator = Evaluator(store, 128, 4, "cpu")
-    mlp = evaluator.model.base_model.get_submodule("layers.1.mlp")
+    trunk: Any = evaluator.model.base_model
+    mlp = trunk.get_submodule("layers.1.mlp")
     hook = mlp.register_forward_hook(lambda _, args, out: run.coder(args[0]).y_hat.to(out.dtype))
     wanted = evaluator.model(evaluator.tokens_BT).logits
     hook.remove()

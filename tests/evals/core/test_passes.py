@@ -62,6 +62,7 @@ class Careless(torch.nn.Module):
         self.embed = torch.nn.Embedding(50, 8)
         self.layers = torch.nn.ModuleList(torch.nn.ModuleDict({"mlp": torch.nn.Linear(8, 8)}) for _ in range(3))
         for layer in self.layers:
+            assert isinstance(layer, torch.nn.ModuleDict)
             layer.forward = partial(self.run, layer["mlp"])
         self.aside, self.kept = aside, torch.zeros(())
 

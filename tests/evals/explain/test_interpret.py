@@ -9,70 +9,31 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from skipcoder.errors import UserError
-from skipcoder.evals.config import ExamplesConfig, InterpretConfig, JudgeConfig, Negatives, Scorer
+from skipcoder.evals.config import ExamplesConfig, InterpretConfig, JudgeConfig, Scorer
 from skipcoder.evals.explain import simulation
 from skipcoder.evals.explain.intervention import Steering
 from skipcoder.evals.export.export import export
 from skipcoder.evals.interpret import interpret
-from skipcoder.evals.latents import index as latents
 from skipcoder.evals.latents.examples import ExampleMaker
 from skipcoder.evals.latents.index import LatentIndex
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.bank import bank as training
-from skipcoder.trainer.config import Kind
 from skipcoder.trainer.formats.config import ExportConfig, Target
 from skipcoder.trainer.run.run import Run
-from tests.conftest import UNIT_ROWS
+from tests.evals.explain.conftest import LATENTS, frequent_words
 from tests.evals.explain.judging import Oracle
 from tests.trainer.run.test_run import config
 
-LATENTS, RARE = 9, 10
+RARE = 10
 EXAMPLES = ExamplesConfig(window=8, train=4, test=5)
 
 
-@pytest.fixture(scope="module")
-def planted(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose latents 0 to 8 fire on one word each, 9 on two of those, 10 on almost nothing."""
-    path = tmp_path_factory.mktemp("planted") / "run"
-    training.train(config(store, Kind.transcoder), path)
-    index = LatentIndex(Run.open(path), store)
-    words = frequent_words(index)
-    index.folder.mkdir()
-    (units,) = index.parts
-    flat = index.tokens.ravel()
-    columns = [np.flatnonzero(flat == word) for word in words]
-    columns += [np.sort(np.concatenate(columns[:2])), np.array([5, 77])]
-    columns += [np.zeros(0, np.int64)] * (index.width - len(columns))
-    values = [1 + (column % 7).astype(np.float32) for column in columns]
-    starts = np.cumsum([0, *map(len, columns)])
-    tensors = {"starts": starts, "position": np.concatenate(columns), "value": np.concatenate(values)}
-    save_file(tensors, index._file(units))
-    (index.folder / "identity.json").write_text(json.dumps(index.identity()))
-    return path
-
-
-def frequent_words(index: LatentIndex) -> list[int]:
-    tokenizer = AutoTokenizer.from_pretrained(index.store.attrs["model"]["id"])
-    token, count = np.unique(index.tokens, return_counts=True)
-    order = token[np.argsort(-count, kind="stable")]
-    # Calibration's own words have four letters or more.
-    words = [
-        int(t)
-        for t in order
-        if tokenizer.decode([int(t)]).strip().isalpha() and len(tokenizer.decode([int(t)]).strip()) < 4
-    ]
-    seen: dict[str, int] = {}
-    for word in words:  # "re" and " re" would be one word to the oracle
-        seen.setdefault(tokenizer.decode([word]).strip(), word)
-    return list(seen.values())[5 : 5 + LATENTS]
-
-
 def teach(oracle: Oracle, run: Path, store: ActivationStore) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(store.attrs["model"]["id"])
+    tokenizer: Any = AutoTokenizer.from_pretrained(store.attrs["model"]["id"])
     strings = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in range(400)]
     planted = {strings[word].strip(): word for word in frequent_words(LatentIndex(Run.open(run), store))}
     for window in ExampleMaker(LatentIndex(Run.open(run), store), EXAMPLES).tokens_WT:
@@ -132,7 +93,7 @@ def test_explanations_name_the_planted_words(fresh: Path, store: ActivationStore
     teach(oracle, fresh, store)
     with oracle.serving() as url:
         interpret(asked(fresh, url))
-    tokenizer = AutoTokenizer.from_pretrained(store.attrs["model"]["id"])
+    tokenizer: Any = AutoTokenizer.from_pretrained(store.attrs["model"]["id"])
     for latent, word in enumerate(frequent_words(LatentIndex(Run.open(fresh), store))):
         record = json.loads((fresh / "interpretation" / "latents" / f"{latent:08d}.json").read_text())
         assert record["explanation"] == f"The word {tokenizer.decode([word]).strip()!r}."
@@ -240,7 +201,7 @@ def test_steered_continuations_are_told_from_plain_ones(fresh: Path, store: Acti
     """Decoder rows that raise one token's logit: the oracle looks for that token. The strength is the same in nats for
     rows of any length, and nothing changes before the prompt's end."""
     run = Run.open(fresh)
-    tokenizer = AutoTokenizer.from_pretrained(store.attrs["model"]["id"])
+    tokenizer: Any = AutoTokenizer.from_pretrained(store.attrs["model"]["id"])
     unembed = lm.get_output_embeddings().weight.float() * lm.base_model.norm.weight.float()
     run.coder.W_dec[:] = 100 * unembed[300]
     run.coder.save(fresh / "checkpoint")
@@ -277,86 +238,3 @@ def test_no_server(fresh: Path) -> None:
     cfg.judge.attempts = 1
     with pytest.raises(UserError, match=r"the judge at http://127.0.0.1:9/v1 does not answer: ConnectError"):
         interpret(cfg)
-
-
-def test_index_is_what_the_coder_says(store: ActivationStore, tmp_path: Path) -> None:
-    """Built in parts; every firing of every latent is there, nothing else; made anew for other weights."""
-    training.train(config(store), tmp_path / "run")
-    run = Run.open(tmp_path / "run")
-    index = LatentIndex(run, store)
-    index.parts = [store.units[:20], store.units[20:]]
-    index.build("cpu")
-    dense = np.zeros((store.rows * store.context, index.width), np.float32)
-    for latent in range(index.width):
-        firing = index.of(latent)
-        assert (np.diff(firing.position) > 0).all()
-        dense[firing.position, latent] = firing.value
-    span = [store.unit_range(unit) for unit in store.units]
-    flat = np.concatenate([store.read("index", *s) for s in span]).astype(np.int64)
-    for ((a, b),) in [(s,) for s in span[:3] + span[-2:]]:
-        out = run.coder(store.activations("layers.1.mlp", "input", a, b))
-        wanted = np.zeros((b - a, index.width), np.float32)
-        np.put_along_axis(wanted, out.indices.numpy(), out.values.detach().numpy(), 1)
-        position = flat[a:b]
-        kept = run.filter.keep(position, index.tokens.ravel()[position], store.context, store.attrs["special_tokens"])
-        wanted[~kept] = 0
-        np.testing.assert_allclose(dense[position], wanted, rtol=1e-5, atol=1e-6)
-    assert (index.counts == (dense > 0).sum(0)).all()
-    before = {file.name: file.stat().st_mtime_ns for file in index.folder.iterdir() if file.suffix == ".safetensors"}
-    index.build("cpu")
-    assert before == {f.name: f.stat().st_mtime_ns for f in index.folder.iterdir() if f.suffix == ".safetensors"}
-    (index.folder / "identity.json").write_text('{"weights": "others"}')
-    index.build("cpu")
-    after = {f.name: f.stat().st_mtime_ns for f in index.folder.iterdir() if f.suffix == ".safetensors"}
-    assert after.keys() == before.keys() and all(after[name] != before[name] for name in after)
-
-
-def test_index_of_a_grown_store_keeps_what_it_has(
-    cache_config: Any, capture_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ten units a part; 33 units and a short one become 48: the first three parts stay."""
-    small = capture_here(cache_config(tmp_path / "s.zarr", rows=33 * UNIT_ROWS + 1))
-    training.train(config(small), tmp_path / "run")
-    monkeypatch.setattr(latents, "PART_TOKENS", 10 * UNIT_ROWS * small.context)
-    LatentIndex(Run.open(tmp_path / "run"), small).build("cpu")
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "latents").glob("*.safetensors")}
-    grown = capture_here(cache_config(tmp_path / "s.zarr", rows=48 * UNIT_ROWS))
-    index, told = LatentIndex(Run.open(tmp_path / "run"), grown), []
-    index.build("cpu", told.append)
-    assert sum(told) == 18 * UNIT_ROWS * grown.context
-    after = {file: file.stat().st_mtime_ns for file in index.folder.glob("*.safetensors")}
-    assert len(before) == 4 and len(after) == 5 and len(before.items() & after.items()) == 3
-    shutil.rmtree(index.folder)
-    anew = LatentIndex(Run.open(tmp_path / "run"), grown)
-    anew.build("cpu")
-    for latent in range(index.width):
-        for mine, wanted in zip(index.of(latent), anew.of(latent), strict=True):
-            np.testing.assert_array_equal(mine, wanted)
-
-
-@pytest.mark.parametrize("kind", list(Negatives))
-def test_windows_are_disjoint_distinct_and_the_latents_own(
-    planted: Path, store: ActivationStore, kind: Negatives
-) -> None:
-    index = LatentIndex(Run.open(planted), store)
-    cfg = ExamplesConfig(window=8, train=4, test=5, negatives=kind)
-    maker = ExampleMaker(index, cfg)
-    maker.prepare(np.arange(LATENTS))
-    words = frequent_words(index)
-    for latent in range(LATENTS):
-        found = maker.of(latent)
-        assert len(found.train) == 4 and len(found.test) == 5 and len(found.negative) == 5
-        every = [*found.train, *found.test, *found.negative]
-        assert len({window.number for window in every}) == len({window.tokens.tobytes() for window in every}) == 14
-        for window in every:
-            assert ((window.tokens == words[latent]) == (window.activations > 0)).all()
-            assert (window.activations > 0).any() == (window not in found.negative)
-        alone = ExampleMaker(index, cfg)
-        alone.prepare(np.array([latent]))
-        assert [w.number for w in alone.of(latent).test] == [w.number for w in found.test]
-    if kind is not Negatives.random:
-        assert any(window.kind == kind.value for window in maker.of(0).negative)
-    top, spread = maker.shown(0, index.of(0), 5, 5)
-    largest = [window.activations.max() for window in top]
-    assert largest == sorted(largest, reverse=True) and largest[0] == index.of(0).value.max()
-    assert len({window.number for window in spread}) == 5

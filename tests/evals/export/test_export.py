@@ -21,6 +21,7 @@ from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.config import Kind, RunConfig, Side, StoreRef
 from skipcoder.trainer.formats import plain, sparsify
 from skipcoder.trainer.formats.config import ExportConfig, ImportConfig, Target, TopK
+from skipcoder.trainer.formats.fit import Sample, fit
 from skipcoder.trainer.formats.importing import import_coder
 from skipcoder.trainer.run.run import Run
 from tests.conftest import REPO
@@ -45,7 +46,7 @@ def runs(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 def export(runs: list[Path], format: Target, out: Path, **options: Any) -> Path:
-    which = {"run": str(runs[0])} if len(runs) == 1 else {"runs": "GLOB"}
+    which: dict[str, Any] = {"run": str(runs[0])} if len(runs) == 1 else {"runs": "GLOB"}
     return exporting.export(ExportConfig(**which, format=format, out=str(out), **options), runs)
 
 
@@ -95,13 +96,13 @@ def test_import_finds_out_what_files_do_not_say(
 ) -> None:
     """A transcoder from before February 2025, and an SAE of the MLP's input."""
     coder = SparseCoder.load(runs[Kind.transcoder])
-    coder.b_enc += coder.W_enc @ coder.b_dec  # so that W_enc (x - b_dec) + b_enc is what it was
+    coder.b_enc.add_(coder.W_enc @ coder.b_dec)  # so that W_enc (x - b_dec) + b_enc is what it was
     sparsify.write(coder, tmp_path / "old")
     where: Any = {"store": StoreRef(str(store.path)), "hookpoint": "layers.1.mlp"}
     summary = import_coder(ImportConfig(source=str(tmp_path / "old"), run=RunConfig(str(tmp_path / "a")), **where))
-    fvu = exporting.fit(
+    fvu = fit(
         SparseCoder.load(runs[Kind.transcoder]),
-        exporting.Sample.of(store, "layers.1.mlp", Run.open(runs[Kind.transcoder]).filter), "input", "output",
+        Sample.of(store, "layers.1.mlp", Run.open(runs[Kind.transcoder]).filter), "input", "output",
     )["fvu"]  # fmt: skip
     assert summary["held_out_fvu"] == pytest.approx(fvu, rel=1e-4)
     cfg = config(store, Kind.sae)
@@ -153,7 +154,7 @@ def test_circuit_tracer_takes_a_run_for_each_layer(runs: dict[Any, Path], tmp_pa
     with pytest.raises(UserError, match=r"not of layers \[0, 2\]"):
         export([runs[0], runs[2]], Target.circuit_tracer, tmp_path / "gap", topk=TopK.thresholds)
     few = SparseCoder.load(runs[0])
-    few.b_enc -= 100  # no latent is ever positive
+    few.b_enc.sub_(100)  # no latent is ever positive
     run = Run.open(runs[0])
     item = exporting.Export(run, ActivationStore.open(run.store_path), few, {})
     with pytest.raises(UserError, match=r"on (\d+) of \1 held-out tokens fewer than k=4 latents are positive"):

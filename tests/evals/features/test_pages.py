@@ -23,6 +23,8 @@ from skipcoder.trainer.run.run import Run
 from tests.evals.explain import made
 from tests.trainer.run.test_run import config
 
+pytestmark = pytest.mark.browser
+
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
 
@@ -50,7 +52,10 @@ def site(store: ActivationStore, lm: Any, tmp_path_factory: pytest.TempPathFacto
     busiest = int(index.counts.argmax())
     token = int(index.tokens.ravel()[index.of(busiest).position[index.of(busiest).value.argmax()]])
     for latent, text, score in ((3, "comments about zebras " + HOSTILE, 0.9), (busiest, "everything", 0.6)):
-        scores = {"detection": {"balanced_accuracy": score}, "fuzzing": {"balanced_accuracy": None}}
+        scores: dict[str, dict[str, Any]] = {
+            "detection": {"balanced_accuracy": score},
+            "fuzzing": {"balanced_accuracy": None},
+        }
         made.latent(runs[0], latent, text, scores)
     made.latent(runs[0], 5, "of another judge", {}, settings="others")
     made.summary(runs[0], judge="weak", calibration={"usable": False})

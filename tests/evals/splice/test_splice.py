@@ -42,7 +42,8 @@ def test_identity_generates_the_same_tokens(dtype: torch.dtype, tiny_model: Any,
     mask = torch.ones_like(tokens)
     mask[1, :3] = 0
     coders = {name: identity() for name in NAMES}
-    for options in ({}, {"do_sample": True, "temperature": 1.5}, {"use_cache": False}):
+    ways: list[dict[str, Any]] = [{}, {"do_sample": True, "temperature": 1.5}, {"use_cache": False}]
+    for options in ways:
         options |= {"attention_mask": mask, "max_new_tokens": 12, "pad_token_id": 1}
         torch.manual_seed(0)
         plain = lm.generate(tokens, **options)

@@ -85,11 +85,12 @@ def test_layers_together_are_plain_hooks_on_all_of_them(table: Path, sweep: Path
     rows = read(table.with_suffix(".together.json"))
     assert [row["hookpoints"] for row in rows] == [list(LAYERS)] * 2
     evaluator = Evaluator(store, 128, 4, "cpu")
+    trunk: Any = evaluator.model.base_model
     handles = []
     for layer, number in zip(LAYERS, (1, 3, 5), strict=True):  # the second seed's
         coder = Run.open(sweep / str(number)).coder
         handles.append(
-            evaluator.model.base_model.get_submodule(layer).register_forward_hook(
+            trunk.get_submodule(layer).register_forward_hook(
                 lambda _, args, out, coder=coder: coder(args[0]).y_hat.to(out.dtype)
             )
         )

@@ -1,5 +1,6 @@
 """Probing of planted features, and the labelled texts."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def planted_erasure(monkeypatch: pytest.MonkeyPatch, labels: np.ndarray, latent_
             class cfg:  # noqa: N801
                 width = 12
 
-    def read(reader: object, runs: list, rows: list):
+    def read(reader: object, runs: list, rows: list) -> Iterator[tuple[Any, np.ndarray, Any]]:
         rng = np.random.default_rng(1)
         codes = 0.05 * rng.random((len(labels), 12))
         for column in latent_of.T:
@@ -122,7 +123,7 @@ def test_tpp_of_planted_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     reader = planted_erasure(monkeypatch, labels, labels[:, None])
     data = labelled.Labelled("toy", [str(i) for i in range(300)], labels, ["a", "b", "c"])
     monkeypatch.setattr(labelled, "find", lambda name: data)
-    (found,) = tpp.tpp(reader, [None], ErasureConfig(texts=300, ablate=[2, 50]))  # type: ignore[arg-type,list-item]
+    (found,) = tpp.tpp(reader, [None], ErasureConfig(texts=300, ablate=[2, 50]))  # type: ignore[list-item]
     assert found["tpp_2"] == pytest.approx(0.5, abs=0.05)
     assert found["tpp_2_ci"][0] <= found["tpp_2"] <= found["tpp_2_ci"][1]
     assert "tpp_50" not in found  # more latents than there are
@@ -135,7 +136,7 @@ def test_scr_of_a_planted_shortcut(monkeypatch: pytest.MonkeyPatch) -> None:
     latents = np.stack([attributes[:, 0], 2 + attributes[:, 1], 2 + attributes[:, 1]], 1)
     reader = planted_erasure(monkeypatch, attributes, latents)
     monkeypatch.setattr(scr, "two_attributes", lambda cfg: ([str(i) for i in range(800)], attributes))
-    (found,) = scr.scr(reader, [None], ErasureConfig(texts=800, ablate=[2]))  # type: ignore[arg-type,list-item]
+    (found,) = scr.scr(reader, [None], ErasureConfig(texts=800, ablate=[2]))  # type: ignore[list-item]
     assert found["scr_accuracy_oracle"] > 0.99
     assert found["scr_accuracy_biased"] < 0.9
     assert found["scr_2"] > 0.9

@@ -43,7 +43,7 @@ def run(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> Run
 def test_padded_batches_give_what_each_text_gives_alone(reader: TextReader, lm: Any) -> None:
     rows = reader.tokens(TEXTS, most=20)
     assert all(row[0] == 0 and 1 < len(row) <= 21 for row in rows)
-    found = {i: [] for i in range(4)}
+    found: dict[int, list[torch.Tensor]] = {i: [] for i in range(4)}
     for batch in reader.read(rows):
         for i in batch.text_N.unique().tolist():
             found[i] = [batch.sides[side][batch.text_N == i] for side in ("input", "output")]

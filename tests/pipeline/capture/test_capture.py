@@ -19,7 +19,7 @@ from skipcoder.pipeline.model.hooks import argument, capture
 from skipcoder.pipeline.store import commit
 from skipcoder.pipeline.store.attrs import model_config
 
-SMALL = dict(
+SMALL: dict[str, Any] = dict(
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=4,
@@ -102,8 +102,8 @@ class _Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.block = nn.Module()
-        self.block.lin = nn.Linear(4, 6)
-        self.block.forward = lambda *, hidden, flag: (self.block.lin(hidden), flag)
+        self.block.lin = lin = nn.Linear(4, 6)
+        self.block.forward = lambda *, hidden, flag: (lin(hidden), flag)
 
     def forward(self, tokens: Tensor, use_cache: bool) -> Tensor:
         return self.block(flag=True, hidden=tokens[..., None].float().expand(-1, -1, 4))[0]

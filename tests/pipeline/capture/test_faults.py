@@ -21,14 +21,18 @@ from skipcoder.pipeline.store import commit
 from skipcoder.pipeline.store.places import place_at
 from skipcoder.pipeline.store.reader import ActivationStore
 from tests.conftest import CONTEXT, REPO
-from tests.pipeline.store.test_store import files
+from tests.pipeline.store.test_writer import files
+
+pytestmark = pytest.mark.ray
 
 ROWS = 300
 """In units of one row: enough work to be killed in the middle of it."""
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, cache_config: Callable[..., CacheConfig], capture_here: Callable):
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, cache_config: Callable[..., CacheConfig], capture_here: Callable
+) -> ActivationStore:
     """An undisturbed capture."""
     path = tmp_path_factory.mktemp("whole") / "s.zarr"
     return capture_here(cache_config(path, ("layers.*.mlp",), rows=ROWS, unit_rows=1))
@@ -85,7 +89,9 @@ def workers_of(driver: int) -> list[psutil.Process]:
     return found
 
 
-def test_the_driver_is_killed_before_and_in_the_middle_of_its_work(run: Callable, tmp_path: Path, whole) -> None:
+def test_the_driver_is_killed_before_and_in_the_middle_of_its_work(
+    run: Callable, tmp_path: Path, whole: ActivationStore
+) -> None:
     path = tmp_path / "s.zarr"
     with started(run(), tmp_path) as job:  # while tokens are written
         while job.poll() is None and not (path / "tokens").exists():
@@ -99,7 +105,7 @@ def test_the_driver_is_killed_before_and_in_the_middle_of_its_work(run: Callable
     assert "complete, nothing to do" in finish(run(), tmp_path, path, whole)
 
 
-def test_a_worker_is_killed(run: Callable, tmp_path: Path, whole) -> None:
+def test_a_worker_is_killed(run: Callable, tmp_path: Path, whole: ActivationStore) -> None:
     path = tmp_path / "s.zarr"
     with started(run("ray.overlap=true"), tmp_path) as job:  # both of its calls are lost
         wait_for_units(job, path, 20)
@@ -110,7 +116,9 @@ def test_a_worker_is_killed(run: Callable, tmp_path: Path, whole) -> None:
     assert files(path) == files(whole.path)
 
 
-def test_a_machine_is_lost(run: Callable, tmp_path: Path, whole, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_is_lost(
+    run: Callable, tmp_path: Path, whole: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three machines (Ray's, in processes of their own), a worker on each of two; one of these goes."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     from ray.cluster_utils import Cluster
@@ -131,7 +139,7 @@ def test_a_machine_is_lost(run: Callable, tmp_path: Path, whole, monkeypatch: py
         cluster.shutdown()
 
 
-def test_the_disk_is_full(run: Callable, tmp_path: Path, whole) -> None:
+def test_the_disk_is_full(run: Callable, tmp_path: Path, whole: ActivationStore) -> None:
     """A disk of its own, too small; then larger."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -149,7 +157,7 @@ def test_the_disk_is_full(run: Callable, tmp_path: Path, whole) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_torn_files_of_every_kind(run: Callable, tmp_path: Path, whole) -> None:
+def test_torn_files_of_every_kind(run: Callable, tmp_path: Path, whole: ActivationStore) -> None:
     """As after a power cut on a file system that keeps no order: units without a record, half of their files torn."""
     path = tmp_path / "s.zarr"
     finish(run(), tmp_path, path, whole)
@@ -168,7 +176,7 @@ def test_torn_files_of_every_kind(run: Callable, tmp_path: Path, whole) -> None:
 
 
 @pytest.mark.skipif("SOAK_SECONDS" not in os.environ, reason="make soak")
-def test_soak(run: Callable, tmp_path: Path, whole) -> None:
+def test_soak(run: Callable, tmp_path: Path, whole: ActivationStore) -> None:
     """Captures, one after the other, whose worker, or now and then driver, is killed every few seconds; a driver is
     given the time to start."""
     chance, end = random.Random(), time.monotonic() + float(os.environ["SOAK_SECONDS"])

@@ -1,16 +1,19 @@
 """What a store's files rest on, the same for a directory and for a bucket of a real S3 API (moto's server)."""
 
+import fcntl
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from skipcoder.errors import UserError
 from skipcoder.pipeline.config import CacheConfig
-from skipcoder.pipeline.store import commit, place, writer
+from skipcoder.pipeline.store import commit, writer
 from skipcoder.pipeline.store.place import Directory, Place
 from skipcoder.pipeline.store.places import place_at
 from skipcoder.pipeline.store.reader import ActivationStore
@@ -21,7 +24,7 @@ from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.config import CoderConfig, LoopConfig, TrainConfig
 from skipcoder.trainer.data.stream import ActivationStream
 from tests.conftest import REPO
-from tests.pipeline.store.test_store import files
+from tests.pipeline.store.test_writer import files
 from tests.pipeline.test_cache_cli import command
 
 
@@ -93,7 +96,7 @@ class TestDirectory(OurPlaceTests):
         def full(_: int) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(place.os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(OSError):
             here.write("a", b"new")
         assert here.sizes() == {"a": 3} and here.read("a") == b"old"
@@ -120,7 +123,7 @@ class TestDirectory(OurPlaceTests):
         def no_locks(*_: object) -> None:
             raise OSError(95, "Operation not supported")
 
-        monkeypatch.setattr(place.fcntl, "flock", no_locks)
+        monkeypatch.setattr(fcntl, "flock", no_locks)
         with here.only_writer() as alone:
             assert not alone
 
@@ -128,7 +131,7 @@ class TestDirectory(OurPlaceTests):
         def no_links(*_: object) -> None:
             raise PermissionError(1, "Operation not permitted")
 
-        monkeypatch.setattr(place.os, "link", no_links)
+        monkeypatch.setattr(os, "link", no_links)
         assert here.create("a", b"1") and not here.create("a", b"2")
         assert here.read("a") == b"1" and list(here.sizes()) == ["a"]
 
@@ -158,7 +161,7 @@ class TestBucket(OurPlaceTests):
     def test_training_from_there_is_training_from_here(
         self, here: Place, cache_config: Callable[..., CacheConfig], capture_here: Callable, tmp_path: Path
     ) -> None:
-        weights = []
+        weights: list[dict[str, torch.Tensor]] = []
         for at in (str(here), str(tmp_path / "s.zarr")):
             capture_here(cache_config(at, rows=100))
             cfg = TrainConfig(coder=CoderConfig(k=4, width=64), train=LoopConfig(tokens=3000, batch_tokens=128))
@@ -186,7 +189,8 @@ class TestBucket(OurPlaceTests):
     ) -> None:
         """It may be alive, since there are no locks."""
         store = capture_here(cache_config(here, rows=40))
-        writer.create(other := place_at(f"{here.parent}/t.zarr"), {**store.attrs, "rows": 0})
+        described: Any = {**store.attrs, "rows": 0}
+        writer.create(other := place_at(f"{here.parent}/t.zarr"), described)
         with pytest.raises(UserError, match="unit_rows: 4 there, 2 asked"):
             capture_here(cache_config(other, rows=40, unit_rows=2))
 

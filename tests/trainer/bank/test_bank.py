@@ -81,7 +81,12 @@ def test_every_member_equals_the_same_run_alone(store: ActivationStore, tmp_path
 def test_each_batch_is_read_once(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     real = Assembly.done
-    monkeypatch.setattr(Assembly, "done", lambda self: read.append(1) or real(self))
+
+    def done(self: Assembly) -> Any:
+        read.append(1)
+        return real(self)
+
+    monkeypatch.setattr(Assembly, "done", done)
     train_bank([(config(store, seed=seed), tmp_path / str(seed)) for seed in range(3)])
     # The held-out tokens are a batch, too; and the reader is up to two batches ahead when training ends.
     assert STEPS + 1 <= len(read) <= STEPS + 3
@@ -126,7 +131,8 @@ def test_members_at_different_steps_meet(store: ActivationStore, tmp_path: Path)
 
 def _train_until(step: int, jobs: list[tuple[TrainConfig, Path]]) -> None:
     """Train; the process gets a Ctrl-C in the middle of a step."""
-    real, sent = Learner.step, []
+    real = Learner.step
+    sent: list[int] = []
 
     def interrupting(self: Learner, *args: Any) -> Any:
         if self.step_number == step and not sent:
@@ -141,11 +147,11 @@ def _train_until(step: int, jobs: list[tuple[TrainConfig, Path]]) -> None:
 
 def test_a_signal_during_the_second_members_step_saves_the_first(store: ActivationStore, tmp_path: Path) -> None:
     jobs = [(config(store, seed=seed), tmp_path / str(seed)) for seed in range(3)]
-    real, sent = Learner.step, []
+    real = Learner.step
 
     def interrupting(self: Learner, *args: Any) -> Any:
         if self.step_number == 6 and self.cfg.seed == 1:
-            sent.append(os.kill(os.getpid(), signal.SIGINT))
+            os.kill(os.getpid(), signal.SIGINT)
         return real(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -167,9 +173,14 @@ def test_a_full_disk_says_so_and_a_failed_learner_is_let_go(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "state.pt")
 
-    alive = weakref.WeakSet()
+    alive: weakref.WeakSet[Learner] = weakref.WeakSet()
     real = Learner.__init__
-    monkeypatch.setattr(Learner, "__init__", lambda self, *a, **k: (alive.add(self), real(self, *a, **k))[1])
+
+    def noted(self: Learner, *args: Any, **options: Any) -> None:
+        alive.add(self)
+        real(self, *args, **options)
+
+    monkeypatch.setattr(Learner, "__init__", noted)
     monkeypatch.setattr(member, "save_state", full)
     outcomes = train_bank([(config(store, seed=seed), tmp_path / str(seed)) for seed in range(2)])
     assert all("no space left on the disk (state.pt)" in str(o.error) and not o.trace for o in outcomes)
@@ -188,7 +199,7 @@ def test_auxk_is_reported_whether_or_not_a_latent_is_dead(store: ActivationStore
 def test_the_table_calls_only_failures_failed(store: ActivationStore, tmp_path: Path) -> None:
     members = [Member(config(store, seed=seed), tmp_path / str(seed)) for seed in range(2)]
     outcomes = {
-        members[0].directory: Outcome(members[0].directory, {}),
+        members[0].directory: Outcome(members[0].directory, {}),  # type: ignore[arg-type]
         members[1].directory: Outcome(members[1].directory, None, UserError("no")),
     }
     console = Console(width=100, file=io.StringIO())

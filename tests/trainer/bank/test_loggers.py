@@ -70,10 +70,10 @@ def test_wandb_has_a_run_for_each_member_of_a_bank(
     assert [outcome.error is None for outcome in outcomes] == [True, True, False]
     ids, exits = set(), []
     for outcome in outcomes:
-        seen = {}
+        seen: dict[int, float] = {}
         for file in sorted(outcome.directory.glob("wandb/offline-run-*/*.wandb")):
             for data in leveldb_log(file.read_bytes()):
-                record = wandb_internal_pb2.Record()
+                record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
                 record.ParseFromString(data)
                 if record.WhichOneof("record_type") == "run":
                     ids.add((outcome.directory, record.run.run_id))

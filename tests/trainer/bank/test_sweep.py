@@ -13,6 +13,7 @@ from skipcoder.errors import UserError
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.settings import typed
 from skipcoder.trainer.bank import memory
+from skipcoder.trainer.bank.bank import Job
 from skipcoder.trainer.bank.memory import MARGIN, Need, bank_bytes, need, pack
 from skipcoder.trainer.bank.sweep import Settings, plan, run_sweep
 from skipcoder.trainer.config import Kind, StreamConfig, TrainConfig
@@ -135,32 +136,32 @@ def test_every_experiment_composes_with_the_first_values_of_its_sweep(name: str)
 
 
 def test_jobs_with_different_streams_make_different_banks(store: ActivationStore, tmp_path: Path) -> None:
-    jobs = [(config(store, kind), tmp_path / kind.value) for kind in Kind]
-    jobs[1][0].stream = StreamConfig(seed=5)
+    jobs = [Job(config(store, kind), tmp_path / kind.value) for kind in Kind]
+    jobs[1].cfg.stream = StreamConfig(seed=5)
     banks, refused = plan(jobs, Settings(), 1)
     assert not refused
-    assert [[directory.name for _, directory in bank] for bank in banks] == [["sae", "skip_transcoder"], ["transcoder"]]
+    assert [[job.directory.name for job in bank] for bank in banks] == [["sae", "skip_transcoder"], ["transcoder"]]
 
 
 def test_a_stream_that_cannot_be_fails_alone(store: ActivationStore, tmp_path: Path) -> None:
-    jobs = [(config(store, seed=seed), tmp_path / str(seed)) for seed in range(3)]
-    jobs[1][0].train.batch_tokens = 10**6
+    jobs = [Job(config(store, seed=seed), tmp_path / str(seed)) for seed in range(3)]
+    jobs[1].cfg.train.batch_tokens = 10**6
     outcomes = run_sweep(jobs, Settings())
     assert [o.error is None for o in outcomes] == [True, False, True]
     assert "train.batch_tokens=1000000 is more than" in str(outcomes[1].error)
 
 
 def test_looks_at_held_out_tokens_are_each_runs_own(store: ActivationStore, tmp_path: Path) -> None:
-    jobs = [(config(store, seed=seed), tmp_path / str(seed)) for seed in range(2)]
-    jobs[0][0].train.eval_tokens = 0
+    jobs = [Job(config(store, seed=seed), tmp_path / str(seed)) for seed in range(2)]
+    jobs[0].cfg.train.eval_tokens = 0
     none, some = run_sweep(jobs, Settings())
     assert none.summary is not None and none.summary["held_out_fvu"] is None
-    assert some.summary is not None and some.summary["held_out_fvu"] > 0
+    assert some.summary is not None and (some.summary["held_out_fvu"] or 0) > 0
 
 
 def test_a_cluster_elsewhere_needs_its_memory(store: ActivationStore, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"hydra.launcher.address needs hydra.launcher.memory_gib"):
-        run_sweep([(config(store), tmp_path)], Settings(address="auto"))
+        run_sweep([Job(config(store), tmp_path)], Settings(address="auto"))
 
 
 def test_packing_holds_the_budget_and_loses_nobody() -> None:
@@ -174,7 +175,7 @@ def test_packing_holds_the_budget_and_loses_nobody() -> None:
 
 def test_a_coder_too_large_for_the_device_is_refused(store: ActivationStore, tmp_path: Path) -> None:
     big = config(store, width=2**20)
-    jobs = [(big, tmp_path / "big"), (config(store), tmp_path / "small")]
+    jobs = [Job(big, tmp_path / "big"), Job(config(store), tmp_path / "small")]
     one, other = run_sweep(jobs, Settings(memory_gib=0.6))
     assert isinstance(one.error, UserError)
     assert "coder.width=1048576 takes about" in str(one.error) and other.summary is not None

@@ -100,14 +100,16 @@ def test_matryoshka_is_the_mean_over_prefixes_of_one_selection() -> None:
     pre = torch.relu(x @ coder.W_enc.T + coder.b_enc)
     values, indices = pre.topk(3)
     f = torch.zeros_like(pre).scatter(1, indices, values)
+    assert coder.W_skip is not None
     errors = [
         (y - f[:, :p] @ coder.W_dec[:p] - x @ coder.W_skip.T - coder.b_dec).square().sum() / 7 for p in (5, 20, 40)
     ]
-    torch.testing.assert_close(found.total, sum(errors) / 3)
+    wanted: Any = sum(errors) / 3
+    torch.testing.assert_close(found.total, wanted)
     torch.testing.assert_close(found.parts["fvu"], errors[2])
     torch.testing.assert_close(found.parts["fvu_5"], errors[0])
     mine = torch.autograd.grad(found.total, list(coder.parameters()))
-    theirs = torch.autograd.grad(sum(errors) / 3, list(coder.parameters()))
+    theirs = torch.autograd.grad(wanted, list(coder.parameters()))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 

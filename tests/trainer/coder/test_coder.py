@@ -29,6 +29,7 @@ def test_formula(kind: Kind) -> None:
     f = torch.zeros(9, M).scatter_(1, indices, values)
     y_hat = f @ coder.W_dec + coder.b_dec
     if kind == Kind.skip_transcoder:
+        assert coder.W_skip is not None
         y_hat = y_hat + x @ coder.W_skip.T
     out = coder(x)
     torch.testing.assert_close(out.y_hat, y_hat, rtol=1e-4, atol=1e-4)

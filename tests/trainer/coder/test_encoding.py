@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from skipcoder.trainer.step.learner import Learner
 HOOKPOINT = "layers.1.mlp"
 
 
-def learner(store: ActivationStore, mode: EncodeMode, **encode: float) -> Learner:
+def learner(store: ActivationStore, mode: EncodeMode, **encode: Any) -> Learner:
     cfg = TrainConfig(
         coder=CoderConfig(kind=Kind.transcoder, k=16, width=64),
         optim=OptimConfig(lr=1e-2),
@@ -43,7 +44,7 @@ def test_recall_of_nothing_is_no_reason_to_fall_back(store: ActivationStore) -> 
     coder = learner(store, EncodeMode.scout).coder
     assert recall(coder, torch.zeros(0, coder.d_in)) == 1
     with torch.no_grad():
-        coder.b_enc -= 1e6
+        coder.b_enc.sub_(1e6)
     assert recall(coder, torch.randn(5, coder.d_in)) == 1
 
 

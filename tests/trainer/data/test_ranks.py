@@ -92,6 +92,9 @@ def test_batchtopk_of_several_processes_takes_no_micro_batches(store: Activation
 class OneOfTwo(Ranks):
     """A process whose other half is given."""
 
+    theirs: torch.Tensor
+    tokens: int
+
     def __init__(self, theirs: torch.Tensor, tokens: int) -> None:
         super().__init__(0, 2)
         self.__dict__.update(theirs=theirs, tokens=tokens)

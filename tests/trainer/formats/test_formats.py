@@ -3,7 +3,7 @@ what its formula says. The tools themselves are in test_peers.py."""
 
 import json
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -78,7 +78,7 @@ class TestCircuitTracer(FormatTests):
     options: ClassVar = {"layer": 0}
 
     @staticmethod
-    def write(coder: SparseCoder, folder: Path) -> None:
+    def write(coder: SparseCoder, folder: Path) -> None:  # type: ignore[override]
         circuit_tracer.write([coder], folder)
 
     @pytest.fixture
@@ -99,7 +99,8 @@ def test_round_trips_bit_for_bit_or_is_refused(
         return
     write(format, coder, tmp_path)
     assert readers.detect(tmp_path) == format
-    again = readers.read(tmp_path, **({"layer": 0} if format == "circuit_tracer" else {}))
+    options: dict[str, Any] = {"layer": 0} if format == "circuit_tracer" else {}
+    again = readers.read(tmp_path, **options)
     ours, theirs = coder.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     x = torch.randn(50, 24, generator=torch.Generator().manual_seed(1))
@@ -144,6 +145,7 @@ def test_transcoders_from_before_february_2025_subtracted_b_dec(tmp_path: Path) 
     values, indices = pre.topk(4)
     wanted = (values[..., None] * coder.W_dec[indices]).sum(1) + x @ coder.W_skip.T + coder.b_dec  # type: ignore
     old = readers.read(tmp_path, subtract_decoder_bias=True)
+    assert isinstance(old, SparseCoder)
     assert_same_function(old, x, wanted)
     assert not torch.equal(readers.read(tmp_path)(x).indices, old(x).indices)
     sparsify.write(random_coder(SAE), tmp_path)
@@ -156,7 +158,7 @@ def test_gemma_scope(transcoder: bool, tmp_path: Path) -> None:
     """Its README's formula: acts = relu(x W_enc + b_enc) where that is above the threshold; acts W_dec + b_dec."""
     rng = np.random.default_rng(0)
     shapes = {"W_enc": (24, 64), "b_enc": (64,), "W_dec": (64, 24), "b_dec": (24,), "threshold": (64,)}
-    arrays = {name: rng.normal(size=shape).astype(np.float32) / 5 for name, shape in shapes.items()}
+    arrays: dict[str, Any] = {name: rng.normal(size=shape).astype(np.float32) / 5 for name, shape in shapes.items()}
     arrays["threshold"] = np.abs(arrays["threshold"])
     np.savez(tmp_path / "params.npz", **arrays)
     x = torch.randn(200, 24, generator=torch.Generator().manual_seed(1))
@@ -164,6 +166,7 @@ def test_gemma_scope(transcoder: bool, tmp_path: Path) -> None:
     pre = x @ w["W_enc"] + w["b_enc"]
     wanted = (pre.relu() * (pre > w["threshold"])) @ w["W_dec"] + w["b_dec"]
     coder = readers.read(tmp_path, transcoder=transcoder)
+    assert isinstance(coder, SparseCoder)
     assert coder.cfg.kind is (TRANSCODER if transcoder else SAE)
     assert_same_function(coder, x, wanted)
 

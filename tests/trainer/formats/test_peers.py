@@ -5,7 +5,7 @@ skipped where its tool is not at hand; none of them goes into our environment:
     pip install --no-deps --target DIR sae-lens transformer-lens beartype better-abc jaxtyping fancy-einsum \
         typeguard wadler-lindig python-dotenv
     git clone https://github.com/decoderesearch/circuit-tracer    # not the package of that name on PyPI
-    PYTHONPATH=DIR:circuit-tracer pytest tests/trainer/test_peers.py
+    PYTHONPATH=DIR:circuit-tracer pytest tests/trainer/formats/test_peers.py
 """
 
 import os
@@ -18,7 +18,8 @@ import torch
 import yaml
 
 from skipcoder.pipeline.store.reader import ActivationStore
-from skipcoder.trainer import formats
+from skipcoder.trainer.coder import readers
+from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.coder.thresholds import converted
 from skipcoder.trainer.config import ActivationName, Kind
 from skipcoder.trainer.data.filter import TokenFilter
@@ -76,7 +77,7 @@ def test_a_coder_trained_by_sparsify_has_its_own_fvu(
     """By its Trainer, which saves it; its FVU of a batch is that of ours on the same batch."""
     peer("sparsify")
     monkeypatch.syspath_prepend(REPO / "benchmarks")
-    from peer_sparsify import Playback, Recipe  # type: ignore[import-not-found]
+    from peer_sparsify import Playback, Recipe
     from peer_sparsify import fit as trained
 
     x, y = sample.x_ND.float(), sample.y_NE.float()
@@ -85,7 +86,8 @@ def test_a_coder_trained_by_sparsify_has_its_own_fvu(
     rows_RT = torch.arange(len(x)).view(-1, 32).repeat(5, 1)  # 40 steps of 128 tokens
     mine = trained(Playback(x, y), Playback.hookpoint, rows_RT, 4, Recipe(kind, K, 1024, 1e-2, 0), tmp_path)
     saved = tmp_path / "run" / Playback.hookpoint
-    coder = formats.read(saved)
+    coder = readers.read(saved)
+    assert isinstance(coder, SparseCoder)
     with torch.no_grad():
         theirs = mine(x, y)
     found = fit(coder, Sample(x, y), "output" if kind is Kind.sae else "input", "output")["fvu"]
@@ -137,7 +139,8 @@ def test_we_load_saelens(architecture: str, subtracts: bool, sample: Sample, tmp
     for name, tensor in theirs.named_parameters():
         torch.nn.init.normal_(tensor, 1.0 if name == "threshold" else 0.0, D**-0.5)
     theirs.save_model(tmp_path)
-    coder = formats.read(tmp_path)
+    coder = readers.read(tmp_path)
+    assert isinstance(coder, SparseCoder)
     with torch.no_grad():
         assert_same_function(coder, sample.x_ND, theirs(sample.x_ND.float()))
 
@@ -162,5 +165,5 @@ def test_circuit_tracer_loads_ours(kind: Kind, activation: ActivationName, sampl
     for layer, coder in ((1, coders[0]), (0, coders[1])):
         with torch.no_grad():
             assert_same_function(coder, sample.x_ND, loaded[layer](sample.x_ND.float()))
-        again = formats.read(tmp_path, layer=layer)
+        again = readers.read(tmp_path, layer=layer)
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), coder.parameters(), strict=True))

@@ -37,7 +37,7 @@ def config(store: ActivationStore, kind: Kind = Kind.skip_transcoder, **loop: An
     )
 
 
-def outcome(directory: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], dict[str, Any]]:
+def outcome(directory: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], checkpoint.State]:
     """Weights, metrics and optimiser state of a run, without the seconds."""
     metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     for line in metrics:

@@ -51,6 +51,7 @@ def reference_steps(learner: Learner, data: list[Any]) -> dict[str, torch.Tensor
     is_sae = coder.cfg.kind == Kind.sae
     p = {n: q.detach().double().clone().requires_grad_() for n, q in coder.named_parameters()}
     cfg = learner.cfg.optim
+    assert cfg.lr is not None
     adam = torch.optim.Adam(p.values(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
     for step, batch in enumerate(data):
         adam.param_groups[0]["lr"] = cfg.lr * schedule(cfg, step, learner.steps)
@@ -66,6 +67,7 @@ def reference_steps(learner: Learner, data: list[Any]) -> dict[str, torch.Tensor
         loss.backward()
         if is_sae:
             w, g = p["W_dec"].detach(), p["W_dec"].grad
+            assert g is not None
             g -= (g * w).sum(1, keepdim=True) / w.square().sum(1, keepdim=True) * w
         torch.nn.utils.clip_grad_norm_(p.values(), cfg.clip)
         adam.step()

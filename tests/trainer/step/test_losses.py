@@ -1,5 +1,7 @@
 """Every term of the loss against its formula, dense, in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,7 +21,8 @@ def problem(kind: Kind) -> tuple[SparseCoder, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(1)
     for p in coder.parameters():
         p.data += torch.randn(p.shape, generator=g)
-    return coder, *(torch.randn(N, D, generator=g, dtype=torch.float64) for _ in range(2))
+    x, y = (torch.randn(N, D, generator=g, dtype=torch.float64) for _ in range(2))
+    return coder, x, y
 
 
 def dense(coder: SparseCoder, x: torch.Tensor, y: torch.Tensor, variance: float) -> dict[str, torch.Tensor]:
@@ -49,7 +52,7 @@ def test_terms_and_their_gradients(kind: Kind, term: str) -> None:
     expected = dense(coder, x, y, 7.0)[term]
     torch.testing.assert_close(terms[term], expected, rtol=1e-12, atol=0)
     assert codes.values.shape == (N, K)  # reported codes are those of the k latents
-    options = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+    options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
     mine = torch.autograd.grad(terms[term], list(coder.parameters()), **options)
     theirs = torch.autograd.grad(expected, list(coder.parameters()), **options)
     for (name, _), a, b in zip(coder.named_parameters(), mine, theirs, strict=True):

@@ -74,6 +74,7 @@ def test_schedule_free_keeps_what_was_initialised_before_the_first_step(store: A
     one = learner(store, OptimName.signum, Kind.skip_transcoder)
     W = torch.randn(24, 24, generator=torch.Generator().manual_seed(0))
     one.start_skip(W, torch.zeros(24))
+    assert one.coder.W_skip is not None
     started = one.coder.W_skip.detach().clone()
     one.step(batch.x, batch.y, batch.tokens)
     assert (one.coder.W_skip - started).abs().max() <= RATE[OptimName.signum] * 1.01

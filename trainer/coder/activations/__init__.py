@@ -1,4 +1,4 @@
-"""The activations: one file for each, with all that it is. `ACTIVATIONS` is the table."""
+"""The activations: one file each, with everything about it. `ACTIVATIONS` is the table."""
 
 from skipcoder.trainer.coder.activations.base import ACTIVATIONS as ACTIVATIONS
 from skipcoder.trainer.coder.activations.base import Activation as Activation

@@ -1,7 +1,7 @@
 """What an activation is: everything in which one way of choosing latents differs from another.
 
 An activation is a stateless object in the table `ACTIVATIONS`, shared by all coders that use it; what it learns or
-remembers lies in the coder (`attach`). A module of your own can do whatever a built-in one does (docs/extending.md).
+remembers is kept in the coder (`attach`). A module of your own can do whatever a built-in one does (docs/extending.md).
 
 Legend: N tokens, K active latents, M latents, D input width, L entries of flat codes.
 """
@@ -48,22 +48,22 @@ class Encoder(Protocol):
 
 
 class Step:
-    """One optimiser step of one coder, as its activation sees it. Made by `Activation.step`; this one suits
-    activations that look at each token by itself."""
+    """One optimiser step of one coder, as its activation sees it. Made by `Activation.step`; this class
+    suits activations that treat each token by itself."""
 
     def __init__(self, activation: "Activation", coder: Encoder, k: int, ranks: Ranks) -> None:
         self.activation, self.coder, self.k, self.ranks = activation, coder, k, ranks
 
     def encode(self, x_ND: Tensor) -> Codes:
-        """Codes of a micro-batch, with gradients. Called once for each micro-batch, before its backward pass."""
+        """Return codes of a micro-batch, with gradients. Called once for each micro-batch, before its backward pass."""
         return self.activation.encode(self.coder, x_ND, self.k)
 
     def backward(self, batch_tokens: int) -> None:
         """Called before the backward pass of a micro-batch, part of a global batch of `batch_tokens`."""
 
     def finish(self, l0_weight: float, first: bool) -> dict[str, Tensor]:
-        """Called after the last backward pass, before gradients are summed over ranks: more terms of the loss, whose
-        gradients it has added itself. `first`: this is the first step of the run."""
+        """Called after the last backward pass, before gradients are summed over ranks. Returns more terms of the loss,
+        whose gradients it has added itself. `first`: whether this is the first step of the run."""
         return {}
 
 
@@ -72,17 +72,17 @@ class Activation:
 
     name = ""
     nested = False
-    """The k largest latents of a choice of more than k are the choice of k, as Multi-TopK (`loss.multi_topk`) needs."""
+    """Whether a choice of k is the k largest of any larger choice, as Multi-TopK (`loss.multi_topk`) needs."""
     k_may_vary = False
-    """k may change during training (`train.k_start`)."""
+    """Whether k may change during training (`train.k_start`)."""
     calibration_tokens = 0
-    """Training tokens that `calibrate` wants once training is over; 0: it is not called."""
+    """Training tokens that `calibrate` needs once training is over; 0: it is not called."""
 
     def check(self, cfg: CoderConfig) -> None:
-        """UserError for a coder that cannot have this activation."""
+        """Raise UserError for a coder that cannot have this activation."""
 
     def check_training(self, cfg: TrainConfig, ranks: int = 1) -> None:
-        """UserError for training options that this activation does not have, on so many processes."""
+        """Raise UserError for training options that this activation does not support on `ranks` processes."""
         if cfg.loss.multi_topk and not self.nested:
             raise UserError(f"loss.multi_topk needs coder.activation={_where('nested')}, not {cfg.coder.activation}")
         if cfg.train.k_start is not None and not self.k_may_vary:
@@ -93,19 +93,19 @@ class Activation:
         """Give a new coder the parameters and buffers of this activation."""
 
     def learning_rate_scale(self, name: str, d_in: int) -> float:
-        """Factor on the learning rate of the coder's parameter of this name."""
+        """Return the factor on the learning rate of the coder's parameter `name`."""
         return 1.0
 
     def encode(self, coder: Encoder, x_ND: Tensor, k: int | None = None) -> Codes:
-        """The active latents of each token (k of them, or the coder's own k), in training and afterwards
+        """Return the active latents of each token (k of them, or the coder's own k), in training and afterwards
         (`coder.training`)."""
         raise NotImplementedError
 
     def begin(self, coder: Encoder, x_ND: Tensor, k: int) -> None:
-        """Called before the first step with the first batch of all ranks, in the coder's scale."""
+        """Called before the first step, on the first batch of all ranks in the coder's scale."""
 
     def step(self, coder: Encoder, k: int, ranks: Ranks) -> Step:
-        """What this activation does in one optimiser step."""
+        """Return what this activation does in one optimiser step."""
         return Step(self, coder, k, ranks)
 
     def calibrate(self, coder: Encoder, x_ND: Tensor) -> None:
@@ -117,5 +117,5 @@ ACTIVATIONS: Registry[Activation] = Registry("coder.activation", {})
 
 
 def _where(attribute: str) -> str:
-    """The activations that have a property, for error messages."""
+    """Name the activations that have a property, for error messages."""
     return " or ".join(name for name, activation in ACTIVATIONS.items() if getattr(activation, attribute))

@@ -1,8 +1,8 @@
-"""BatchTopK: in training the whole batch competes for k latents per token, afterwards a threshold decides (Bussmann et
+"""BatchTopK: in training the whole batch competes for k latents per token; afterwards a threshold decides (Bussmann et
 al., arXiv 2412.06410).
 
-The threshold is a moving average of the smallest value that each batch kept; when training is over it is set anew, so
-that k latents fire per token. Legend: N tokens, M latents.
+The threshold is a moving average of the smallest value that each batch kept; after training it is set anew so that k
+latents fire per token. Legend: N tokens, M latents.
 """
 
 import math
@@ -18,21 +18,21 @@ from skipcoder.trainer.config import TrainConfig
 from skipcoder.trainer.data.ranks import Ranks
 
 HINT = 0.8
-"""Share of the running threshold at which the search for the largest of a batch begins."""
+"""Fraction of the running threshold at which the search for a batch's largest values begins."""
 
 RATE = 0.01
 """Weight of the latest batch in the running threshold."""
 
 
 class BatchTopK(Activation):
-    """The k latents per token that are largest in the batch; outside training all above a threshold."""
+    """Chooses the largest latents of the batch, k per token; outside training, all above a threshold."""
 
     name = "batchtopk"
     k_may_vary = True
     calibration_tokens = CALIBRATION_TOKENS
 
     def check_training(self, cfg: TrainConfig, ranks: int = 1) -> None:
-        """Several processes must see the whole batch at once."""
+        """Raise UserError if several processes would not see the whole batch at once."""
         super().check_training(cfg, ranks)
         if ranks > 1 and cfg.train.micro_batches > 1:
             raise UserError(
@@ -41,21 +41,21 @@ class BatchTopK(Activation):
             )
 
     def attach(self, coder: Encoder) -> None:
-        """A buffer `threshold` [M], the same for all latents."""
+        """Add a buffer `threshold` [M], the same for all latents."""
         coder.register_buffer("threshold", torch.zeros(coder.cfg.width))
 
     def encode(self, coder: Encoder, x_ND: Tensor, k: int | None = None) -> Codes:
-        """Flat codes."""
+        """Return flat codes."""
         x_ND = x_ND.to(coder.W_enc.dtype)
         assert coder.threshold is not None
         if not coder.training:
             return encode_above(x_ND, coder.W_enc, coder.b_enc, coder.threshold, coder.b_pre, coder.search)
-        # All entries of the threshold are alike; with another k than the coder's it says nothing.
+        # All entries of the threshold are equal; it is no guide to a k other than the coder's.
         hint = (HINT * coder.threshold).amin() if k in (None, coder.cfg.k) else None
         return encode_batchtopk(x_ND, coder.W_enc, coder.b_enc, k or coder.cfg.k, coder.b_pre, coder.search, hint)
 
     def step(self, coder: Encoder, k: int, ranks: Ranks) -> Step:
-        """A step that sees the batch of all ranks, and moves the threshold."""
+        """Return a step that sees the batch of all ranks and moves the threshold."""
         return _Step(self, coder, k, ranks)
 
     def calibrate(self, coder: Encoder, x_ND: Tensor) -> None:
@@ -67,15 +67,15 @@ class _Step(Step):
     codes: Codes
 
     def encode(self, x_ND: Tensor) -> Codes:
-        """The latents that are largest in the batch of all ranks, k per token."""
+        """Return the largest latents of the batch of all ranks, k per token."""
         self.codes = self._encode(x_ND)
         return self.codes
 
     def _encode(self, x_ND: Tensor) -> Codes:
         if self.ranks.size == 1:
             return super().encode(x_ND)
-        # Each rank offers a quarter more than its share, since tokens are dealt at random; should one have had even
-        # more, all offer as much as could be needed.
+        # Tokens are dealt at random, so each rank first offers a quarter more than its share; if a rank had still more
+        # to offer, all offer as much as could be needed.
         tokens = int(self.ranks.total(len(x_ND)))
         for share in (1.25, tokens / max(len(x_ND), 1)):
             offer = min(math.ceil(share * self.k), self.coder.cfg.width)
@@ -90,7 +90,7 @@ class _Step(Step):
 
     @torch.no_grad()
     def finish(self, l0_weight: float, first: bool) -> dict[str, Tensor]:
-        """Move the threshold towards the smallest value that was kept; the last micro-batch stands for all."""
+        """Move the threshold towards the smallest value that was kept; the last micro-batch represents all."""
         assert self.coder.threshold is not None
         kept = self.ranks.gather(self.codes.values.detach())
         self.coder.threshold.lerp_(smallest(kept), 1.0 if first else RATE)

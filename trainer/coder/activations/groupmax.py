@@ -9,18 +9,18 @@ from skipcoder.trainer.config import CoderConfig
 
 
 class GroupMax(Activation):
-    """The largest latent of each of k equal runs."""
+    """Chooses the largest latent of each of k equal runs."""
 
     name = "groupmax"
 
     def check(self, cfg: CoderConfig) -> None:
-        """The runs must be equal."""
+        """Raise UserError unless the runs are equal."""
         if cfg.width % cfg.k:
             raise UserError(
                 f"coder.activation=groupmax needs coder.width={cfg.width} to be a multiple of coder.k={cfg.k}"
             )
 
     def encode(self, coder: Encoder, x_ND: Tensor, k: int | None = None) -> Codes:
-        """[N, K]."""
+        """Return codes [N, K]."""
         k = k or coder.cfg.k
         return encode_groupmax(x_ND.to(coder.W_enc.dtype), coder.W_enc, coder.b_enc, k, coder.b_pre, coder.search)

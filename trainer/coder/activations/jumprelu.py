@@ -1,4 +1,4 @@
-"""JumpReLU: every latent above a threshold of its own, which is learned (Rajamanoharan et al., arXiv 2407.14435).
+"""JumpReLU: every latent above its own learned threshold fires (Rajamanoharan et al., arXiv 2407.14435).
 
 A penalty, weight * (latents per token / k - 1)^2, holds the number of latents at k. Legend: N tokens, M latents.
 """
@@ -18,37 +18,37 @@ length 1; here their elements are about 1)."""
 
 
 class JumpReLU(Activation):
-    """All latents above thresholds that are learned."""
+    """Chooses all latents above learned thresholds."""
 
     name = "jumprelu"
 
     def attach(self, coder: Encoder) -> None:
-        """A parameter `threshold` [M]."""
+        """Add a parameter `threshold` [M]."""
         coder.register_parameter("threshold", torch.nn.Parameter(torch.zeros(coder.cfg.width)))
 
     def learning_rate_scale(self, name: str, d_in: int) -> float:
-        """A change of every weight by the rate moves a pre-activation by up to about sqrt(d_in) times the rate, as
-        inputs have elements of about 1; thresholds must keep up."""
+        """Return sqrt(d_in) for thresholds, which must keep up with pre-activations: as inputs have elements of about
+        1, a change of every weight by the rate moves these by up to about sqrt(d_in) times the rate."""
         return d_in**0.5 if name == "threshold" else 1.0
 
     def encode(self, coder: Encoder, x_ND: Tensor, k: int | None = None) -> Codes:
-        """Flat codes."""
+        """Return flat codes."""
         return encode_and_count(coder, x_ND)[0]
 
     def begin(self, coder: Encoder, x_ND: Tensor, k: int) -> None:
-        """Start where k latents fire per token."""
+        """Start from a threshold at which k latents fire per token."""
         set_threshold(coder, x_ND, k)
 
     def step(self, coder: Encoder, k: int, ranks: Ranks) -> Step:
-        """A step with the penalty on the number of latents."""
+        """Return a step with the penalty on the number of latents."""
         return _Step(self, coder, k, ranks)
 
 
 def encode_and_count(coder: Encoder, x_ND: Tensor) -> tuple[Codes, Tensor]:
-    """Codes, and how many latents fire on all of these tokens, both with gradients to the thresholds."""
+    """Return codes, and how many latents fire on all of these tokens, both with gradients to the thresholds."""
     assert coder.threshold is not None
     bandwidth = BANDWIDTH * coder.d_in**0.5
-    lowest_M = coder.threshold.detach() - bandwidth / 2  # entries below the threshold, but in its window, learn, too
+    lowest_M = coder.threshold.detach() - bandwidth / 2  # entries below the threshold but in its window also learn
     x_ND = x_ND.to(coder.W_enc.dtype)
     codes = encode_above(x_ND, coder.W_enc, coder.b_enc, lowest_M, coder.b_pre, coder.search)
     theta_L = per_entry(coder.threshold, codes.indices, codes.by_latent)
@@ -57,7 +57,7 @@ def encode_and_count(coder: Encoder, x_ND: Tensor) -> tuple[Codes, Tensor]:
 
 
 class _Step(Step):
-    """The penalty is a square of a mean over the whole batch, so it does not add up over micro-batches; the mean and
+    """The penalty is the square of a mean over the whole batch, so it does not add up over micro-batches; the mean and
     its slope do."""
 
     def __init__(self, activation: Activation, coder: Encoder, k: int, ranks: Ranks) -> None:
@@ -65,7 +65,7 @@ class _Step(Step):
         self.l0, self.slope_M = torch.zeros((), device=coder.b_enc.device), torch.zeros_like(coder.b_enc)
 
     def encode(self, x_ND: Tensor) -> Codes:
-        """Codes; how many latents fired is remembered."""
+        """Return codes, and remember how many latents fired."""
         codes, self.fired = encode_and_count(self.coder, x_ND)
         return codes
 
@@ -77,7 +77,7 @@ class _Step(Step):
         self.l0 += l0.detach()
 
     def finish(self, l0_weight: float, first: bool) -> dict[str, Tensor]:
-        """The penalty; its gradient is added to that of the thresholds."""
+        """Return the penalty, and add its gradient to that of the thresholds."""
         assert self.coder.threshold is not None and self.coder.threshold.grad is not None
         self.ranks.sum(self.l0)
         excess = self.l0 / self.k - 1

@@ -17,12 +17,12 @@ def set_threshold(coder: Encoder, x_ND: Tensor, k: int) -> None:
     search = coder.search._replace(mode="float32")
     codes = encode_batchtopk(x_ND.to(coder.W_enc.dtype), coder.W_enc, coder.b_enc, k, coder.b_pre, search)
     least = smallest(codes.values)
-    # The comparison is "above": the smallest that shall fire must exceed the threshold.
+    # The comparison is "above": the smallest that should fire must exceed the threshold.
     coder.threshold.fill_(float(torch.nextafter(least, torch.zeros_like(least))))
 
 
 def smallest(values: Tensor) -> Tensor:
-    """The smallest positive value; 0 if there is none."""
+    """Return the smallest positive value; 0 if there is none."""
     least = torch.where(values > 0, values, torch.inf).flatten()
     least = torch.cat([least, least.new_full((1,), torch.inf)]).amin()
     return torch.where(least < torch.inf, least, 0)

@@ -7,13 +7,13 @@ from skipcoder.trainer.coder.activations.base import Activation, Encoder
 
 
 class TopK(Activation):
-    """The k largest latents of each token."""
+    """Chooses the k largest latents of each token."""
 
     name = "topk"
     nested = True
     k_may_vary = True
 
     def encode(self, coder: Encoder, x_ND: Tensor, k: int | None = None) -> Codes:
-        """[N, K]."""
+        """Return codes [N, K]."""
         k = k or coder.cfg.k
         return encode_topk(x_ND.to(coder.W_enc.dtype), coder.W_enc, coder.b_enc, k, coder.b_pre, coder.search)
