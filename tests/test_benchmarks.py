@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import REPO
 
 
@@ -15,6 +17,7 @@ def run(*args: str) -> str:
     return done.stdout
 
 
+@pytest.mark.cli
 def test_every_kernel_compiles_for_three_gpus_without_spills_and_with_wide_loads() -> None:
     rows = [line.split(" | ") for line in run("compile_report.py").splitlines() if " | sm_" in line or " | gfx" in line]
     assert len(rows) == 6 * 2 * 5 * 3  # kernels, dtypes, widths, targets
@@ -22,6 +25,7 @@ def test_every_kernel_compiles_for_three_gpus_without_spills_and_with_wide_loads
     assert {row[7].strip(" |") for row in rows} == {"yes"}
 
 
+@pytest.mark.cli
 def test_gpu_check_is_complete() -> None:
     text = run("gpu_check.py", "--device", "cpu", "--tiny", "--rounds", "1")
     for operation in ("encode", "decode", "backward", "step"):

@@ -11,6 +11,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.cli
 def test_hugging_face_kernels_and_transformers_work_beside_ours() -> None:
     """Run from the checkout, where ./kernels lies on sys.path."""
     code = (

@@ -172,6 +172,7 @@ def test_report_is_one_self_contained_page(rows: dict[str, dict[str, Any]], swee
     assert "layers.1.mlp" in page and "not recorded" in page
 
 
+@pytest.mark.cli
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")
 @pytest.mark.parametrize("width", [1280, 400])
 def test_report_opens_in_a_browser_without_overflow(

@@ -191,6 +191,7 @@ def test_several_runs_lie_side_by_side(runs: dict[Any, Path], tmp_path: Path) ->
     assert (out / "README.md").read_text().count("\n## layers.") == 2
 
 
+@pytest.mark.cli
 def test_entry_points(runs: dict[Any, Path], store: ActivationStore, tmp_path: Path) -> None:
     def command(script: str, *args: str) -> subprocess.CompletedProcess:
         run = [sys.executable, str(REPO / "trainer" / script), *args]
@@ -205,6 +206,7 @@ def test_entry_points(runs: dict[Any, Path], store: ActivationStore, tmp_path: P
     assert {p.name for p in tmp_path.iterdir()} == {"s", "r"}  # no stray files
 
 
+@pytest.mark.cli
 def test_hub(runs: dict[Any, Path], tmp_path: Path) -> None:
     """In processes of their own: huggingface_hub reads its settings when it is imported."""
 

@@ -75,6 +75,7 @@ def test_pooled_codes_are_means_over_tokens() -> None:
     assert pooled.result().toarray().tolist() == [[0, 1.5, 0, 0, 2], [0] * 5, [0, 0, 3, 0, 0]]
 
 
+@pytest.mark.cli
 def test_probing_tpp_and_scr_on_real_texts(reader: TextReader, run: Run) -> None:
     """The commands' paths on a random model: numbers are what chance allows, baselines are there, n is stated."""
     (found,) = probing(reader, [run], ProbingConfig(datasets=["161_agnews_0", "92_glue_sst2"], texts=90, tokens=12))

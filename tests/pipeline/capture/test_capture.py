@@ -133,6 +133,7 @@ def test_a_pattern_that_matches_nothing_lists_what_is_there() -> None:
         resolve(["a.*"], {"a.*": "b.*"}, ["a.0"])
 
 
+@pytest.mark.cli
 def test_memory_of_a_worker_does_not_grow_with_its_units(
     tmp_path: Path, cache_config: Callable[..., CacheConfig], capture_here: Callable
 ) -> None:

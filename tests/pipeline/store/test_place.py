@@ -136,11 +136,13 @@ class TestDirectory(OurPlaceTests):
         assert here.read("a") == b"1" and list(here.sizes()) == ["a"]
 
 
+@pytest.mark.cli
 class TestBucket(OurPlaceTests):
     @pytest.fixture
     def here(self, bucket: str, tmp_path: Path) -> Place:
         return place_at(f"{bucket}/{tmp_path.name}/s.zarr")
 
+    @pytest.mark.ray
     def test_two_captures_at_once_write_the_same(
         self, here: Place, tiny_model: Path, text_file: Path, tmp_path: Path, store: ActivationStore
     ) -> None:
@@ -177,6 +179,7 @@ class TestBucket(OurPlaceTests):
         with pytest.raises(UserError, match="unit 3 was committed by another capture"):
             commit.write(here, commit.Commit("id", 3, (12, 16), 0, {}))
 
+    @pytest.mark.cli
     def test_what_web_consoles_make_of_a_folder_is_nothing(self, bucket: str, here: Place) -> None:
         import boto3
 
@@ -194,6 +197,7 @@ class TestBucket(OurPlaceTests):
         with pytest.raises(UserError, match="unit_rows: 4 there, 2 asked"):
             capture_here(cache_config(other, rows=40, unit_rows=2))
 
+    @pytest.mark.cli
     def test_no_such_bucket(self, bucket: str) -> None:
         with pytest.raises(UserError, match=r"s3://no-such-bucket/s.zarr: .*check the address, the account"):
             ActivationStore.open("s3://no-such-bucket/s.zarr")

@@ -93,6 +93,7 @@ def test_edited_tokens_and_attributes(copy: Path) -> None:
     assert any("unit 0: tokens: other ids" in line for line in found)
 
 
+@pytest.mark.cli
 def test_commands_and_exit_codes(store: ActivationStore, copy: Path, tmp_path: Path) -> None:
     def run(*words: object) -> tuple[int, str]:
         done = subprocess.run(

@@ -130,6 +130,7 @@ def test_finished_store_is_left_alone(store: ActivationStore, cache_config: Any,
     assert files(store.path) == before
 
 
+@pytest.mark.cli
 def test_finding_nothing_to_do_loads_nothing_heavy(store: ActivationStore, cache_config: Any) -> None:
     """It takes a second then, whatever the model."""
     cfg = OmegaConf.to_container(OmegaConf.structured(cache_config(store.path, ("layers.*.mlp",))), enum_to_str=True)

@@ -240,6 +240,7 @@ def test_jobs_of_different_streams_do_not_make_a_bank(store: ActivationStore, tm
         train_bank([(config(store), tmp_path / "a"), (other, tmp_path / "b")])
 
 
+@pytest.mark.cli
 def test_sigterm_leaves_a_resumable_run_and_exit_code_3(store: ActivationStore, tmp_path: Path) -> None:
     command = [
         *(sys.executable, str(REPO / "trainer" / "train.py"), f"store.path={store.path}", "hookpoint=layers.1.mlp"),

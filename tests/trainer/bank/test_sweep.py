@@ -36,6 +36,7 @@ def call(store: ActivationStore, cwd: Path, *overrides: str) -> subprocess.Compl
     return subprocess.run(command(store, *overrides), cwd=cwd, capture_output=True, text=True)
 
 
+@pytest.mark.cli
 def test_a_sweep_is_one_bank_of_jobs_as_if_run_alone(store: ActivationStore, tmp_path: Path) -> None:
     swept = call(store, tmp_path, "-m", "coder=sae,transcoder", "coder.k=2,4", "hydra.sweep.dir=sweep")
     assert swept.returncode == 0, swept.stderr
@@ -49,6 +50,7 @@ def test_a_sweep_is_one_bank_of_jobs_as_if_run_alone(store: ActivationStore, tmp
     assert again.returncode == 0 and again.stdout.count("finished before") == 4
 
 
+@pytest.mark.cli
 def test_every_failure_is_named_and_the_others_are_finished(store: ActivationStore, tmp_path: Path) -> None:
     done = call(store, tmp_path, "-m", "optim.lr=1e-2,1e18,1e19", "coder=transcoder", "coder.k=2", "hydra.sweep.dir=s")
     assert done.returncode == 2
@@ -57,6 +59,7 @@ def test_every_failure_is_named_and_the_others_are_finished(store: ActivationSto
     assert (tmp_path / "s" / "0" / "summary.json").exists() and not (tmp_path / "s" / "1" / "summary.json").exists()
 
 
+@pytest.mark.cli
 def test_other_configuration_in_a_jobs_folder_is_refused_before_anything_is_written(
     store: ActivationStore, tmp_path: Path
 ) -> None:
@@ -67,12 +70,14 @@ def test_other_configuration_in_a_jobs_folder_is_refused_before_anything_is_writ
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "s").rglob("*/*") if p.is_file()} == before
 
 
+@pytest.mark.cli
 def test_bad_values_name_their_job_before_anything_is_trained(store: ActivationStore, tmp_path: Path) -> None:
     done = call(store, tmp_path, "-m", "coder=transcoder", "coder.k=2,400", "hydra.sweep.dir=s")
     assert done.returncode == 2 and "coder.k=400" in done.stderr and "Traceback" not in done.stderr
     assert not list((tmp_path / "s").rglob("summary.json"))
 
 
+@pytest.mark.ray
 def test_on_ray(store: ActivationStore, tmp_path: Path) -> None:
     """Two streams, so two banks, as tasks of a real Ray."""
     where = ("-m", "coder=transcoder", "coder.k=2", "stream.seed=0,1", "hydra.sweep.dir=s", "hydra.launcher.ray=true")
@@ -83,6 +88,7 @@ def test_on_ray(store: ActivationStore, tmp_path: Path) -> None:
     assert_same(tmp_path / "s" / "1", tmp_path / "alone")
 
 
+@pytest.mark.ray
 def test_a_cluster_elsewhere_gets_a_bank_for_each_of_its_gpus(
     store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +110,7 @@ def test_a_cluster_elsewhere_gets_a_bank_for_each_of_its_gpus(
         cluster.shutdown()
 
 
+@pytest.mark.ray
 def test_ctrl_c_on_ray_leaves_every_variant_resumable(store: ActivationStore, tmp_path: Path) -> None:
     where = ("-m", "coder=transcoder", "coder.k=2", "stream.seed=0,1", "hydra.sweep.dir=s", "hydra.launcher.ray=true")
     long = ("train.tokens=3000000", "train.save_every=1000000")

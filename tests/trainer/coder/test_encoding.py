@@ -75,6 +75,7 @@ def test_the_fastest_mode_depends_on_the_machine(monkeypatch: pytest.MonkeyPatch
     assert fastest_mode("cuda:0") == "bfloat16"
 
 
+@pytest.mark.cli
 def test_importing_and_training_need_no_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"

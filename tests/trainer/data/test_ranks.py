@@ -38,6 +38,7 @@ def outcome(directory: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tens
     return lines, SparseCoder.load(directory).state_dict()
 
 
+@pytest.mark.cli
 @pytest.mark.parametrize(
     ("kind", "more"),
     [

@@ -163,6 +163,7 @@ def sweep(store: ActivationStore, directory: Path) -> list[str]:
     ]
 
 
+@pytest.mark.cli
 def test_sweep_killed_by_signal_9_and_run_again(store: ActivationStore, tmp_path: Path) -> None:
     subprocess.run(sweep(store, tmp_path / "whole"), cwd=tmp_path, check=True, capture_output=True)
     job = subprocess.Popen(
