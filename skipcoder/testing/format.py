@@ -1,6 +1,5 @@
 """Tests that every coder format passes."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,20 +12,23 @@ from skipcoder.trainer.coder.coder import SparseCoder
 
 
 class FormatTests:
-    """Inherit, register the format in READERS, set its `name`, and override `coder`; set `write` if we can write it."""
+    """Inherit, register the format in READERS, set its `name`, and override `coder` and `write`."""
 
     name: ClassVar[str]
     options: ClassVar[dict[str, Any]] = {}
     """Options for reading."""
-    write: ClassVar[Callable[[SparseCoder, Path], object]]
 
     @pytest.fixture
     def coder(self) -> SparseCoder:
         """A coder that the format can hold unchanged."""
         raise NotImplementedError
 
+    def write(self, coder: SparseCoder, folder: Path) -> None:
+        """Write the coder's files into a folder."""
+        raise NotImplementedError
+
     def test_round_trip(self, coder: SparseCoder, tmp_path: Path) -> None:
-        type(self).write(coder, tmp_path)
+        self.write(coder, tmp_path)
         assert readers.detect(tmp_path) == self.name
         again = readers.read(tmp_path, **self.options)
         assert isinstance(again, SparseCoder) and not again.training
@@ -37,14 +39,14 @@ class FormatTests:
 
     def test_the_same_files_every_time(self, coder: SparseCoder, tmp_path: Path) -> None:
         for name in ("once", "again"):
-            type(self).write(coder, tmp_path / name)
+            self.write(coder, tmp_path / name)
         once, again = (
             {p.name: p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()} for name in ("once", "again")
         )
         assert once and once == again
 
     def test_damaged_files_are_named(self, coder: SparseCoder, tmp_path: Path) -> None:
-        type(self).write(coder, tmp_path)
+        self.write(coder, tmp_path)
         for file in tmp_path.rglob("*"):
             if file.is_file():
                 file.write_bytes(file.read_bytes()[:20])

@@ -48,7 +48,9 @@ def attached(kind: Kind, activation: ActivationName = ActivationName.topk) -> Sp
 
 class TestPlain(FormatTests):
     name = "plain"
-    write = plain.write
+
+    def write(self, coder: SparseCoder, folder: Path) -> None:
+        plain.write(coder, folder)
 
     @pytest.fixture
     def coder(self) -> SparseCoder:
@@ -57,7 +59,9 @@ class TestPlain(FormatTests):
 
 class TestSparsify(FormatTests):
     name = "sparsify"
-    write = sparsify.write
+
+    def write(self, coder: SparseCoder, folder: Path) -> None:
+        sparsify.write(coder, folder)
 
     @pytest.fixture
     def coder(self) -> SparseCoder:
@@ -66,7 +70,9 @@ class TestSparsify(FormatTests):
 
 class TestSAELens(FormatTests):
     name = "saelens"
-    write = saelens.write
+
+    def write(self, coder: SparseCoder, folder: Path) -> None:
+        saelens.write(coder, folder)
 
     @pytest.fixture
     def coder(self) -> SparseCoder:
@@ -77,8 +83,7 @@ class TestCircuitTracer(FormatTests):
     name = "circuit_tracer"
     options: ClassVar = {"layer": 0}
 
-    @staticmethod
-    def write(coder: SparseCoder, folder: Path) -> None:  # type: ignore[override]
+    def write(self, coder: SparseCoder, folder: Path) -> None:
         circuit_tracer.write([coder], folder)
 
     @pytest.fixture
