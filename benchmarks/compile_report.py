@@ -24,9 +24,7 @@ from shapes import SHAPES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from skipcoder.kernels.gpu import candidates as gpu_select
-from skipcoder.kernels.gpu import rows as gpu
-from skipcoder.kernels.gpu import update as gpu_sign
+from skipcoder.kernels.gpu import candidates, rows, update
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 DTYPES = ("fp32", "bf16")
@@ -35,16 +33,16 @@ DTYPES = ("fp32", "bf16")
 def kernels(
     d: int, m: int, k: int, dtype: str, warp: int
 ) -> list[tuple[str, Any, dict[str, str], dict[str, int], int]]:
-    """(name, kernel, types of its arguments, constants, warps) as the launchers in gpu.py use them."""
-    tile = gpu.block_d(d)
-    warps = gpu.num_warps(tile, 2 if dtype == "bf16" else 4, warp)
-    groups = gpu_select.groups(m, math.ceil(1.25 * k))
+    """(name, kernel, types of its arguments, constants, warps) as the launchers in kernels/gpu/ use them."""
+    tile = rows.block_d(d)
+    warps = rows.num_warps(tile, 2 if dtype == "bf16" else 4, warp)
+    groups = candidates.groups(m, math.ceil(1.25 * k))
     i64, f32, row = "*i64", "*fp32", f"*{dtype}"
     segments = dict.fromkeys(("start_ptr", "count_ptr", "segments_ptr", "before_ptr", "partial_before_ptr"), i64)
     return [
         (
             "gather_sum",
-            gpu.gather_sum_kernel,
+            rows.gather_sum_kernel,
             {"index_ptr": i64, "weight_ptr": f32, "W_ptr": row, "offset_ptr": i64, "base_ptr": row, "out_ptr": row}
             | {"D": "i32", "K": "i32", "N": "i32", "L": "i32"},
             {"RAGGED": 0, "BASE": 2, "BLOCK_D": tile},
@@ -52,38 +50,38 @@ def kernels(
         ),
         (
             "gather_dot",
-            gpu.gather_dot_kernel,
+            rows.gather_dot_kernel,
             {"x_ptr": row, "W_ptr": row, "index_ptr": i64, "token_ptr": i64, "out_ptr": row} | {"D": "i32", "L": "i32"},
             {"BLOCK_L": 8, "BLOCK_D": min(256, tile)},
             4,
         ),
         (
             "segment_sum",
-            gpu.segment_sum_kernel,
+            rows.segment_sum_kernel,
             {"latent_ptr": i64, "token_ptr": i64, "weight_ptr": f32, "rows_ptr": row, **segments}
             | {"out_ptr": f32, "partial_ptr": f32, "M": "i32", "D": "i32"},
-            {"SEGMENT": gpu.SEGMENT, "BLOCK_D": tile},
+            {"SEGMENT": rows.SEGMENT, "BLOCK_D": tile},
             warps,
         ),
         (
             "combine",
-            gpu.combine_kernel,
+            rows.combine_kernel,
             {"partial_ptr": f32, "segments_ptr": i64, "partial_before_ptr": i64, "out_ptr": f32, "D": "i32"},
             {"BLOCK_D": tile},
-            gpu.num_warps(tile, 4, warp),
+            rows.num_warps(tile, 4, warp),
         ),
         (
             "candidates",
-            gpu_select.candidates_kernel,
+            candidates.candidates_kernel,
             {"pre_ptr": row, "out_ptr": i64, "M": "i32", "C": "i32", "P": "i32"},
             {"GROUPS": groups, "LOW_BIT": 16 if dtype == "bf16" else 0},
-            gpu_select.num_warps(groups, warp),
+            candidates.num_warps(groups, warp),
         ),
         (
             "sign_step",
-            gpu_sign.sign_step_kernel,
+            update.sign_step_kernel,
             {"y_ptr": f32, "z_ptr": f32, "grad_ptr": f32, "count": "i32", "lr": "fp32", "y_lr": "fp32", "c": "fp32"},
-            {"BLOCK": gpu_sign.BLOCK},
+            {"BLOCK": update.BLOCK},
             4,
         ),
     ]

@@ -29,7 +29,7 @@ from skipcoder.trainer.run.run import Run
 def fill(cache: LatentCache, run: Run, store: ActivationStore) -> float:
     """All units through `cache`; seconds that encoding took."""
     encoding = 0.0
-    coder, name, side = run.coder, run.coder.meta["hookpoint"], run.read.side
+    coder, name, side = run.coder, run.coder.meta["hookpoint"], run.read_site.side
     for unit in store.units:
         start, stop = store.unit_range(unit)
         begun = time.perf_counter()

@@ -73,7 +73,7 @@ def hooked(lm: Any) -> Any:
 @torch.no_grad()
 def ours(lm: Any, run: Run, tokens_BT: torch.Tensor) -> dict[str, float]:
     """Our numbers under sae-bench's names."""
-    write = run.write
+    write = run.write_site
     metrics = ReconstructionMetrics(run.coder.d_out, run.coder.cfg.width)
     for tokens in tokens_BT.split(BATCH):
         ((_, y),) = capture(lm.base_model, [Hookpoint("it", write.module, write.module)], tokens).values()
@@ -115,7 +115,7 @@ def main() -> None:
     with torch.no_grad():
         gap = (model(tokens_BT[:1]) - lm(tokens_BT[:1]).logits).abs().max()
     print(f"largest difference of the two models' logits: {gap:.1e}")
-    layer = int(run.write.module.split(".")[1])
+    layer = int(run.write_site.module.split(".")[1])
     sae = SaeBenchSAE(run.coder, store.attrs["model"]["name"], f"blocks.{layer}.hook_mlp_out", layer)
     batches = len(tokens_BT) // BATCH
     config = CoreEvalConfig(

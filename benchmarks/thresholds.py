@@ -11,7 +11,7 @@ import torch
 
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.coder.activations.threshold import CALIBRATION_TOKENS, set_threshold
-from skipcoder.trainer.coder.thresholds import converted
+from skipcoder.trainer.coder.convert import converted
 from skipcoder.trainer.formats.fit import Sample, fit
 from skipcoder.trainer.run.run import Run
 
@@ -22,7 +22,7 @@ if __name__ == "__main__":
     for path in parser.parse_args().runs:
         run = Run.open(path)
         store, hookpoint = ActivationStore.open(run.store_path), run.summary["hookpoint"]
-        sides = run.read.side, run.write.side
+        sides = run.read_site.side, run.write_site.side
         held_out = Sample.of(store, hookpoint, run.filter)
         x = Sample.of(store, hookpoint, run.filter, "train", CALIBRATION_TOKENS).side(sides[0])
         each = converted(run.coder, x)

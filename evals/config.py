@@ -1,4 +1,4 @@
-"""Configuration of `evals/evaluate.py`."""
+"""Configuration of `evals/evaluate.py` and `evals/interpret.py`."""
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum

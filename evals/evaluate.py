@@ -23,7 +23,6 @@ def evaluate(cfg: EvaluateConfig) -> None:
     from skipcoder.evals.core.joint_splice import sets_of
     from skipcoder.evals.explain.records import judged
     from skipcoder.evals.tables import saebench
-    from skipcoder.evals.tables.files import write_tables
     from skipcoder.evals.tables.metrics import Row, printed
     from skipcoder.evals.tasks import labelled
     from skipcoder.evals.tasks.registry import TASKS, run_tasks
@@ -42,7 +41,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
         evaluators[path] = Evaluator(ActivationStore.open(path), cfg.ce_tokens, cfg.batch_rows, device, intervals)
     for run in runs:
         run.check(evaluators[run.store_path].store)
-        results.read(run)  # UserError for a file that is damaged, before anything is computed
+        results.read(run), judged(run)  # UserError for a damaged file, before anything is computed
     if cfg.together:
         sets_of(runs)
     if {TaskName.probing, TaskName.tpp, TaskName.scr} & set(cfg.tasks):
@@ -64,6 +63,8 @@ def evaluate(cfg: EvaluateConfig) -> None:
             if not run.is_control:
                 saebench.write(run, rows[run.path], Path(cfg.saebench))
     if cfg.out is not None:
+        from skipcoder.evals.tables.files import write_tables
+
         runs = [run for run in runs if run.path in rows]  # the affine map takes part only in core
         write_tables(Path(cfg.out), [rows[run.path] for run in runs], runs, evaluators, cfg.together)
 

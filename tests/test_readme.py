@@ -5,8 +5,9 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,11 +27,17 @@ from skipcoder.errors import UserError
 from skipcoder.evals.config import EvaluateConfig, InterpretConfig
 from skipcoder.evals.evaluate import evaluate
 from skipcoder.evals.tables.metrics import documented
+from skipcoder.evals.tasks.registry import TASKS
 from skipcoder.pipeline.config import CacheConfig, DataConfig
+from skipcoder.pipeline.store.codec import CODECS
 from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.pipeline.text.sources import SOURCES
+from skipcoder.registry import Registry
 from skipcoder.settings import typed
 from skipcoder.trainer.bank import bank
-from skipcoder.trainer.coder.coder import SparseCoder, make_coder
+from skipcoder.trainer.coder.activations import ACTIVATIONS
+from skipcoder.trainer.coder.coder import KINDS, SparseCoder, make_coder
+from skipcoder.trainer.coder.readers import READERS
 from skipcoder.trainer.config import CoderConfig, TrainConfig
 from skipcoder.trainer.formats.config import ExportConfig, ImportConfig
 from tests.conftest import REPO
@@ -139,8 +146,19 @@ def test_splicing_example_runs(store: ActivationStore, tmp_path: Path) -> None:
     assert not torch.equal(names["without"], names["logits"]) and names["attribution"].shape == names["values"].shape
 
 
+@pytest.fixture
+def tables() -> Iterator[None]:
+    """What a test registers is gone after it."""
+    every: tuple[Registry[Any], ...] = (SOURCES, CODECS, KINDS, ACTIVATIONS, READERS, TASKS)
+    before = [dict(table) for table in every]
+    yield
+    for table, entries in zip(every, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
 def test_extending_example_runs(
-    cache_config: Callable, capture_here: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache_config: Callable, capture_here: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tables: None
 ) -> None:
     """Through the environment variable, from text to a trained, evaluated, reloaded coder; and the tests to inherit."""
     page = (REPO / "docs" / "extending.md").read_text()
@@ -162,6 +180,10 @@ def test_extending_example_runs(
     evaluate(EvaluateConfig(run=str(tmp_path / "run"), tasks=["longest_row"]))
     row = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert row["longest_row"] == pytest.approx(float(coder.W_dec.norm(dim=1).max()))
+    (tmp_path / "pickled").mkdir()
+    torch.save(coder, tmp_path / "pickled" / "coder.pt")
+    registry.load_plugins.cache_clear()
+    assert torch.equal(SparseCoder.from_pretrained(str(tmp_path / "pickled")).W_enc, coder.W_enc)
     with pytest.raises(UserError, match=r"coder\.kind=nothing: choose from sae, .*low_rank"):
         make_coder(CoderConfig(kind="nothing"), 4, 4)
     (tmp_path / "test_mine.py").write_text(f"from my_extensions import *\n{tests}")

@@ -32,7 +32,9 @@ ROOMS: dict[str, str] = {
     "trainer.run": (
         f"{GROUND}, pipeline.model, pipeline.store, trainer.config, trainer.data, trainer.coder, trainer.step"
     ),
-    "trainer.bank": (f"{GROUND}, pipeline.store, trainer.config, trainer.data, trainer.step, trainer.run"),
+    "trainer.bank": (
+        f"{GROUND}, pipeline.store, trainer.config, trainer.data, trainer.coder, trainer.step, trainer.run"
+    ),
     "trainer.formats": (
         f"{GROUND}, pipeline.store, trainer.config, trainer.data, trainer.coder, trainer.step, trainer.run"
     ),

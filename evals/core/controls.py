@@ -88,7 +88,7 @@ def control_runs(asked: list[Control], runs: list[Run], model: nn.Module, store:
     map for each hookpoint."""
     found: dict[tuple[Control, str, int], Run] = {}
     for run in runs:
-        read, write = run.read, run.write
+        read, write = run.read_site, run.write_site
         if (read.side, write.side) != ("input", "output"):
             continue
         hookpoint = run.summary["hookpoint"]

@@ -109,8 +109,8 @@ class Evaluator:
                 row = torch.searchsorted(self.row_numbers, batch.position // self.store.context)
                 for run, metrics in zip(runs, every, strict=True):
                     if (run.summary["hookpoint"], run.filter) == (hookpoint, kept):
-                        out = run.coder(sides[run.read.side])
-                        y = sides[run.write.side]
+                        out = run.coder(sides[run.read_site.side])
+                        y = sides[run.write_site.side]
                         metrics.update(y, out.y_hat, out.values, out.indices, row)
         return [metrics.result() for metrics in every]
 
@@ -135,7 +135,7 @@ class Evaluator:
 
     def replacements(self, run: Run) -> dict[str, Replacement]:
         """{name in the results: the replacement}."""
-        read, write, coder, classes = run.read, run.write, run.coder, run.filter.classes
+        read, write, coder, classes = run.read_site, run.write_site, run.coder, run.filter.classes
         mean = self.store.moments(run.summary["hookpoint"], write.side, positions=classes).mean
         mean_E = torch.from_numpy(mean).to(self.device, torch.float32)
         # A key's first entry distinguishes ablations, which runs share, from coders.

@@ -75,7 +75,7 @@ class Steering:
             return self._logits(tokens)[batch, last].float()
         first = last if starts is None else torch.tensor(starts, device=self.device) - 1
         before_BT = torch.arange(tokens.shape[1], device=self.device) < first[:, None]
-        write = self.run.write
+        write = self.run.write_site
         with replacing(self.model, write, write, lambda y: y.float() + vector_E, before_BT):
             return self._logits(tokens)[batch, last].float()
 

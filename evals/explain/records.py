@@ -72,16 +72,16 @@ class InterpretationSummary(TypedDict):
 
 def read_summary(run: Run) -> InterpretationSummary | None:
     """The last interpretation of these weights, if there is one; UserError where the file is damaged."""
-    found = _read(run.path / FOLDER / "summary.json")
+    found = _read(_summary_file(run))
     if found is None:
         return None
-    summary = checked(InterpretationSummary, found, str(run.path / FOLDER / "summary.json"), _REMEDY)
+    summary = checked(InterpretationSummary, found, str(_summary_file(run)), _REMEDY)
     return summary if summary["weights"] == run.weights else None
 
 
 def write_summary(run: Run, summary: InterpretationSummary) -> None:
     """Write the summary of a run's interpretation."""
-    write_atomically(run.path / FOLDER / "summary.json", json.dumps(summary, indent=2).encode())
+    write_atomically(_summary_file(run), json.dumps(summary, indent=2).encode())
 
 
 def read_latent(run: Run, latent: int) -> LatentRecord | None:
@@ -130,3 +130,7 @@ def _read(file: Path) -> Any:
         return None
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}); {_REMEDY}") from None
+
+
+def _summary_file(run: Run) -> Path:
+    return run.path / FOLDER / "summary.json"

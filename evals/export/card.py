@@ -12,7 +12,8 @@ from huggingface_hub import ModelCardData
 from skipcoder.evals.core.results import read as read_evaluation
 from skipcoder.evals.tables import figures
 from skipcoder.evals.tables.metrics import METRICS, Row, interval_of
-from skipcoder.trainer.run.run import Run
+from skipcoder.trainer.run.run import METRICS as METRICS_FILE
+from skipcoder.trainer.run.run import Run, RunDirectory
 
 USAGE = {
     "plain": """from skipcoder import SparseCoder
@@ -109,9 +110,7 @@ def _describe(run: Run, changed: dict[str, Any], folder: Path) -> dict[str, Any]
 
 
 def _recipe(run: Run) -> dict[str, str]:
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.load(run.path / "config.yaml")
+    config = RunDirectory(run.path).config()
     if "optim" not in config:
         return {}
     rate = "the paper's rate" if config.optim.lr is None else f"rate {config.optim.lr:g}"
@@ -125,7 +124,7 @@ def _number(found: Row, key: str) -> str:
 
 def _plot(run: Run, found: Row, folder: Path) -> str | None:
     row = run.summary | found | {"run": str(run.path)}
-    draw = [figures.curves] if (run.path / "metrics.jsonl").exists() else []
+    draw = [figures.curves] if (run.path / METRICS_FILE).exists() else []
     draw += [figures.densities] if "density_histogram" in found else []
     if not draw:
         return None

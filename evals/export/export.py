@@ -21,7 +21,7 @@ from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.coder import readers
 from skipcoder.trainer.coder.activations.threshold import CALIBRATION_TOKENS
 from skipcoder.trainer.coder.coder import SparseCoder
-from skipcoder.trainer.coder.thresholds import converted
+from skipcoder.trainer.coder.convert import converted
 from skipcoder.trainer.config import ActivationName, Kind
 from skipcoder.trainer.formats import circuit_tracer, plain, saelens, sparsify
 from skipcoder.trainer.formats.config import ExportConfig, Target, TopK
@@ -48,13 +48,13 @@ class Export:
 
     def read_side(self, sample: Sample) -> Tensor:
         """[N, D]: the side of the sample that the coder reads."""
-        return sample.side(self.run.read.side)
+        return sample.side(self.run.read_site.side)
 
     def with_thresholds(self) -> "Export":
         """The same with thresholds in place of top-k; prints what that changes on held-out tokens."""
         sample = Sample.of(self.store, self.run.summary["hookpoint"], self.run.filter, "train", CALIBRATION_TOKENS)
         coder = converted(self.coder, self.read_side(sample))
-        sides = self.run.read.side, self.run.write.side
+        sides = self.run.read_site.side, self.run.write_site.side
         before, after = fit(self.coder, self.held_out, *sides), fit(coder, self.held_out, *sides)
         changed = {
             "skipcoder_conversion": "top-k to thresholds",

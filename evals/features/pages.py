@@ -154,7 +154,7 @@ def _skip_share(index: LatentIndex) -> float:
     run, store = index.run, index.store
     start, stop = store.unit_range(store.units[0])
     stop = min(start + 1024, stop)
-    x = store.activations(run.summary["hookpoint"], run.read.side, start, stop)
+    x = store.activations(run.summary["hookpoint"], run.read_site.side, start, stop)
     flat = store.read("index", start, stop).astype(np.int64)
     kept = run.filter.keep(flat, index.tokens.ravel()[flat], store.context, store.attrs["special_tokens"])
     x, coder = x[torch.from_numpy(kept)], run.coder

@@ -1,7 +1,6 @@
 """The figures of the report, drawn with matplotlib. Rows are those of the table."""
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import matplotlib
 
 from skipcoder.evals.tables.metrics import METRICS, Row, interval_of
+from skipcoder.trainer.run.run import RunDirectory
 
 matplotlib.use("svg")  # needs no display, and text stays text
 from matplotlib import pyplot as plt
@@ -58,7 +58,7 @@ def against_k(axes: Axes, seeds: list[Row], key: str, baseline: str | None = Non
     ks = sorted({row["k"] for row in seeds if row["k"]})
     for (kind, width, apart), group in lines.items():
         style: dict[str, Any] = {
-            "color": _COLOURS[kind],
+            "color": _COLOURS.get(kind, "#444"),
             "label": " ".join(filter(None, (kind.replace("_", " "), apart))),
         }
         if kind == "affine":
@@ -99,7 +99,14 @@ def against_fvu(axes: Axes, rows: list[Row], key: str) -> None:
             [high - v for v, (_, high) in zip(y, ends, strict=True)],
         ]
         axes.errorbar(
-            x, y, yerr=bars, fmt="o-", markersize=4, capsize=2, color=_COLOURS[kind], label=kind.replace("_", " ")
+            x,
+            y,
+            yerr=bars,
+            fmt="o-",
+            markersize=4,
+            capsize=2,
+            color=_COLOURS.get(kind, "#444"),
+            label=kind.replace("_", " "),
         )
     axes.axhline(0.5, color="#777", linestyle=":")
     axes.set_xlabel("FVU")
@@ -111,7 +118,7 @@ def _look(row: Row, rows: list[Row]) -> dict[str, Any]:
     """One colour per kind, one line style per k."""
     ks = sorted({r["k"] for r in rows})
     return {
-        "color": _COLOURS[row["kind"]],
+        "color": _COLOURS.get(row["kind"], "#444"),
         "linestyle": ("-", "--", ":", "-.")[ks.index(row["k"]) % 4],
         "label": f"{row['kind'].replace('_', ' ')} k={row['k']}",
     }
@@ -120,7 +127,7 @@ def _look(row: Row, rows: list[Row]) -> dict[str, Any]:
 def curves(axes: Axes, rows: list[Row]) -> None:
     """Training FVU of runs against tokens."""
     for row in rows:
-        lines = [json.loads(line) for line in (Path(row["run"]) / "metrics.jsonl").read_text().splitlines()]
+        lines = RunDirectory(Path(row["run"])).metrics
         axes.plot(
             [line["tokens"] / 1e3 for line in lines],
             [line["fvu"] for line in lines],

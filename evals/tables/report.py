@@ -11,6 +11,7 @@ from skipcoder.evals.tables import figures
 from skipcoder.evals.tables.metrics import BEST, METRICS, Row, interval_of
 from skipcoder.pipeline.capture.job import runs as capture_runs
 from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.run.run import METRICS as METRICS_FILE
 
 
 def write(rows: list[Row], seeds: list[Row], stores: dict[str, ActivationStore], path: Path) -> Path:
@@ -39,7 +40,7 @@ def write(rows: list[Row], seeds: list[Row], stores: dict[str, ActivationStore],
             for scorer in ("detection", "fuzzing")
             if (judged := [row for row in rows if row.get(scorer) is not None])
         ]
-        trained = [row for row in rows if (Path(row["run"]) / "metrics.jsonl").exists()]
+        trained = [row for row in rows if (Path(row["run"]) / METRICS_FILE).exists()]
         shown = _one_seed(trained)
         if shown:
             shown_figures += [

@@ -26,7 +26,7 @@ def read(
     batches = list(reader.read(rows))
     y = {side: pool_dense(batches, side, len(rows)) for side in ("input", "output")}
     for run in runs:
-        yield run, y[run.write.side], pooled(run.coder, batches, run.read.side, len(rows))
+        yield run, y[run.write_site.side], pooled(run.coder, batches, run.read_site.side, len(rows))
 
 
 def probe(y_TE: np.ndarray, is_it_T: np.ndarray) -> LogisticRegression:

@@ -54,11 +54,11 @@ def first_letter(reader: TextReader, runs: Sequence[Run], cfg: AbsorptionConfig)
     probes: dict[str, Probes] = {}
     results = []
     for run in runs:
-        write = run.write.side
+        write = run.write_site.side
         y_WE = sides[write].double().cpu().numpy()
         if write not in probes:
             probes[write] = fit_probes(y_WE[:half], letter_W[:half], y_WE[half:], letter_W[half:])
-        codes_WM, skip_WE = _codes(run, sides[run.read.side])
+        codes_WM, skip_WE = _codes(run, sides[run.read_site.side])
         split = {
             letter: split_latents(codes_WM[:half], letter_W[:half] == LETTERS.index(letter))[0]
             for letter in probes[write].letters

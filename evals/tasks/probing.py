@@ -53,7 +53,7 @@ def probing(reader: TextReader, runs: Sequence[Run], cfg: ProbingConfig) -> list
         shared |= {f"y_dims_{key}": value for key, value in task.sparse(dense["output"]).items()}
         random: dict[tuple[str, int, int], dict[str, float]] = {}
         for run, found in zip(runs, details, strict=True):
-            side = run.read.side
+            side = run.read_site.side
             same = (side, run.coder.cfg.width, run.coder.cfg.k)
             if same not in random:
                 twin = random_twin(run, dense[side].mean(0))
@@ -124,7 +124,6 @@ class LabelledSplit:
         }
 
 
-@torch.no_grad()
 def random_twin(run: Run, mean_D: np.ndarray) -> SparseCoder:
     """A coder of the same size with fresh, untrained weights."""
     cfg = CoderConfig(kind=Kind.transcoder, k=run.coder.cfg.k, width=run.coder.cfg.width)

@@ -107,8 +107,8 @@ class Patch:
         if key not in self._rows:
             (batch,) = self.reader.read([prompt.tokens[: prompt.at + 1]], last_only=True)
             with torch.no_grad():
-                out = self.run.coder(batch.sides[self.run.read.side])
-            self._rows[key] = (out.values[0], out.indices[0], batch.sides[self.run.write.side][0])
+                out = self.run.coder(batch.sides[self.run.read_site.side])
+            self._rows[key] = (out.values[0], out.indices[0], batch.sides[self.run.write_site.side][0])
         return self._rows[key]
 
     def logits(self, pairs: Sequence[Pair], mask_M: Tensor | None) -> Tensor:
@@ -129,7 +129,7 @@ class Patch:
             )
             parts = (values * mask_M[indices])[:, :, None] * self.run.coder.W_dec[indices]
             new_BE = y_BE + parts.sum(1)
-        return _last_logits(self.model, [pair.base for pair in pairs], self.run.write, new_BE)
+        return _last_logits(self.model, [pair.base for pair in pairs], self.run.write_site, new_BE)
 
 
 def ravel(model: nn.Module, reader: TextReader, runs: Sequence[Run], cfg: RavelConfig) -> list[Result]:

@@ -108,6 +108,7 @@ def pool_dense(batches: Sequence[TextBatch], side: str, texts: int) -> np.ndarra
     return (total / count.clamp_min(1)[:, None]).numpy()
 
 
+@torch.no_grad()
 def pooled(coder: Any, batches: Sequence[Any], side: str, texts: int) -> scipy.sparse.csr_array:
     """Mean codes of each text."""
     means = Pooled(texts, coder.cfg.width)

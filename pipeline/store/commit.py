@@ -84,8 +84,9 @@ def committed_units(place: Place) -> set[int]:
 def read(place: Place, unit: int) -> Commit:
     """Read one record. UserError names a file that is damaged, and the field at fault."""
     file, remedy = f"{place}/{record_file(unit)}", "delete it and re-run the capture"
+    content = place.read(record_file(unit))
     try:
-        found = json.loads(place.read(record_file(unit)))
+        found = json.loads(content)
     except ValueError as error:
         raise UserError(f"{file} is not a commit record ({error}); {remedy}") from None
     record = checked(Record, found, file, remedy)

@@ -29,7 +29,7 @@ class ActivationTests:
         generator = torch.Generator().manual_seed(1)
         for p in coder.parameters():
             p.data += 0.3 * torch.randn(p.shape, generator=generator)
-        coder.activation.begin(coder, self.inputs(), K)
+        coder.activation.begin(coder, self.inputs(), K, ALONE)
         return coder
 
     def inputs(self, seed: int = 0) -> Tensor:

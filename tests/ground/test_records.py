@@ -14,6 +14,8 @@ from typing_extensions import TypedDict
 from skipcoder.errors import UserError
 from skipcoder.evals.core import results
 from skipcoder.evals.explain import records
+from skipcoder.pipeline.store import commit
+from skipcoder.pipeline.store.place import Directory
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.records import checked
 from skipcoder.trainer.bank import bank
@@ -150,3 +152,16 @@ def test_files_of_a_store(
     edit(path / name, change)
     with pytest.raises(UserError, match=rf"{name}.* is damaged or not ours \({says}"):
         ActivationStore.open(path)
+
+
+def test_a_store_that_cannot_be_reached_is_not_called_damaged(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket's error says what is wrong with the bucket, and must not advise to delete a good record."""
+
+    def unreachable(self: object, name: str) -> bytes:
+        raise UserError("s3://bucket: no credentials")
+
+    monkeypatch.setattr(Directory, "read", unreachable)
+    with pytest.raises(UserError, match=r"^s3://bucket: no credentials$"):
+        commit.read(store.place, 3)

@@ -9,12 +9,13 @@ import torch
 from skipcoder.errors import UserError
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.bank.loggers import Logger, loggers
+from skipcoder.trainer.coder.files import FOLDER
 from skipcoder.trainer.config import TrainConfig
 from skipcoder.trainer.data.batch import Batch
 from skipcoder.trainer.data.ranks import ALONE, Ranks
 from skipcoder.trainer.data.stream import ActivationStream, Position
 from skipcoder.trainer.run.build import make_learner, token_filter
-from skipcoder.trainer.run.checkpoint import FOLDER, State, load_state, save_state
+from skipcoder.trainer.run.checkpoint import State, load_state, save_state
 from skipcoder.trainer.run.provenance import provenance
 from skipcoder.trainer.run.run import MetricsLine, RunDirectory, Summary
 from skipcoder.trainer.step.learner import Learner

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from skipcoder import hub
+from skipcoder.errors import UserError
 from skipcoder.kernels.decode import sparse_decode
 from skipcoder.kernels.encode import Codes
 from skipcoder.kernels.preactivations import EXACT
@@ -152,7 +153,8 @@ class SparseCoder(nn.Module):
         """Load a coder from a folder, or from ORG/NAME on the Hugging Face Hub, in any format that can be imported
         (docs/formats.md); `options` are those of the format."""
         coder = readers.read(hub.folder_of(name, revision, subfolder), **options)
-        assert isinstance(coder, SparseCoder)
+        if not isinstance(coder, SparseCoder):
+            raise UserError(f"{name}: its format gives a {type(coder).__name__}, not a SparseCoder")
         return coder
 
 

@@ -15,6 +15,8 @@ from skipcoder.pipeline.model.load import ModelIdentity
 from skipcoder.records import checked
 
 FORMAT_VERSION = 1
+FOLDER = "checkpoint"
+"""Where a run directory keeps them."""
 TENSORS = "coder.safetensors"
 DESCRIPTION = "coder.json"
 
@@ -104,12 +106,12 @@ def read_coder(path: Path) -> Loaded:
 
     Raises UserError if there is no coder, or if it is damaged (naming the field at fault) or of another version.
     """
-    for folder in (path / "checkpoint", path):
+    for folder in (path / FOLDER, path):
         file = folder / TENSORS
         if file.is_file():
             break
     else:
-        raise UserError(f"no {TENSORS} in {path} or {path / 'checkpoint'}; has this run been trained to its end?")
+        raise UserError(f"no {TENSORS} in {path} or {path / FOLDER}; has this run been trained to its end?")
     try:
         content = file.read_bytes()
         tensors = safetensors_load(content)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from skipcoder.errors import UserError
-from skipcoder.registry import Registry
+from skipcoder.registry import Registry, load_plugins
 
 
 class Reader(Protocol):
@@ -41,6 +41,7 @@ READERS: Registry[Reader] = Registry(
 
 def detect(folder: Path) -> str:
     """Return the format of a folder's files; raise UserError if it is unknown."""
+    load_plugins()
     for name, reader in READERS.items():
         if any(folder.glob(reader.MARK)):
             return name

@@ -43,6 +43,8 @@ class BatchLayout(NamedTuple):
     """Widths of both sides of each hookpoint in turn."""
     rank: int
     world_size: int
+    most: int
+    """Most tokens of this rank that a batch can hold."""
     device: torch.device
     dtype: torch.dtype
 
@@ -51,13 +53,12 @@ class Assembly:
     """A batch in the making: collects this rank's rows of what `add` is given, and moves them to the stream's device
     and dtype."""
 
-    def __init__(self, layout: BatchLayout, most: int) -> None:
-        """`most`: the most tokens of this rank in a batch."""
+    def __init__(self, layout: BatchLayout) -> None:
         self.layout, self.tokens, self.mine = layout, 0, 0
         self.on_gpu = layout.device.type == "cuda"  # the GPU converts, so that half the bytes travel
         dtype = torch.bfloat16 if self.on_gpu else layout.dtype
-        sides = [torch.empty(most, d, dtype=dtype, pin_memory=self.on_gpu) for d in layout.widths]
-        self.columns = (*sides, torch.empty(most, dtype=torch.int64))
+        sides = [torch.empty(layout.most, d, dtype=dtype, pin_memory=self.on_gpu) for d in layout.widths]
+        self.columns = (*sides, torch.empty(layout.most, dtype=torch.int64))
 
     def add(self, columns: tuple[Tensor, ...], rows: Tensor) -> None:
         """Add the next tokens of the global batch."""

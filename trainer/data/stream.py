@@ -103,6 +103,8 @@ class ActivationStream:
         pair_bytes = 2 * sum(self.widths)
         self.pool_chunks = pool_chunks or max(1, POOL_BYTES // (pair_bytes * store.chunk_rows))
         keep = epochs != 1 and self.tokens * pair_bytes <= KEEP_BYTES
+        most = -(-min(batch_tokens, self.tokens) // world_size)
+        self._batch_layout = BatchLayout(self.hookpoints, self.widths, rank, world_size, most, self.device, dtype)
         self._pool = Pool(store, self.hookpoints, self.chunks, filter, self.pool_chunks, keep)
 
     # ---- position ---------------------------------------------------------------------------------
@@ -145,17 +147,12 @@ class ActivationStream:
         finally:
             batches.close()
 
-    def _new_batch(self) -> Assembly:
-        most = -(-min(self.batch_tokens, self.tokens) // self.world_size)
-        layout = BatchLayout(self.hookpoints, self.widths, self.rank, self.world_size, self.device, self.dtype)
-        return Assembly(layout, most)
-
     def _batches(self) -> Generator[tuple[Batch, tuple[int, int, int]]]:
         """Yield batches, each with the position after it."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         epoch, number, offset = self.epoch, self.block, self.offset
-        batch, seen = self._new_batch(), False
+        batch, seen = Assembly(self._batch_layout), False
         blocks = ahead(self._blocks())
         try:
             for block in blocks:
@@ -168,10 +165,10 @@ class ActivationStream:
                     offset = stop
                     if batch.tokens == self.batch_tokens:
                         yield batch.done(), ((*after, 0) if stop == size else (epoch, number, stop))
-                        batch = self._new_batch()
+                        batch = Assembly(self._batch_layout)
                 if block.is_last and batch.tokens:
                     yield batch.done(), (*after, 0)
-                    batch = self._new_batch()
+                    batch = Assembly(self._batch_layout)
                 (epoch, number), offset = after, 0
                 self._pool.release(block.columns)
                 if block.is_last and not seen:

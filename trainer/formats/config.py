@@ -68,7 +68,7 @@ class ImportConfig:
     """Revision of the Hub's repository."""
     subfolder: str | None = None
     """Folder in `source`, e.g. layers.10.mlp or layer_12/width_16k/average_l0_82."""
-    format: Source | None = None
+    format: str | None = None
     """null: recognised from the files."""
     store: StoreRef = field(default_factory=StoreRef)
     """A store of the coder's model."""

@@ -11,13 +11,13 @@ from skipcoder.files import refuse_full
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.coder import readers
 from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.coder.files import FOLDER
 from skipcoder.trainer.config import ActivationName
 from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.formats.assemble import read_json
 from skipcoder.trainer.formats.config import ImportConfig, Source
 from skipcoder.trainer.formats.fit import Sample, fit
 from skipcoder.trainer.run.build import store_path
-from skipcoder.trainer.run.checkpoint import FOLDER
 from skipcoder.trainer.run.device import pick_device
 from skipcoder.trainer.run.provenance import attachment
 from skipcoder.trainer.run.run import RunDirectory, Summary
@@ -48,8 +48,7 @@ def import_coder(cfg: ImportConfig) -> Summary:
     format = cfg.format or readers.detect(folder)
     ways = []
     for options in _options(cfg, format, folder):
-        coder = readers.read(folder, format, **options)
-        assert isinstance(coder, SparseCoder)
+        coder = SparseCoder.from_pretrained(str(folder), format=format, **options)
         for sides in _sides(cfg, coder.cfg.kind):
             wanted = tuple(widths[side == "output"] for side in sides)
             if (coder.d_in, coder.d_out) != wanted:

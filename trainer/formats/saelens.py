@@ -2,7 +2,7 @@
 
 It holds SAEs with top-k, and every kind of coder with thresholds (jumprelu, batchtopk). It has no class for transcoders
 with top-k; they need the classes that `skipcoder.trainer.formats.saelens_classes` registers when it is imported, or
-thresholds in place of top-k (thresholds.converted).
+thresholds in place of top-k (coder/convert.py).
 """
 
 import json

@@ -9,10 +9,9 @@ from typing_extensions import TypedDict
 from skipcoder.errors import UserError
 from skipcoder.files import write_atomically
 from skipcoder.records import checked
+from skipcoder.trainer.coder.files import FOLDER
 from skipcoder.trainer.data.stream import Position
 from skipcoder.trainer.step.learner import LearnerState
-
-FOLDER = "checkpoint"
 
 
 class State(TypedDict):

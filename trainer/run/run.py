@@ -19,9 +19,8 @@ from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.records import checked
 from skipcoder.settings import differences
 from skipcoder.trainer.coder.coder import SparseCoder
-from skipcoder.trainer.coder.files import TENSORS
+from skipcoder.trainer.coder.files import FOLDER, TENSORS
 from skipcoder.trainer.data.filter import TokenFilter
-from skipcoder.trainer.run.checkpoint import FOLDER
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 
@@ -120,7 +119,7 @@ class RunDirectory:
                 line = json.loads(text)
             except ValueError:
                 break
-            lines.append(checked(MetricsLine, line, f"{file}, line {number}", "delete the file; only plots need it"))
+            lines.append(checked(MetricsLine, line, f"{file}, line {number}", "delete the run to train it again"))
         return lines
 
     def write_metrics(self, lines: list[MetricsLine]) -> None:
@@ -188,12 +187,12 @@ class Run:
         return TokenFilter(**self.coder.meta["data"]["filter"])
 
     @property
-    def read(self) -> Site:
+    def read_site(self) -> Site:
         """Where the coder reads."""
         return Site(**self.coder.meta["read"])
 
     @property
-    def write(self) -> Site:
+    def write_site(self) -> Site:
         """Where the coder writes."""
         return Site(**self.coder.meta["write"])
 

@@ -98,7 +98,7 @@ class Learner:
         if self.step_number % self.cfg.train.log_every == 0:
             self._check_recall(x)
         if self.step_number == 0:
-            self.activation.begin(self.coder, self.ranks.gather(x), self.k)
+            self.activation.begin(self.coder, x, self.k, self.ranks)
         parts, fired_M = self._backward(x, y, batch_tokens)
         if self.unit_norm:
             remove_parallel_gradient(self.coder.W_dec)

@@ -137,7 +137,7 @@ def test_spliced_cross_entropy_is_that_of_a_plain_hook(
     hook = mlp.register_forward_hook(lambda _, args, out: run.coder(args[0]).y_hat.to(out.dtype))
     wanted = evaluator.model(evaluator.tokens_BT).logits
     hook.remove()
-    with replacing(evaluator.model, run.read, run.write, lambda x: run.coder(x).y_hat):
+    with replacing(evaluator.model, run.read_site, run.write_site, lambda x: run.coder(x).y_hat):
         assert torch.equal(evaluator.model(evaluator.tokens_BT).logits, wanted)
     losses = torch.nn.functional.cross_entropy(
         wanted[:, :-1].flatten(0, 1).float(), evaluator.tokens_BT[:, 1:].flatten()

@@ -3,7 +3,7 @@
     pip install --no-deps --target DIR eai-delphi jaxtyping wadler-lindig orjson aiofiles simple-parsing \
         docstring-parser asyncer beartype blobfile faiss-cpu sentence-transformers eai-sparsify schedulefree plotly \
         tiktoken pycryptodomex lxml narwhals
-    PYTHONPATH=DIR pytest tests/evals/test_delphi.py
+    PYTHONPATH=DIR pytest tests/evals/export/test_delphi.py
 
 delphi imports vllm; without a GPU an empty package of that name (LLM, SamplingParams, distributed.parallel_state with
 destroy_distributed_environment and destroy_model_parallel, inputs.TokensPrompt) in DIR does.

@@ -110,7 +110,7 @@ def test_import_finds_out_what_files_do_not_say(
     bank.train(cfg, tmp_path / "input")
     sparsify.write(SparseCoder.load(tmp_path / "input"), tmp_path / "sae")
     summary = import_coder(ImportConfig(source=str(tmp_path / "sae"), run=RunConfig(str(tmp_path / "b")), **where))
-    assert summary["side"] == "input" and Run.open(tmp_path / "b").read.side == "input"
+    assert summary["side"] == "input" and Run.open(tmp_path / "b").read_site.side == "input"
     plain.write(random_coder(Kind.transcoder, d=12), tmp_path / "other")
     with pytest.raises(UserError, match=r"leads from 12 to 12 dimensions, but layers\.1\.mlp .* has 24 and 24"):
         import_coder(ImportConfig(source=str(tmp_path / "other"), run=RunConfig(str(tmp_path / "c")), **where))

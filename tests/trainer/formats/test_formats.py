@@ -14,7 +14,7 @@ from skipcoder.errors import UserError
 from skipcoder.testing import FormatTests
 from skipcoder.trainer.coder import readers
 from skipcoder.trainer.coder.coder import SparseCoder
-from skipcoder.trainer.coder.thresholds import converted
+from skipcoder.trainer.coder.convert import converted
 from skipcoder.trainer.config import ActivationName, Kind
 from skipcoder.trainer.formats import circuit_tracer, plain, saelens, sparsify
 from tests.trainer.coders import assert_same_function, meta, random_coder

@@ -20,7 +20,7 @@ import yaml
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.coder import readers
 from skipcoder.trainer.coder.coder import SparseCoder
-from skipcoder.trainer.coder.thresholds import converted
+from skipcoder.trainer.coder.convert import converted
 from skipcoder.trainer.config import ActivationName, Kind
 from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.formats import circuit_tracer, saelens, sparsify

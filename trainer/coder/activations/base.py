@@ -55,7 +55,8 @@ class Step:
         self.activation, self.coder, self.k, self.ranks = activation, coder, k, ranks
 
     def encode(self, x_ND: Tensor) -> Codes:
-        """Return codes of a micro-batch, with gradients. Called once for each micro-batch, before its backward pass."""
+        """Return codes of a micro-batch, with gradients. Called once for each micro-batch, before its backward pass;
+        not with `loss.multi_topk`, which takes its codes from `Activation.encode`."""
         return self.activation.encode(self.coder, x_ND, self.k)
 
     def backward(self, batch_tokens: int) -> None:
@@ -72,7 +73,8 @@ class Activation:
 
     name = ""
     nested = False
-    """Whether a choice of k is the k largest of any larger choice, as Multi-TopK (`loss.multi_topk`) needs."""
+    """Whether a choice of k is the k largest of any larger choice, as Multi-TopK (`loss.multi_topk`) needs; its step
+    must do without `Step.encode`."""
     k_may_vary = False
     """Whether k may change during training (`train.k_start`)."""
     calibration_tokens = 0
@@ -101,8 +103,8 @@ class Activation:
         (`coder.training`)."""
         raise NotImplementedError
 
-    def begin(self, coder: Encoder, x_ND: Tensor, k: int) -> None:
-        """Called before the first step, on the first batch of all ranks in the coder's scale."""
+    def begin(self, coder: Encoder, x_ND: Tensor, k: int, ranks: Ranks) -> None:
+        """Called before the first step with this rank's part of the first batch, in the coder's scale."""
 
     def step(self, coder: Encoder, k: int, ranks: Ranks) -> Step:
         """Return what this activation does in one optimiser step."""

@@ -35,9 +35,9 @@ class JumpReLU(Activation):
         """Return flat codes."""
         return encode_and_count(coder, x_ND)[0]
 
-    def begin(self, coder: Encoder, x_ND: Tensor, k: int) -> None:
+    def begin(self, coder: Encoder, x_ND: Tensor, k: int, ranks: Ranks) -> None:
         """Start from a threshold at which k latents fire per token."""
-        set_threshold(coder, x_ND, k)
+        set_threshold(coder, ranks.gather(x_ND), k)
 
     def step(self, coder: Encoder, k: int, ranks: Ranks) -> Step:
         """Return a step with the penalty on the number of latents."""
