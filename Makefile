@@ -42,7 +42,7 @@ paper: setup
 clean-demo:
 	rm -rf $(DEMO)
 
-# For every change: under three minutes on two cores.
+# For every change.
 check: setup lint typecheck
 	$(BIN)/python -m pytest $(TWO) -m 'not (ray or cli or browser or docs or slow)'
 

@@ -16,6 +16,8 @@ from skipcoder.registry import Registry
 from tests.conftest import UNITS
 from tests.pipeline.test_cache_cli import command
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Registry[int]:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from skipcoder.kernels.rows import by_latent, token_of_entry
 
+pytestmark = pytest.mark.slow
+
 gpu = pytest.importorskip("skipcoder.kernels.gpu.rows")
 gpu_select = pytest.importorskip("skipcoder.kernels.gpu.candidates")
 DEVICE = os.environ.get("SKIPCODER_TEST_DEVICE", "cpu")

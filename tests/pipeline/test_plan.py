@@ -11,6 +11,8 @@ from skipcoder.pipeline.model import load as model
 from skipcoder.pipeline.store.codec import CODECS
 from tests.conftest import CONTEXT, D_MODEL
 
+pytestmark = pytest.mark.slow
+
 
 def test_flops_are_those_of_the_layers_that_run(cache_config: Callable[..., CacheConfig], tmp_path: Path) -> None:
     """Two of three layers: projections of 2 key-value heads of 4, attention over the row, three matrices of the MLP."""

@@ -22,6 +22,8 @@ from skipcoder.trainer.config import CoderConfig, Kind, Side, StreamConfig
 from skipcoder.trainer.run.run import Run
 from tests.trainer.run.test_run import config
 
+pytestmark = pytest.mark.slow
+
 KEYS = [
     "kind",
     "k",

@@ -18,6 +18,8 @@ from tests.conftest import UNIT_ROWS
 from tests.evals.explain.conftest import LATENTS, frequent_words
 from tests.trainer.run.test_run import config
 
+pytestmark = pytest.mark.slow
+
 
 def test_index_is_what_the_coder_says(store: ActivationStore, tmp_path: Path) -> None:
     """Built in parts; every firing of every latent is there, nothing else; made anew for other weights."""

@@ -28,6 +28,8 @@ from tests.evals.explain.conftest import LATENTS, frequent_words
 from tests.evals.explain.judging import Oracle
 from tests.trainer.run.test_run import config
 
+pytestmark = pytest.mark.slow
+
 RARE = 10
 EXAMPLES = ExamplesConfig(window=8, train=4, test=5)
 

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from skipcoder.evals.config import EvaluateConfig
 from skipcoder.evals.evaluate import evaluate
 from skipcoder.pipeline.store.reader import ActivationStore
@@ -11,6 +13,8 @@ from skipcoder.trainer.config import Kind
 from skipcoder.trainer.run.run import Run
 from tests.evals.explain import made
 from tests.trainer.run.test_run import config
+
+pytestmark = pytest.mark.slow
 
 
 def test_interpretability_joins_the_table_and_the_report(store: ActivationStore, tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from skipcoder.trainer.bank import bank as training
 from skipcoder.trainer.run.run import Run
 from tests.trainer.run.test_run import config
 
+pytestmark = pytest.mark.slow
+
 delphi_latents = pytest.importorskip("delphi.latents", exc_type=ImportError)
 delphi_config = pytest.importorskip("delphi.config")
 WINDOW = 8

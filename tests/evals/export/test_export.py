@@ -29,6 +29,8 @@ from tests.trainer.coders import random_coder
 from tests.trainer.formats import hub_server
 from tests.trainer.run.test_run import config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:

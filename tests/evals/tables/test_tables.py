@@ -26,6 +26,8 @@ from skipcoder.trainer.config import Kind
 from skipcoder.trainer.run.run import Run
 from tests.trainer.run.test_run import config
 
+pytestmark = pytest.mark.slow
+
 LAYERS = ("layers.0.mlp", "layers.1.mlp", "layers.2.mlp")
 CLASSES: dict[str, Any] = {
     "core": CoreEvalOutput, "absorption": AbsorptionEvalOutput, "sparse_probing": SparseProbingEvalOutput,

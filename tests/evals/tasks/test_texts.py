@@ -21,6 +21,8 @@ from skipcoder.trainer.config import ActivationName, CoderConfig, Kind
 from skipcoder.trainer.run.run import Run
 from tests.trainer.run.test_run import config
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["def one(): return 1", "x", "a longer text, with some more tokens in it than the others have", "import os"]
 
 

@@ -19,6 +19,8 @@ from skipcoder.pipeline.model.hooks import argument, capture
 from skipcoder.pipeline.store import commit
 from skipcoder.pipeline.store.attrs import model_config
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = dict(
     hidden_size=32,
     intermediate_size=48,

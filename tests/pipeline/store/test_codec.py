@@ -86,6 +86,7 @@ class TestFp8(CodecTests):
     lost = 1.5e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["int8", "fp8"])
 def test_store_reads_back_in_any_range_and_tells_what_was_lost(
     codec: str,
@@ -113,6 +114,7 @@ def test_store_reads_back_in_any_range_and_tells_what_was_lost(
         np.testing.assert_allclose(moments.mean, train.mean(0).numpy(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["int8", "fp8"])
 def test_growing_a_lossy_store_gives_the_bytes_of_capturing_at_once(
     codec: str,

@@ -27,6 +27,8 @@ from tests.conftest import REPO
 from tests.pipeline.store.test_writer import files
 from tests.pipeline.test_cache_cli import command
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:

@@ -18,6 +18,8 @@ from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.store.verify import problems
 from tests.conftest import CONTEXT, REPO, UNIT_ROWS
 
+pytestmark = pytest.mark.slow
+
 SHARD = Path("layers.1.mlp/input/c/3/0")
 
 

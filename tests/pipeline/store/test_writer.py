@@ -139,6 +139,8 @@ import sys
 from omegaconf import OmegaConf
 from skipcoder.pipeline import cache
 from skipcoder.settings import typed
+
+pytestmark = pytest.mark.slow
 cfg = OmegaConf.create({cfg})
 cache.capture(typed(cfg, cache.CacheConfig))
 print(sorted({{"torch", "transformers", "ray", "datasets"}} & sys.modules.keys()))

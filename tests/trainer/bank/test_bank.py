@@ -42,6 +42,8 @@ from skipcoder.trainer.step.learner import Learner
 from tests.conftest import REPO
 from tests.trainer.run.test_run import assert_same
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24
 
 

@@ -12,6 +12,8 @@ from skipcoder.trainer.bank.bank import train, train_bank
 from tests.trainer.bank.test_bank import config
 from tests.trainer.run.test_run import train_killed_after
 
+pytestmark = pytest.mark.slow
+
 
 def test_events_are_those_of_metrics_jsonl(
     store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -22,6 +22,8 @@ from tests.conftest import REPO
 from tests.trainer.bank.test_bank import config
 from tests.trainer.run.test_run import assert_same
 
+pytestmark = pytest.mark.slow
+
 
 def command(store: ActivationStore, *overrides: str) -> list[str]:
     return [

@@ -43,6 +43,7 @@ class TestJumpReLU(ActivationTests):
     name = ActivationName.jumprelu
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ActivationName)
 @pytest.mark.parametrize("kind", [Kind.transcoder, Kind.sae])
 def test_learns_and_resumes(
@@ -57,6 +58,7 @@ def test_learns_and_resumes(
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", FLAT)
 def test_as_many_latents_fire_as_asked(store: ActivationStore, tmp_path: Path, activation: ActivationName) -> None:
     cfg = config(store, steps=150, activation=activation)

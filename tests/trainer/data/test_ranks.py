@@ -19,6 +19,8 @@ from skipcoder.trainer.run.build import check, make_learner
 from tests.conftest import REPO
 from tests.trainer.bank.test_bank import config
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 
 

@@ -24,6 +24,8 @@ from skipcoder.trainer.run.device import pick_device
 from skipcoder.trainer.step.learner import Learner
 from tests.conftest import REPO
 
+pytestmark = pytest.mark.slow
+
 STEPS = 40
 
 
