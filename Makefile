@@ -63,10 +63,10 @@ lint: setup
 	test ! -x $(BIN)/hadolint || $(BIN)/hadolint docker/Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
 
-# Strict for the packages; tests and benchmarks may use untyped code.
+# Strict for the packages; tests and benchmarks may use untyped code. Other options need another cache.
 typecheck: setup
 	$(BIN)/mypy
-	$(BIN)/mypy --allow-any-generics --no-warn-return-any --allow-untyped-calls --allow-untyped-decorators \
+	$(BIN)/mypy --cache-dir .mypy_cache/tests --allow-any-generics --no-warn-return-any --allow-untyped-calls --allow-untyped-decorators \
 		--disable-error-code import-not-found --disable-error-code import-untyped --follow-imports silent \
 		tests benchmarks
 

@@ -142,7 +142,7 @@ def judge() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    script = REPO / "tests" / "evals" / "llama_server.py"
+    script = REPO / "tests" / "evals" / "explain" / "llama_server.py"
     with subprocess.Popen([sys.executable, str(script), str(port)], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:

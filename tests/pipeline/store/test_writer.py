@@ -20,6 +20,8 @@ from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.text import sources
 from tests.conftest import D_MODEL, UNIT_ROWS, UNITS
 
+pytestmark = pytest.mark.slow
+
 
 def files(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
@@ -140,7 +142,6 @@ from omegaconf import OmegaConf
 from skipcoder.pipeline import cache
 from skipcoder.settings import typed
 
-pytestmark = pytest.mark.slow
 cfg = OmegaConf.create({cfg})
 cache.capture(typed(cfg, cache.CacheConfig))
 print(sorted({{"torch", "transformers", "ray", "datasets"}} & sys.modules.keys()))
