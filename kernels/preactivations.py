@@ -31,7 +31,7 @@ class Search(NamedTuple):
     """One of MODES."""
     nominated: float = 1.25
     """Latents nominated by estimates, as a multiple of those that are chosen."""
-    chunk_elements: int = 2**24
+    chunk_bytes: int = 2**26
     """Bound on the pre-activations held at once."""
     centre_D: Tensor | None = None
     """Mean of the inputs, which a scout subtracts."""
@@ -48,20 +48,21 @@ EXACT = Search()
 
 
 def preactivations(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, search: Search) -> Iterator[Chunk]:
-    """Yield (slice of tokens, their pre-activations [R, M]), R * M at most `search.chunk_elements` (R at least 1). Each
-    chunk overwrites the previous one. ValueError for an unknown mode."""
+    """Yield (slice of tokens, their pre-activations [R, M]) of at most `search.chunk_bytes` (R at least 1). Each chunk
+    overwrites the previous one. ValueError for an unknown mode."""
     if search.mode not in MODES:
         raise ValueError(f"mode={search.mode!r}: choose from {', '.join(MODES)}")
-    n, m, chunk_elements = len(x_ND), len(W_MD), search.chunk_elements
+    n, m = len(x_ND), len(W_MD)
     if search.mode == "scout":
+        elements = search.chunk_bytes // 4
         if not x_ND.is_cuda:
-            chunk_elements = min(chunk_elements, max(SCOUT_ELEMENTS, 32 * m))  # fewer tokens starve the product
-        yield from _scout(x_ND, W_MD, b_M, max(1, chunk_elements // m), search.centre_D, search.spread_D)
+            elements = min(elements, max(SCOUT_ELEMENTS, 32 * m))  # fewer tokens starve the product
+        yield from _scout(x_ND, W_MD, b_M, max(1, elements // m), search.centre_D, search.spread_D)
         return
     dtype = torch.bfloat16 if search.mode == "bfloat16" else x_ND.dtype
     W_cast, b_cast = W_MD.to(dtype), b_M.to(dtype)
     # One buffer for all chunks: fresh pages would cost a fifth of the product's time.
-    rows = min(max(1, chunk_elements // m), max(n, 1))
+    rows = min(max(1, search.chunk_bytes // (m * dtype.itemsize)), max(n, 1))
     buffer = x_ND.new_empty(rows, m, dtype=dtype)
     for part in _parts(n, rows):
         x_RD = x_ND[part].to(dtype)

@@ -60,15 +60,15 @@ def batchtopk(
 
 def above(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, threshold_M: Tensor, search: Search = EXACT) -> Chosen:
     """All values above both 0 and their latent's threshold: flat, by token, then latent. Exact in every mode."""
-    return Chosen(*_above(x_ND, W_MD, b_M, threshold_M, search.chunk_elements))
+    return Chosen(*_above(x_ND, W_MD, b_M, threshold_M, search.chunk_bytes))
 
 
 @torch.library.custom_op("skipcoder::topk", mutates_args=())
 def _topk(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int,
-    mode: str, nominated: float, chunk_elements: int, centre_D: Tensor | None, spread_D: Tensor | None,
+    mode: str, nominated: float, chunk_bytes: int, centre_D: Tensor | None, spread_D: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    search = Search(mode, nominated, chunk_elements, centre_D, spread_D)
+    search = Search(mode, nominated, chunk_bytes, centre_D, spread_D)
     values_NK, indices_NK = _empty(x_ND, k)
     if not len(x_ND):
         return values_NK, indices_NK
@@ -85,9 +85,9 @@ def _topk(
 @torch.library.custom_op("skipcoder::groupmax", mutates_args=())
 def _groupmax(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int,
-    mode: str, nominated: float, chunk_elements: int, centre_D: Tensor | None, spread_D: Tensor | None,
+    mode: str, nominated: float, chunk_bytes: int, centre_D: Tensor | None, spread_D: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    search = Search(mode, nominated, chunk_elements, centre_D, spread_D)
+    search = Search(mode, nominated, chunk_bytes, centre_D, spread_D)
     values_NK, indices_NK = _empty(x_ND, k)
     if not len(x_ND):
         return values_NK, indices_NK
@@ -106,9 +106,9 @@ def _groupmax(
 @torch.library.custom_op("skipcoder::batchtopk", mutates_args=())
 def _batchtopk(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, hint: Tensor | None,
-    mode: str, nominated: float, chunk_elements: int, centre_D: Tensor | None, spread_D: Tensor | None,
+    mode: str, nominated: float, chunk_bytes: int, centre_D: Tensor | None, spread_D: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    search = Search(mode, nominated, chunk_elements, centre_D, spread_D)
+    search = Search(mode, nominated, chunk_bytes, centre_D, spread_D)
     n, m = len(x_ND), len(W_MD)
     if not n:
         return _empty_flat(x_ND)
@@ -129,13 +129,13 @@ def _batchtopk(
 
 @torch.library.custom_op("skipcoder::above", mutates_args=())
 def _above(
-    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, threshold_M: Tensor, chunk_elements: int
+    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, threshold_M: Tensor, chunk_bytes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     m, bound_M = len(W_MD), threshold_M.clamp_min(0)
     if not len(x_ND):
         return _empty_flat(x_ND)
     flat, values = [], []
-    for part, pre in preactivations(x_ND, W_MD, b_M, Search(chunk_elements=chunk_elements)):
+    for part, pre in preactivations(x_ND, W_MD, b_M, Search(chunk_bytes=chunk_bytes)):
         row, column = (pre > bound_M).nonzero(as_tuple=True)
         flat.append((row + part.start) * m + column)
         values.append(pre[row, column])

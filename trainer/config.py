@@ -94,16 +94,17 @@ class EncodeConfig:
     null: the mode known to be fastest on this machine."""
     nominated: float | None = None
     """Latents nominated, as a multiple of k; null: 1.25."""
-    chunk_elements: int = 2**24
-    """Pre-activations held at once."""
+    chunk_bytes: int | None = None
+    """Bytes of pre-activations held at once; null: 64 MiB on CPUs, 2 GiB on GPUs. The last bits may depend on it, so a
+    run keeps what it began with."""
     min_recall: float = 0.999
     """If less of the float32 choice is found on a sample, the run switches to the next more exact mode."""
 
     def __post_init__(self) -> None:
         if self.nominated is not None and self.nominated < 1:
             raise UserError(f"encode.nominated={self.nominated}: must be at least 1")
-        if self.chunk_elements < 1:
-            raise UserError(f"encode.chunk_elements={self.chunk_elements}: must be at least 1")
+        if self.chunk_bytes is not None and self.chunk_bytes < 1:
+            raise UserError(f"encode.chunk_bytes={self.chunk_bytes}: must be at least 1, or null")
         if not 0 <= self.min_recall <= 1:
             raise UserError(f"encode.min_recall={self.min_recall}: must be between 0 and 1")
 

@@ -89,7 +89,7 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("activation", ENCODERS)
 def test_memory_bound_does_not_change_the_result(activation: str) -> None:
     p = problem(50, 6, 32, 2)
-    few = ours(p, 4, activation=activation, chunk_elements=96)  # 3 tokens at a time
+    few = ours(p, 4, activation=activation, chunk_bytes=8 * 96)  # 3 tokens at a time
     torch.testing.assert_close(few, ours(p, 4, activation=activation), rtol=1e-14, atol=1e-14)
 
 
@@ -160,12 +160,12 @@ def test_widths_that_suit_no_hardware(mode: str) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 20), st.integers(1, 40), st.integers(0, 999), st.sampled_from([90, 10**6]))
-def test_above_a_threshold(n: int, m: int, seed: int, chunk_elements: int) -> None:
+def test_above_a_threshold(n: int, m: int, seed: int, chunk_bytes: int) -> None:
     """Also where no latent of a token, or none at all, fires."""
     mine, theirs = problem(n, 5, m, seed), problem(n, 5, m, seed)
     threshold = 6 * torch.rand(m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE) - 1
     x, W_enc, b_enc, b_pre, W_dec, b_dec = mine
-    codes = encode_above(x, W_enc, b_enc, threshold, b_pre, Search(chunk_elements=chunk_elements))
+    codes = encode_above(x, W_enc, b_enc, threshold, b_pre, Search(chunk_bytes=chunk_bytes))
     y = sparse_decode(codes, W_dec, b_dec)
     x, W_enc, b_enc, b_pre, W_dec, b_dec = theirs
     y_ref = sparse_decode_reference(encode_reference(x, W_enc, b_enc, 1, b_pre, threshold_M=threshold), W_dec, b_dec)

@@ -189,6 +189,7 @@ class Member:
             "l0": self.last["l0"],
             "dead": self.last["dead"],
             "encode_mode": self.last["encode_mode"],
+            "chunk_bytes": self.learner.coder.search.chunk_bytes,
             "seconds": round(self.seconds, 2),
         }
         if self.ranks.is_main:

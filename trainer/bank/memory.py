@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import torch
 
+from skipcoder.trainer.coder.encoding import chunk_bytes
 from skipcoder.trainer.config import Kind, OptimName, TrainConfig
 
 GIB = 2**30
 MARGIN = GIB // 2
-"""Bytes for batches, pre-activations and what else a step needs (benchmarks/memory.py)."""
+"""Bytes for batches and what else a step needs (benchmarks/memory.py)."""
 
 
 class Need(NamedTuple):
@@ -18,16 +19,17 @@ class Need(NamedTuple):
     resident: int
     """Held from the first step to the last: parameters, optimiser, counts."""
     passing: int
-    """Held during its own step (gradients, and the encoder's weights in another precision) or while it is saved (two
-    copies of the weights)."""
+    """Held during its own step (gradients, the encoder's weights in another precision, pre-activations) or while it is
+    saved (two copies of the weights)."""
 
 
-def need(cfg: TrainConfig, d_in: int, d_out: int) -> Need:
+def need(cfg: TrainConfig, d_in: int, d_out: int, device: str) -> Need:
     """Return the need of one coder, float32 throughout."""
     m = cfg.coder.width
     weights = m * (d_in + d_out + 1) + d_out + (d_in * d_out if cfg.coder.kind == Kind.skip_transcoder else 0)
     copies = 3 if cfg.optim.name is OptimName.adam else 2
-    return Need(4 * weights * copies + 8 * m, 8 * weights)
+    chunk = min(chunk_bytes(cfg.encode, device), 4 * m * cfg.train.batch_tokens)
+    return Need(4 * weights * copies + 8 * m, 8 * weights + chunk)
 
 
 def free_bytes(device: str) -> int:

@@ -83,7 +83,7 @@ def plan(jobs: Sequence[Job], settings: Settings, devices: int, together: bool =
         budget /= len(groups) if together else 1
         needs, fitting = [], []
         for job in group:
-            need = memory.need(job.cfg, facts["d_in"], facts["d_out"])
+            need = memory.need(job.cfg, facts["d_in"], facts["d_out"], device)
             if memory.bank_bytes([need]) <= budget:
                 needs.append(need)
                 fitting.append(job)

@@ -28,6 +28,10 @@ CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 _FREE_KEYS = ("run", "train.device", "train.threads", "train.save_every", "train.tensorboard", "train.wandb")
 
 
+_RETIRED = {"encode.chunk_elements": 2**24}
+"""Keys of older configurations, and the values with which they mean what is now the default."""
+
+
 class Summary(TypedDict):
     """summary.json: what was trained, and how it ended. Imported coders and controls lack some keys."""
 
@@ -46,6 +50,7 @@ class Summary(TypedDict):
     l0: NotRequired[float]
     dead: NotRequired[int]
     encode_mode: NotRequired[str]
+    chunk_bytes: NotRequired[int]
     seconds: float | None
 
 
@@ -84,8 +89,13 @@ class RunDirectory:
             raise UserError(f"{self.path} holds another run ({facts}); choose another directory, or delete it")
 
     def config(self) -> Any:
-        """Return config.yaml as OmegaConf reads it."""
-        return OmegaConf.load(self.path / CONFIG)
+        """Return config.yaml as OmegaConf reads it, without keys that no longer exist."""
+        found = OmegaConf.load(self.path / CONFIG)
+        for key, default in _RETIRED.items():
+            section, _, name = key.rpartition(".")
+            if OmegaConf.select(found, key) == default:
+                del OmegaConf.select(found, section)[name]
+        return found
 
     def write_config(self, cfg: Any) -> None:
         """Write config.yaml."""

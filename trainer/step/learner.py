@@ -6,7 +6,7 @@ Legend: B tokens of a batch, M latents, E output width.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired
 
 import torch
 from pydantic import ConfigDict, with_config
@@ -54,6 +54,7 @@ class LearnerState(TypedDict):
     since_fired: Tensor
     density: Tensor
     encode_mode: str
+    chunk_bytes: NotRequired[int]
     recall: float
     step: int
     tokens: int
@@ -213,6 +214,7 @@ class Learner:
             "since_fired": self.since_fired_M,
             "density": self.density_M,
             "encode_mode": self.coder.search.mode,
+            "chunk_bytes": self.coder.search.chunk_bytes,
             "recall": self.recall,
             "step": self.step_number,
             "tokens": self.tokens,
@@ -225,7 +227,9 @@ class Learner:
         self.since_fired_M.copy_(state["since_fired"])
         self.density_M.copy_(state["density"])
         self.step_number, self.tokens, self.recall = state["step"], state["tokens"], state["recall"]
-        self.coder.search = self.coder.search._replace(mode=state["encode_mode"])
+        search = self.coder.search
+        kept = state.get("chunk_bytes", search.chunk_bytes)
+        self.coder.search = search._replace(mode=state["encode_mode"], chunk_bytes=kept)
 
 
 def sides(cfg: CoderConfig) -> Sides:

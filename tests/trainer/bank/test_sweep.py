@@ -201,5 +201,5 @@ def test_needed_memory_covers_what_training_holds(store: ActivationStore, tmp_pa
     for part in learner.optimiser.parts:
         tensors += [t for s in part.state.values() for t in s.values() if t.numel() > 1]
     held = sum(t.numel() * t.element_size() for t in tensors)
-    assert need(cfg, 24, 24).resident == held
+    assert need(cfg, 24, 24, "cpu").resident == held
     assert memory.free_bytes("cpu") > 0

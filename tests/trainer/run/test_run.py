@@ -16,6 +16,7 @@ import torch
 from skipcoder.errors import UserError
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.bank import bank
+from skipcoder.trainer.coder import encoding
 from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.config import CoderConfig, Kind, LoopConfig, OptimConfig, StoreRef, TrainConfig
 from skipcoder.trainer.data.stream import ActivationStream
@@ -138,6 +139,22 @@ def test_other_configuration_in_the_directory_is_refused_naming_keys(store: Acti
     other.coder.k, other.optim.lr = 5, 0.1
     with pytest.raises(UserError, match=r"coder.k: 4 there, 5 asked; optim.lr: 0.01 there, 0.1 asked"):
         bank.train(other, tmp_path)
+
+
+def test_a_run_begun_when_chunks_were_counted_in_elements_goes_on(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps the chunks that it began with, whatever the default is by now."""
+    train_killed_after(config(store), tmp_path, 27, monkeypatch)
+    file = tmp_path / "config.yaml"
+    new = "chunk_bytes: null"
+    assert new in file.read_text()
+    file.write_text(file.read_text().replace(new, "chunk_elements: 16777216"))
+    monkeypatch.setattr(encoding, "CHUNK_CPU", 2**20)
+    assert bank.train(config(store), tmp_path)["chunk_bytes"] == 2**26
+    file.write_text(file.read_text().replace(new, "chunk_elements: 4096"))
+    with pytest.raises(UserError, match=r"encode.chunk_elements: 4096 there, None asked"):
+        bank.train(config(store), tmp_path)
 
 
 def test_diverging_loss_says_so(store: ActivationStore, tmp_path: Path) -> None:
