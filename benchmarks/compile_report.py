@@ -2,9 +2,10 @@
 
     python benchmarks/compile_report.py [--out FILE]
 
-For sm_80, sm_90 and gfx942, at the widths of real models: registers, spills (bytes), shared memory, and whether rows
-are loaded in 128-bit pieces. The CUDA figures are cuobjdump's (from the triton wheel), the AMD ones the compiler's own
-metadata in the assembly. Compiling says nothing about speed.
+For sm_80, sm_90 and gfx942, with the arguments of the real launches at the shapes of real models (the launchers run on
+tensors without data, and what they would have launched is compiled): the most registers, spilled bytes and shared
+memory at any shape, and whether anything is loaded in 128-bit pieces. The CUDA figures are cuobjdump's (from the triton
+wheel), the AMD ones the compiler's own metadata in the assembly. Compiling says nothing about speed.
 """
 
 import argparse
@@ -14,101 +15,105 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "0"
 
+import torch
 import triton
-from shapes import SHAPES
+from shapes import SHAPES, Shape
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from skipcoder.kernels.gpu import candidates, rows, update
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
-DTYPES = ("fp32", "bf16")
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32", torch.int16: "i16",
+    torch.float8_e4m3fn: "fp8e4nv", torch.float8_e4m3fnuz: "fp8e4b8", torch.uint8: "u8",
+}  # fmt: skip
 
 
-def kernels(
-    d: int, m: int, k: int, dtype: str, warp: int
-) -> list[tuple[str, Any, dict[str, str], dict[str, int], int]]:
-    """(name, kernel, types of its arguments, constants, warps) as the launchers in kernels/gpu/ use them."""
-    tile = rows.block_d(d)
-    warps = rows.num_warps(tile, 2 if dtype == "bf16" else 4, warp)
-    groups = candidates.groups(m, math.ceil(1.25 * k))
-    i64, f32, row = "*i64", "*fp32", f"*{dtype}"
-    segments = dict.fromkeys(("start_ptr", "count_ptr", "segments_ptr", "before_ptr", "partial_before_ptr"), i64)
+class Launch(NamedTuple):
+    """What a launcher asks of the compiler."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[int, ...]
+    """Arguments that are multiples of 16, as torch's pointers and most widths are."""
+    warps: int
+
+
+def launches(call: Callable[[], object], warp: int) -> list[Launch]:
+    """The launches of a call on tensors without data, on a GPU whose warps have `warp` threads."""
+    found = []
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int = 4, **constants: Any) -> None:
+        signature, divisible = {}, []
+        values = dict(zip(kernel.arg_names, args, strict=False)) | constants
+        for i, (name, value) in enumerate(values.items()):
+            if kernel.params[i].is_constexpr:
+                signature[name] = "constexpr"
+                constants[name] = value
+            elif isinstance(value, Tensor):
+                signature[name] = f"*{TYPES[value.dtype]}"
+                divisible.append(i)
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
+                divisible += [i] if isinstance(value, int) and value % 16 == 0 else []
+        found.append(Launch(kernel, signature, constants, tuple(divisible), num_warps))
+
+    def warps_of(module: Any) -> Any:
+        return patch.object(module, "num_warps", partial(module.num_warps, warp=warp))
+
+    with patch.object(triton.JITFunction, "run", record), warps_of(candidates), warps_of(rows):
+        call()
+    return found
+
+
+def calls(shape: Shape, dtype: torch.dtype) -> list[Callable[[], object]]:
+    """Every operation of kernels/gpu/ at one shape, on tensors without data."""
+    n, d, m, k = shape
+    c = math.ceil(1.25 * k)
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    pre, x, W = empty(n, m, dtype=dtype), empty(n, d, dtype=dtype), empty(m, d, dtype=dtype)
+    columns, indices = empty(n, c, dtype=torch.int64), empty(n, k, dtype=torch.int64)
+    token, starts = empty(n * k, dtype=torch.int64), empty(m, dtype=torch.int64)
+    values = empty(n, k)
     return [
-        (
-            "gather_sum",
-            rows.gather_sum_kernel,
-            {"index_ptr": i64, "weight_ptr": f32, "W_ptr": row, "offset_ptr": i64, "base_ptr": row, "out_ptr": row}
-            | {"D": "i32", "K": "i32", "N": "i32", "L": "i32"},
-            {"RAGGED": 0, "BASE": 2, "BLOCK_D": tile},
-            warps,
-        ),
-        (
-            "gather_dot",
-            rows.gather_dot_kernel,
-            {"x_ptr": row, "W_ptr": row, "index_ptr": i64, "token_ptr": i64, "out_ptr": row} | {"D": "i32", "L": "i32"},
-            {"BLOCK_L": 8, "BLOCK_D": min(256, tile)},
-            4,
-        ),
-        (
-            "segment_sum",
-            rows.segment_sum_kernel,
-            {"latent_ptr": i64, "token_ptr": i64, "weight_ptr": f32, "rows_ptr": row, **segments}
-            | {"out_ptr": f32, "partial_ptr": f32, "M": "i32", "D": "i32"},
-            {"SEGMENT": rows.SEGMENT, "BLOCK_D": tile},
-            warps,
-        ),
-        (
-            "combine",
-            rows.combine_kernel,
-            {"partial_ptr": f32, "segments_ptr": i64, "partial_before_ptr": i64, "out_ptr": f32, "D": "i32"},
-            {"BLOCK_D": tile},
-            rows.num_warps(tile, 4, warp),
-        ),
-        (
-            "candidates",
-            candidates.candidates_kernel,
-            {"pre_ptr": row, "out_ptr": i64, "M": "i32", "C": "i32", "P": "i32"},
-            {"GROUPS": groups, "LOW_BIT": 16 if dtype == "bf16" else 0},
-            candidates.num_warps(groups, warp),
-        ),
-        (
-            "sign_step",
-            update.sign_step_kernel,
-            {"y_ptr": f32, "z_ptr": f32, "grad_ptr": f32, "count": "i32", "lr": "fp32", "y_lr": "fp32", "c": "fp32"},
-            {"BLOCK": update.BLOCK},
-            4,
-        ),
+        lambda: candidates.candidates(pre, c),
+        lambda: candidates.rank(empty(n, c), columns, k),
+        lambda: rows.gather_sum(indices, values, W, None, x),
+        lambda: rows.gather_dot(x, W, columns, None, empty(m)),
+        lambda: rows.sum_rows(token, values.flatten(), starts, x),
+        lambda: update.sign_step(empty(m, d), empty(m, d), empty(m, d), 1e-3, 1e-3, 0.5),
     ]
 
 
-def compile_one(
-    kernel: Any, types: dict[str, str], constants: dict[str, int], warps: int, target: str
-) -> dict[str, Any]:
+def compile_one(launch: Launch, target: str) -> dict[str, Any]:
     """Registers, spills, shared memory and 128-bit loads of one kernel on one target."""
-    signature = types | dict.fromkeys(constants, "constexpr")
-    # What the launcher sees at run time: torch's pointers and all our widths are multiples of 16.
-    names = list(signature)
-    aligned = {
-        (names.index(n),): [["tt.divisibility", 16]] for n in types if n.endswith("_ptr") or n in ("D", "M", "count")
-    }
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": warps})
+    aligned = {(i,): [["tt.divisibility", 16]] for i in launch.divisible}
+    source = ASTSource(launch.kernel, launch.signature, constexprs=launch.constants, attrs=aligned)
+    built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": launch.warps})
     facts: dict[str, Any] = {"shared": built.metadata.shared}
     if target.startswith("sm"):
         usage = _cuobjdump(built.asm["cubin"])
         facts |= {"registers": usage["REG"], "spill": usage["LOCAL"] + usage["STACK"]}
-        facts["128-bit loads"] = bool(re.search(r"ld\.global\S*\.v4\.b32", built.asm["ptx"]))
+        facts["wide"] = bool(re.search(r"ld\.global\S*\.v4\.b32", built.asm["ptx"]))
     else:
         text = built.asm["amdgcn"]
         facts["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))  # type: ignore[union-attr]
         facts["spill"] = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))
-        facts["128-bit loads"] = bool(re.search(r"(buffer|global)_load_dwordx4", text))
+        facts["wide"] = bool(re.search(r"(buffer|global)_load_dwordx4", text))
     return facts
 
 
@@ -125,17 +130,22 @@ def _cuobjdump(cubin: bytes) -> dict[str, int]:
 def report() -> tuple[str, int]:
     """The table in Markdown, and the number of kernels that spill."""
     lines = [f"triton {triton.__version__}, from the script `benchmarks/compile_report.py`; no GPU was used.", ""]
-    lines += ["| kernel | dtype | width | target | registers | spill | shared B | 128-bit loads |", "|" + "---|" * 8]
-    spilling = 0
-    for model, (_, d, m, k) in SHAPES.items():
-        for dtype in DTYPES:
+    lines += [f"The most of {len(SHAPES)} shapes ({', '.join(SHAPES)}).", ""]
+    lines += ["| kernel | rows | target | registers | spill | shared B | 128-bit loads |", "|" + "---|" * 7]
+    most: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for shape in SHAPES.values():
+        for dtype in (torch.float32, torch.bfloat16):
             for target, (_, _, warp) in TARGETS.items():
-                for name, kernel, types, constants, warps in kernels(d, m, k, dtype, warp):
-                    facts = compile_one(kernel, types, constants, warps, target)
-                    spilling += facts["spill"] > 0
-                    cells = (name, dtype, f"{d} ({model})", target, facts["registers"], facts["spill"])
-                    wide = "yes" if facts["128-bit loads"] else "no"
-                    lines.append("| " + " | ".join(map(str, (*cells, facts["shared"], wide))) + " |")
+                for call in calls(shape, dtype):
+                    for launch in launches(call, warp):
+                        name = launch.kernel.__name__.removesuffix("_kernel")
+                        most.setdefault((name, TYPES[dtype], target), []).append(compile_one(launch, target))
+    spilling = 0
+    for key, facts in sorted(most.items()):
+        registers, spill, shared = (max(f[name] for f in facts) for name in ("registers", "spill", "shared"))
+        spilling += spill > 0
+        wide = "yes" if all(f["wide"] for f in facts) else "no"
+        lines.append("| " + " | ".join(map(str, (*key, registers, spill, shared, wide))) + " |")
     return "\n".join(lines) + "\n", spilling
 
 

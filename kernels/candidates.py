@@ -6,12 +6,14 @@ Legend: N rows, M columns, C candidates, K kept.
 import torch
 from torch import Tensor
 
+from skipcoder.kernels.backend import in_triton
+
 GROUP = 32
 
 
 def candidates(pre_NM: Tensor, c: int) -> Tensor:
-    """int64 [N, C]: columns of the c largest elements of each row, unordered; ties are broken arbitrarily, but always
-    in the same way. On CUDA a few more, including all ties, and -1 in unused places.
+    """int64 [N, C]: columns of the c largest elements of each row. On a GPU of equals the lowest columns, rising; on a
+    CPU unordered, and ties are broken arbitrarily, but always in the same way.
 
     Columns m, m + M/32, m + 2 M/32, ... form a group. The c largest elements lie in the c groups with the largest
     maxima: an element of any other group is exceeded by c maxima. The matrix is thus read once and only c groups are
@@ -19,7 +21,7 @@ def candidates(pre_NM: Tensor, c: int) -> Tensor:
     4096 x 18432 bfloat16 on 2 CPU cores.
     """
     n, m = pre_NM.shape
-    if _in_triton(pre_NM):
+    if in_triton(pre_NM):
         from skipcoder.kernels.gpu import candidates as gpu
 
         return gpu.candidates(pre_NM, c)
@@ -36,26 +38,30 @@ def candidates(pre_NM: Tensor, c: int) -> Tensor:
 
 
 def rank(values_NC: Tensor, columns_NC: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of the candidates: values [N, K] descending, columns [N, K]; equal values by rising column.
-    Column -1 is not a candidate."""
+    """The k best of the candidates: values [N, K] descending, columns [N, K]; equal values by rising column."""
+    if in_triton(values_NC):
+        from skipcoder.kernels.gpu import candidates as gpu
+
+        return gpu.rank(values_NC, columns_NC, k)
     columns, order = columns_NC.sort(dim=1)
-    values = values_NC.gather(1, order).masked_fill(columns < 0, -torch.inf)
-    values, best = values.sort(dim=1, descending=True, stable=True)
+    values, best = values_NC.gather(1, order).sort(dim=1, descending=True, stable=True)
     return values[:, :k], columns.gather(1, best[:, :k])
 
 
 def topk_lowest(pre_NM: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Exact top-k: values [N, K] descending, columns [N, K], equal values by rising column.
 
-    A few more candidates than k settle ties; a row in which even the last of them equals the k-th value (many
+    On a CPU a few more candidates than k settle ties; a row in which even the last of them equals the k-th value (many
     duplicates) is fully sorted.
     """
     m = pre_NM.shape[1]
-    on_gpu = _in_triton(pre_NM)
-    columns_NC = candidates(pre_NM, k if on_gpu else min(k + 8, m))
-    values_NC = pre_NM.gather(1, columns_NC.clamp_min(0))
+    if in_triton(pre_NM):
+        columns_NK = candidates(pre_NM, k)
+        return rank(pre_NM.gather(1, columns_NK), columns_NK, k)
+    columns_NC = candidates(pre_NM, min(k + 8, m))
+    values_NC = pre_NM.gather(1, columns_NC)
     values, columns = rank(values_NC, columns_NC, k)
-    if not on_gpu and columns_NC.shape[1] < m:
+    if columns_NC.shape[1] < m:
         undecided = (values_NC.amin(1) == values[:, -1]).nonzero()[:, 0]
         if len(undecided):
             rows = pre_NM[undecided].sort(dim=1, descending=True, stable=True)
@@ -82,7 +88,3 @@ def largest(values: Tensor, count: int) -> Tensor:
     if len(values) <= count:
         return torch.arange(len(values), device=values.device)
     return values.sort(descending=True, stable=True).indices[:count].sort().values
-
-
-def _in_triton(pre: Tensor) -> bool:
-    return pre.is_cuda and pre.dtype != torch.float64

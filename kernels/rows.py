@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from skipcoder.kernels.backend import in_triton
+
 
 class ByLatent(NamedTuple):
     """The L entries of a batch of codes sorted by latent; ties keep token order, so every sum over a latent's tokens
@@ -61,7 +63,7 @@ def sum_rows(token_L: Tensor, weights_L: Tensor, starts_M: Tensor, rows_ND: Tens
     """[M, D] in the dtype of the rows: weighted sums of rows over each latent's run in a list sorted by latent."""
     if not len(token_L):
         return rows_ND.new_zeros(len(starts_M), rows_ND.shape[1])
-    if _in_triton(rows_ND):
+    if in_triton(rows_ND):
         from skipcoder.kernels.gpu import rows as gpu
 
         return gpu.sum_rows(token_L, weights_L, starts_M, rows_ND).to(rows_ND.dtype)
@@ -79,7 +81,7 @@ def gather_sum(
 ) -> Tensor:
     """[N, D]: for each token, the weighted sum of its chosen rows of W, plus `base` ([D] or [N, D])."""
     n, d = len(indices if offsets is None else offsets), W_MD.shape[1]
-    if _in_triton(W_MD):
+    if in_triton(W_MD):
         from skipcoder.kernels.gpu import rows as gpu
 
         return gpu.gather_sum(indices, weights, W_MD, offsets, base)
@@ -98,30 +100,28 @@ def _(
 
 
 @torch.library.custom_op("skipcoder::gather_dot", mutates_args=())
-def gather_dot(rows_ND: Tensor, W_MD: Tensor, indices: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """Dot products of each token's row with its chosen rows of W, shaped like the indices; never holds [L, D].
-
-    A negative index gives 0.
-    """
+def gather_dot(
+    rows_ND: Tensor, W_MD: Tensor, indices: Tensor, offsets: Tensor | None = None, bias_M: Tensor | None = None
+) -> Tensor:
+    """Dot products of each token's row with its chosen rows of W (plus their biases), shaped like the indices; never
+    holds [L, D]."""
     if not indices.numel():
         return rows_ND.new_zeros(indices.shape)
-    token = token_of_entry(indices, offsets)
-    if _in_triton(rows_ND):
+    if in_triton(rows_ND):
         from skipcoder.kernels.gpu import rows as gpu
 
-        return gpu.gather_dot(rows_ND, W_MD, indices, token)
+        token = None if offsets is None else token_of_entry(indices, offsets)
+        return gpu.gather_dot(rows_ND, W_MD, indices, token, bias_M)
     starts = torch.arange(0, indices.numel(), indices.shape[1]) if offsets is None else offsets
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        rows_ND.contiguous(), W_MD, indices.flatten(), starts.to(indices.device), token, 0
+        rows_ND.contiguous(), W_MD, indices.flatten(), starts.to(indices.device), token_of_entry(indices, offsets), 0
     )
     result: Tensor = dots.view(indices.shape)
-    return result
+    return result if bias_M is None else result + bias_M[indices]
 
 
 @gather_dot.register_fake
-def _(rows_ND: Tensor, W_MD: Tensor, indices: Tensor, offsets: Tensor | None = None) -> Tensor:
+def _(
+    rows_ND: Tensor, W_MD: Tensor, indices: Tensor, offsets: Tensor | None = None, bias_M: Tensor | None = None
+) -> Tensor:
     return rows_ND.new_empty(indices.shape)
-
-
-def _in_triton(rows: Tensor) -> bool:
-    return rows.is_cuda and rows.dtype != torch.float64

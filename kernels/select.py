@@ -79,7 +79,7 @@ def _topk(
         return values_NK, indices_NK
     c = min(math.ceil(nominated * k), len(W_MD))
     columns_NC = torch.cat([candidates(pre, c) for _, pre in chunks])
-    return rank(gather_dot(x_ND, W_MD, columns_NC) + b_M[columns_NC], columns_NC, k)
+    return rank(gather_dot(x_ND, W_MD, columns_NC, None, b_M), columns_NC, k)
 
 
 @torch.library.custom_op("skipcoder::groupmax", mutates_args=())
@@ -97,7 +97,7 @@ def _groupmax(
             values_NK[part], indices_NK[part] = _max_of_groups(pre, k)
         return values_NK, indices_NK
     columns_NC = torch.cat([_two_of_groups(pre, k) for _, pre in chunks])
-    exact_NC = gather_dot(x_ND, W_MD, columns_NC) + b_M[columns_NC]
+    exact_NC = gather_dot(x_ND, W_MD, columns_NC, None, b_M)
     pairs, columns = exact_NC.view(len(x_ND), k, -1), columns_NC.view(len(x_ND), k, -1)
     best = pairs.max(2, keepdim=True)
     return best.values.squeeze(2), columns.gather(2, best.indices).squeeze(2)
@@ -120,7 +120,7 @@ def _batchtopk(
     if not search.is_exact:
         token, latent = flat // m, flat % m
         offsets = torch.searchsorted(token, tokens)
-        exact = gather_dot(x_ND, W_MD, latent, offsets) + b_M[latent]
+        exact = gather_dot(x_ND, W_MD, latent, offsets, b_M)
         best = largest(exact, n * k)
         flat, values = flat[best], exact[best]
     flat, values = flat[values > 0], values[values > 0]

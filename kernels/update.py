@@ -11,6 +11,8 @@ x is the running average of the z; x is never stored.
 import torch
 from torch import Tensor
 
+from skipcoder.kernels.backend import in_triton
+
 BLOCK = 2**18
 """Elements that pass through the CPU's cache together: 6 ms for 18432 x 576 on 2 cores; whole tensors take 19 ms."""
 
@@ -19,7 +21,7 @@ BLOCK = 2**18
 def sign_step(y: Tensor, z: Tensor, grad: Tensor, lr: float, beta: float, c: float) -> None:
     """Update `y` and `z` in place; all three contiguous and of one shape. `c`: weight of the new z in the average."""
     y_lr = lr * (1 - beta * (1 - c))
-    if y.is_cuda and y.dtype != torch.float64:
+    if in_triton(y):
         from skipcoder.kernels.gpu import update as gpu
 
         gpu.sign_step(y, z, grad, lr, y_lr, c)

@@ -86,7 +86,8 @@ def test_sums_by_latent() -> None:
     assert latents.sum_rows(weights, rows).tolist() == [[7, 6], [0, 4], [7, 8], [0, 0]]
     assert latents.sum_weights(weights).tolist() == [7, 4, 10, 0]
     assert gather_dot(rows, torch.eye(4, 2, device=DEVICE), indices).tolist() == [[1, 0], [0, 1], [0, 1]]
-    assert gather_dot(rows, torch.eye(4, 2, device=DEVICE), torch.tensor([[0], [-1], [1]]).to(DEVICE)).sum() == 2
+    biased = gather_dot(rows, torch.eye(4, 2, device=DEVICE), indices, None, torch.arange(4.0, device=DEVICE))
+    assert biased.tolist() == [[1, 2], [2, 2], [2, 1]]
 
 
 def test_flat_codes_of_tokens_with_none_and_many() -> None:
