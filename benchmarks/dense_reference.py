@@ -15,8 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from skipcoder.kernels.encode import Codes
-from skipcoder.kernels.rows import by_latent
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.coder.activations.base import Step
 from skipcoder.trainer.config import (
@@ -50,7 +48,7 @@ class DenseLearner(Learner):
             y_hat = y_hat + x @ coder.W_skip.T
         error = y - y_hat
         fvu = error.square().sum() / variance
-        return Losses(fvu, {"fvu": fvu}, Codes(values.detach(), indices, None, by_latent(indices, coder.cfg.width)))
+        return Losses(fvu, {"fvu": fvu}, (f > 0).sum(0))
 
 
 def train(cls: type[Learner], store: ActivationStore, kind: Kind, mode: EncodeMode, steps: int) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from skipcoder.kernels import select
 from skipcoder.kernels.preactivations import EXACT, Search
 from skipcoder.kernels.rows import ByLatent, by_latent, gather_sum, token_of_entry
 from skipcoder.kernels.select import Chosen
+from skipcoder.kernels.unsummed import encoder_gradients
 
 
 class Codes(NamedTuple):
@@ -96,12 +97,6 @@ def encode_above(
     return _codes(x_ND, W_enc_MD, b_enc_M, b_pre_D, centred_ND, chosen)
 
 
-def first(codes: Codes, k: int) -> Codes:
-    """The k largest latents of topk codes that hold more than k."""
-    values, indices = codes.values[:, :k], codes.indices[:, :k].contiguous()
-    return Codes(values, indices, None, by_latent(indices, len(codes.by_latent.starts_M)))
-
-
 def subset(codes: Codes, keep_L: Tensor) -> Codes:
     """The entries of flat codes that `keep_L` selects."""
     assert codes.offsets is not None
@@ -159,15 +154,15 @@ class _Values(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         centred_ND, W_enc_MD, values, indices, offsets, *order = ctx.saved_tensors
-        latents = ByLatent(*order)
         grad = torch.where(values > 0, grad, 0)
         grad_x = grad_W = grad_b = grad_b_pre = None
-        if ctx.needs_input_grad[0]:
+        wants_x, wants_W, wants_b, wants_b_pre = ctx.needs_input_grad[:4]
+        if wants_x:
             grad_x = gather_sum(indices, grad, W_enc_MD, offsets)
-        if ctx.needs_input_grad[1]:
-            grad_W = latents.sum_rows(grad, centred_ND)
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            grad_b = latents.sum_weights(grad)
-        if ctx.has_b_pre and ctx.needs_input_grad[3]:
+        if wants_W:
+            grad_W, grad_b = encoder_gradients(W_enc_MD, ByLatent(*order), grad, centred_ND, wants_b or wants_b_pre)
+        elif wants_b or wants_b_pre:
+            grad_b = ByLatent(*order).sum_weights(grad)
+        if ctx.has_b_pre and wants_b_pre:
             grad_b_pre = -(grad_b @ W_enc_MD)  # O(M D), where the sum over tokens would be O(N K D)
-        return grad_x, grad_W, grad_b if ctx.needs_input_grad[2] else None, grad_b_pre, None, None
+        return grad_x, grad_W, grad_b if wants_b else None, grad_b_pre, None, None

@@ -42,7 +42,8 @@ class _PerEntry(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_L: Tensor) -> tuple[Tensor | None, ...]:
-        return ByLatent(*ctx.saved_tensors).sum_weights(grad_L), None, None, None, None
+        latents = ByLatent(*ctx.saved_tensors)
+        return latents.sum_weights(grad_L), None, *(None for _ in latents)
 
 
 def _window(pre_L: Tensor, theta_L: Tensor, bandwidth: float) -> Tensor:

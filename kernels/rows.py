@@ -27,19 +27,28 @@ class ByLatent(NamedTuple):
     """Token of the entry."""
     starts_M: Tensor
     """Where each latent's entries begin."""
+    latent_S: Tensor | None = None
+    """On GPUs, which cut the lists of latents into segments: the latent of each segment; M where there is none."""
+    before_M: Tensor | None = None
+    """How many segments lower latents have."""
+    partial_before_M: Tensor | None = None
+    """How many of these belong to latents with several."""
 
     def sum_rows(self, weights: Tensor, rows_ND: Tensor) -> Tensor:
         """[M, D]: for each latent, the sum over its entries of weight * row of the entry's token."""
-        result: Tensor = sum_rows(self.token_L, weights.flatten()[self.entry_L], self.starts_M, rows_ND)
+        result: Tensor = sum_rows(*self, weights, rows_ND)
         return result
 
     def sum_weights(self, weights: Tensor) -> Tensor:
         """[M]: for each latent, the sum of its entries' weights."""
-        ones = weights.new_ones(1, 1)
-        result: Tensor = sum_rows(
-            torch.zeros_like(self.token_L), weights.flatten()[self.entry_L], self.starts_M, ones
-        ).squeeze(1)
-        return result
+        one_row = self._replace(token_L=torch.zeros_like(self.token_L))
+        return one_row.sum_rows(weights, weights.new_ones(1, 1)).squeeze(1)
+
+    def counts(self, flags: Tensor) -> Tensor:
+        """int64 [M]: for each latent, how many of its entries are flagged."""
+        total_L = flags.flatten()[self.entry_L].cumsum(0, dtype=torch.int64)
+        before_M = torch.cat([total_L.new_zeros(1), total_L])[self.starts_M]
+        return torch.cat([before_M[1:], total_L[-1:]]) - before_M if len(total_L) else before_M
 
 
 def by_latent(indices: Tensor, m: int, offsets: Tensor | None = None) -> ByLatent:
@@ -47,7 +56,12 @@ def by_latent(indices: Tensor, m: int, offsets: Tensor | None = None) -> ByLaten
     latents, entry = torch.sort(indices.flatten(), stable=True)
     # Not by bincount, whose length depends on the data: torch.compile would break the graph.
     starts = torch.searchsorted(latents, torch.arange(m, device=indices.device))
-    return ByLatent(entry, token_of_entry(indices, offsets)[entry], starts)
+    order = ByLatent(entry, token_of_entry(indices, offsets)[entry], starts)
+    if not in_triton(starts):
+        return order
+    from skipcoder.kernels.gpu import latents as gpu
+
+    return ByLatent(*order[:3], *gpu.cut(starts, len(entry)))
 
 
 def token_of_entry(indices: Tensor, offsets: Tensor | None = None) -> Tensor:
@@ -59,19 +73,27 @@ def token_of_entry(indices: Tensor, offsets: Tensor | None = None) -> Tensor:
 
 
 @torch.library.custom_op("skipcoder::sum_rows", mutates_args=())
-def sum_rows(token_L: Tensor, weights_L: Tensor, starts_M: Tensor, rows_ND: Tensor) -> Tensor:
-    """[M, D] in the dtype of the rows: weighted sums of rows over each latent's run in a list sorted by latent."""
+def sum_rows(
+    entry_L: Tensor, token_L: Tensor, starts_M: Tensor, latent_S: Tensor | None, before_M: Tensor | None,
+    partial_before_M: Tensor | None, weights: Tensor, rows_ND: Tensor,
+) -> Tensor:  # fmt: skip
+    """[M, D] in the dtype of the rows: see ByLatent, whose fields come first."""
     if not len(token_L):
         return rows_ND.new_zeros(len(starts_M), rows_ND.shape[1])
     if in_triton(rows_ND):
-        from skipcoder.kernels.gpu import rows as gpu
+        from skipcoder.kernels.gpu import latents as gpu
 
-        return gpu.sum_rows(token_L, weights_L, starts_M, rows_ND).to(rows_ND.dtype)
-    return F.embedding_bag(token_L, rows_ND, starts_M, mode="sum", per_sample_weights=weights_L.to(rows_ND.dtype))
+        latents = ByLatent(entry_L, token_L, starts_M, latent_S, before_M, partial_before_M)
+        return gpu.sum_rows(latents, weights, rows_ND).to(rows_ND.dtype)
+    weights_L = weights.flatten()[entry_L].to(rows_ND.dtype)
+    return F.embedding_bag(token_L, rows_ND, starts_M, mode="sum", per_sample_weights=weights_L)
 
 
 @sum_rows.register_fake
-def _(token_L: Tensor, weights_L: Tensor, starts_M: Tensor, rows_ND: Tensor) -> Tensor:
+def _(
+    entry_L: Tensor, token_L: Tensor, starts_M: Tensor, latent_S: Tensor | None, before_M: Tensor | None,
+    partial_before_M: Tensor | None, weights: Tensor, rows_ND: Tensor,
+) -> Tensor:  # fmt: skip
     return rows_ND.new_empty(len(starts_M), rows_ND.shape[1])
 
 

@@ -218,6 +218,8 @@ class LoopConfig:
     """Device; null: cuda if there is one, else cpu."""
     threads: int | None = None
     """CPU threads; null: all cores."""
+    graph: bool = True
+    """On a GPU replay the steps as a CUDA graph where they allow it; the bits are the same."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int | None = None

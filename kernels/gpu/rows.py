@@ -1,19 +1,15 @@
-"""The three sparse operations in Triton: gather-sum, gather-dot, and the sum over each latent's tokens.
+"""The two operations by token in Triton: gather-sum and gather-dot.
 
-No float atomics: every sum has a fixed order, so results are bitwise equal from run to run. Rows are tiled over their
-width with masks; accumulation is float32 whatever the dtype of the rows. Index arithmetic on rows is 64-bit: a decoder
-of 2^20 latents by 4096 needs more than 32.
+Every sum has a fixed order. Rows are tiled over their width with masks; accumulation is float32 whatever the dtype of
+the rows. Index arithmetic on rows is 64-bit: a decoder of 2^20 latents by 4096 needs more than 32.
 
-Legend: N tokens, K active latents per token, L entries (token, latent) in all, M latents, D row width, S segments.
+Legend: N tokens, K active latents per token, L entries (token, latent) in all, M latents, D row width.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-SEGMENT = 256
-"""Entries of one latent that one program adds up; longer lists are split and combined in order."""
 
 
 @triton.jit
@@ -38,6 +34,34 @@ def gather_sum_kernel(  # type: ignore[no-untyped-def]
         start = n * D if BASE == 2 else 0
         total += tl.load(base_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + n * D + offset, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def errors_kernel(  # type: ignore[no-untyped-def]
+    index_ptr, weight_ptr, W_ptr, offset_ptr, base_ptr, y_ptr, block_ptr, error_ptr, square_ptr, D, K, N, L,
+    RAGGED: tl.constexpr, BASE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """error[b, n] = y[n] - base - the weighted sum over the entries in blocks 0 ... b, one tile of D per program, and
+    the tile's sum of squares."""
+    n = tl.program_id(0).to(tl.int64)
+    offset = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = offset < D
+    begin, end = n * K, n * K + K
+    if RAGGED:
+        begin = tl.load(offset_ptr + n)
+        end = tl.load(offset_ptr + n + 1, mask=n + 1 < N, other=L)
+    start = n * D if BASE == 2 else 0
+    error = tl.load(y_ptr + n * D + offset, mask=inside, other=0.0).to(tl.float32)
+    error -= tl.load(base_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
+    for b in range(BLOCKS):
+        for j in range(begin, end):
+            if (BLOCKS == 1) or (tl.load(block_ptr + j) == b):
+                row = tl.load(index_ptr + j)
+                weight = tl.load(weight_ptr + j).to(tl.float32)
+                error -= weight * tl.load(W_ptr + row * D + offset, mask=inside, other=0.0).to(tl.float32)
+        place = b * N + n
+        tl.store(error_ptr + place * D + offset, error, mask=inside)
+        tl.store(square_ptr + place * tl.num_programs(1) + tl.program_id(1), tl.sum(error * error))
 
 
 @triton.jit
@@ -72,50 +96,6 @@ def gather_dot_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + entry, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def segment_sum_kernel(  # type: ignore[no-untyped-def]
-    latent_ptr, token_ptr, weight_ptr, rows_ptr, start_ptr, count_ptr, segments_ptr, before_ptr, partial_before_ptr,
-    out_ptr, partial_ptr, M, D, SEGMENT: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Sum one segment of one latent's entries, into `out` if it is the latent's only one, else into `partial`."""
-    s = tl.program_id(0).to(tl.int64)
-    latent = tl.load(latent_ptr + s)
-    if latent < M:
-        offset = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        inside = offset < D
-        number = s - tl.load(before_ptr + latent)  # which of the latent's segments this is
-        first = tl.load(start_ptr + latent)
-        begin = first + number * SEGMENT
-        end = tl.minimum(begin + SEGMENT, first + tl.load(count_ptr + latent))
-        total = tl.zeros((BLOCK_D,), tl.float32)
-        for i in range(begin, end):
-            token = tl.load(token_ptr + i)
-            weight = tl.load(weight_ptr + i).to(tl.float32)
-            total += weight * tl.load(rows_ptr + token * D + offset, mask=inside, other=0.0).to(tl.float32)
-        if tl.load(segments_ptr + latent) == 1:
-            tl.store(out_ptr + latent * D + offset, total, mask=inside)
-        else:
-            place = tl.load(partial_before_ptr + latent) + number
-            tl.store(partial_ptr + place * D + offset, total, mask=inside)
-
-
-@triton.jit
-def combine_kernel(  # type: ignore[no-untyped-def]
-    partial_ptr, segments_ptr, partial_before_ptr, out_ptr, D, BLOCK_D: tl.constexpr
-):
-    """Add up a split latent's segments in order; write zeros for a latent without entries."""
-    latent = tl.program_id(0).to(tl.int64)
-    segments = tl.load(segments_ptr + latent)
-    if segments != 1:
-        offset = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        inside = offset < D
-        first = tl.load(partial_before_ptr + latent)
-        total = tl.zeros((BLOCK_D,), tl.float32)
-        for i in range(segments):
-            total += tl.load(partial_ptr + (first + i) * D + offset, mask=inside, other=0.0)
-        tl.store(out_ptr + latent * D + offset, total, mask=inside)
-
-
 def block_d(d: int) -> int:
     """Tile width: 512, or the next power of two for narrower rows."""
     result: int = min(512, triton.next_power_of_2(d))
@@ -145,6 +125,26 @@ def gather_sum(
     return out
 
 
+def errors(
+    indices: Tensor, weights: Tensor, W_MD: Tensor, offsets: Tensor | None, base: Tensor, y_ND: Tensor,
+    block: Tensor | None, blocks: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """float32 errors [B, N, D] and the sums of their squares [B]; see squared_error.py."""
+    n, d = y_ND.shape
+    tile = block_d(d)
+    tiles = triton.cdiv(d, tile)
+    out = W_MD.new_empty(blocks, n, d, dtype=torch.float32)
+    squares = W_MD.new_zeros(blocks, n * tiles, dtype=torch.float32)
+    if n:
+        errors_kernel[(n, tiles)](
+            indices.contiguous(), weights.contiguous(), W_MD.contiguous(), indices if offsets is None else offsets,
+            base.contiguous(), y_ND.contiguous(), indices if block is None else block.contiguous(), out, squares, d,
+            0 if offsets is not None else indices.shape[1], n, indices.numel(), RAGGED=offsets is not None,
+            BASE=base.dim(), BLOCKS=blocks, BLOCK_D=tile, num_warps=num_warps(tile, W_MD.element_size()),
+        )  # fmt: skip
+    return out, squares.sum(1)
+
+
 def gather_dot(
     rows_ND: Tensor, W_MD: Tensor, indices: Tensor, token_L: Tensor | None = None, bias_M: Tensor | None = None
 ) -> Tensor:
@@ -160,32 +160,4 @@ def gather_dot(
             out if bias_M is None else bias_M, out, d, k, entries, FLAT=flat, BIAS=bias_M is not None,
             BLOCK_L=some, BLOCK_D=tile,
         )  # fmt: skip
-    return out
-
-
-def sum_rows(token: Tensor, weight: Tensor, starts_M: Tensor, rows_ND: Tensor, segment: int = SEGMENT) -> Tensor:
-    """float32 [M, D]: for each latent the weighted sum of the rows of its tokens.
-
-    `token` and `weight` hold the entries sorted by latent, `starts_M` where each latent's entries begin. The number of
-    segments is bounded, not counted, so that nothing waits for the device.
-    """
-    m, d, entries = len(starts_M), rows_ND.shape[1], len(token)
-    out = rows_ND.new_empty(m, d, dtype=torch.float32)
-    ends = torch.cat([starts_M[1:], starts_M.new_full((1,), entries)])
-    count = ends - starts_M
-    segments = (count + segment - 1) // segment
-    after = segments.cumsum(0)
-    split = torch.where(segments > 1, segments, 0)
-    partial_before = split.cumsum(0) - split
-    partial = rows_ND.new_empty(2 * (entries // segment) + 1, d, dtype=torch.float32)
-    most = min(m, entries) + entries // segment
-    tile = block_d(d)
-    tiles = triton.cdiv(d, tile)
-    if most:
-        latent = torch.searchsorted(after, torch.arange(most, device=token.device), right=True)
-        segment_sum_kernel[(most, tiles)](
-            latent, token, weight, rows_ND.contiguous(), starts_M, count, segments, after - segments, partial_before,
-            out, partial, m, d, SEGMENT=segment, BLOCK_D=tile, num_warps=num_warps(tile, rows_ND.element_size()),
-        )  # fmt: skip
-    combine_kernel[(m, tiles)](partial, segments, partial_before, out, d, BLOCK_D=tile, num_warps=num_warps(tile, 4))
     return out

@@ -1,15 +1,27 @@
-"""The schedule-free sign step in Triton; see kernels/update.py."""
+"""Optimiser steps in Triton; see kernels/update.py.
+
+The steps on rows form each latent's gradient anew from its entries (gpu/latents.py) and never write it: of a matrix's
+own bytes they read and write only the weights and the optimiser's state, once.
+
+Legend: L entries (token, latent) in all, M latents, D row width.
+"""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from skipcoder.kernels.gpu import latents as gpu
+from skipcoder.kernels.gpu.latents import along_removed, ends_of
+from skipcoder.kernels.gpu.rows import block_d, num_warps
+from skipcoder.kernels.rows import ByLatent
+
 BLOCK = 1024
 
 
 @triton.jit
-def sign_step_kernel(y_ptr, z_ptr, grad_ptr, count, lr, y_lr, c, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """y = lerp(y, z, c) - y_lr sign(g); z = z - lr sign(g)."""
+def sign_step_kernel(y_ptr, z_ptr, grad_ptr, hyper_ptr, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """y = lerp(y, z, c) - y_lr sign(g); z = z - lr sign(g). hyper: lr, y_lr, c."""
+    lr, y_lr, c = tl.load(hyper_ptr), tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 2)
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < count
     y = tl.load(y_ptr + offset, mask=inside, other=0.0)
@@ -20,7 +32,118 @@ def sign_step_kernel(y_ptr, z_ptr, grad_ptr, count, lr, y_lr, c, BLOCK: tl.const
     tl.store(z_ptr + offset, z - lr * sign, mask=inside)
 
 
-def sign_step(y: Tensor, z: Tensor, grad: Tensor, lr: float, y_lr: float, c: float) -> None:
+def sign_step(y: Tensor, z: Tensor, grad: Tensor, hyper: Tensor) -> None:
     """Update y and z in place."""
     count = y.numel()
-    sign_step_kernel[(triton.cdiv(count, BLOCK),)](y, z, grad.contiguous(), count, lr, y_lr, c, BLOCK=BLOCK)
+    sign_step_kernel[(triton.cdiv(count, BLOCK),)](y, z, grad.contiguous(), hyper, count, BLOCK=BLOCK)
+
+
+@triton.jit
+def row_sum(  # type: ignore[no-untyped-def]
+    latent, offset, inside, entry_ptr, token_ptr, starts_ptr, partial_before_ptr, weight_ptr, rows_ptr, partial_ptr,
+    M, D, L, SEGMENT: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The sum over a latent's entries, in the order of gpu/latents.py; of a split latent from its partial sums."""
+    first, last = ends_of(latent, starts_ptr, M, L)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    if last - first > SEGMENT:
+        place = tl.load(partial_before_ptr + latent)
+        for i in range(place, place + (last - first + SEGMENT - 1) // SEGMENT):
+            total += tl.load(partial_ptr + i * D + offset, mask=inside, other=0.0)
+    else:
+        for i in range(first, last):
+            weight = tl.load(weight_ptr + tl.load(entry_ptr + i)).to(tl.float32)
+            row = tl.load(rows_ptr + tl.load(token_ptr + i) * D + offset, mask=inside, other=0.0)
+            total += weight * row.to(tl.float32)
+    return total
+
+
+@triton.jit
+def adam_rows_kernel(  # type: ignore[no-untyped-def]
+    p_ptr, m_ptr, v_ptr, entry_ptr, token_ptr, starts_ptr, partial_before_ptr, weight_ptr, rows_ptr, partial_ptr,
+    factor_ptr, hyper_ptr, M, D, L, rest1, rest2, eps, SEGMENT: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """One row of Adam, with gradient factor * sum. hyper: rate / bias correction 1, root of bias correction 2;
+    rest: 1 - beta."""
+    latent = tl.program_id(0).to(tl.int64)
+    offset = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = offset < D
+    at = latent * D + offset
+    total = row_sum(
+        latent, offset, inside, entry_ptr, token_ptr, starts_ptr, partial_before_ptr, weight_ptr, rows_ptr,
+        partial_ptr, M, D, L, SEGMENT, BLOCK_D,
+    )  # fmt: skip
+    p = tl.load(p_ptr + at, mask=inside, other=0.0)
+    if UNIT:
+        total = along_removed(total, p)
+    grad = tl.load(factor_ptr) * total
+    m = tl.load(m_ptr + at, mask=inside, other=0.0)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    m += rest1 * (grad - m)
+    v += rest2 * (grad * grad - v)
+    p -= tl.load(hyper_ptr) * m / (tl.sqrt(v) / tl.load(hyper_ptr + 1) + eps)
+    if UNIT:
+        p /= tl.maximum(tl.sqrt(tl.sum(tl.where(inside, p * p, 0.0))), 1e-30)
+    tl.store(m_ptr + at, m, mask=inside)
+    tl.store(v_ptr + at, v, mask=inside)
+    tl.store(p_ptr + at, p, mask=inside)
+
+
+@triton.jit
+def sign_rows_kernel(  # type: ignore[no-untyped-def]
+    y_ptr, z_ptr, entry_ptr, token_ptr, starts_ptr, partial_before_ptr, weight_ptr, rows_ptr, partial_ptr, factor_ptr,
+    hyper_ptr, M, D, L, SEGMENT: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """One row of the schedule-free sign step. hyper: lr, y_lr, c as in sign_step_kernel."""
+    latent = tl.program_id(0).to(tl.int64)
+    offset = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = offset < D
+    at = latent * D + offset
+    total = row_sum(
+        latent, offset, inside, entry_ptr, token_ptr, starts_ptr, partial_before_ptr, weight_ptr, rows_ptr,
+        partial_ptr, M, D, L, SEGMENT, BLOCK_D,
+    )  # fmt: skip
+    y = tl.load(y_ptr + at, mask=inside, other=0.0)
+    z = tl.load(z_ptr + at, mask=inside, other=0.0)
+    if UNIT:
+        total = along_removed(total, y)
+    grad = tl.load(factor_ptr) * total
+    sign = (grad > 0).to(tl.float32) - (grad < 0).to(tl.float32)
+    y += tl.load(hyper_ptr + 2) * (z - y) - tl.load(hyper_ptr + 1) * sign
+    z -= tl.load(hyper_ptr) * sign
+    if UNIT:
+        y /= tl.maximum(tl.sqrt(tl.sum(tl.where(inside, y * y, 0.0))), 1e-30)
+        z /= tl.maximum(tl.sqrt(tl.sum(tl.where(inside, z * z, 0.0))), 1e-30)
+    tl.store(y_ptr + at, y, mask=inside)
+    tl.store(z_ptr + at, z, mask=inside)
+
+
+def adam_rows(
+    p: Tensor, m: Tensor, v: Tensor, latents: ByLatent, weights: Tensor, rows_ND: Tensor, partial_PD: Tensor,
+    factor: Tensor, hyper: Tensor, rest1: float, rest2: float, eps: float, unit: bool,
+) -> None:  # fmt: skip
+    """Update a matrix [M, D] and its moments in place."""
+    tile, warps = _tile(p.shape[1], unit)
+    adam_rows_kernel[(len(p), triton.cdiv(p.shape[1], tile))](
+        p, m, v, *latents[:3], latents.partial_before_M, weights.contiguous(), rows_ND.contiguous(), partial_PD,
+        factor, hyper, *p.shape, len(latents.entry_L), rest1, rest2, eps, SEGMENT=gpu.SEGMENT, BLOCK_D=tile,
+        UNIT=unit, num_warps=warps,
+    )  # fmt: skip
+
+
+def sign_rows(
+    y: Tensor, z: Tensor, latents: ByLatent, weights: Tensor, rows_ND: Tensor, partial_PD: Tensor,
+    factor: Tensor, hyper: Tensor, unit: bool,
+) -> None:  # fmt: skip
+    """Update y and z [M, D] in place."""
+    tile, warps = _tile(y.shape[1], unit)
+    sign_rows_kernel[(len(y), triton.cdiv(y.shape[1], tile))](
+        y, z, *latents[:3], latents.partial_before_M, weights.contiguous(), rows_ND.contiguous(), partial_PD,
+        factor, hyper, *y.shape, len(latents.entry_L), SEGMENT=gpu.SEGMENT, BLOCK_D=tile, UNIT=unit, num_warps=warps,
+    )  # fmt: skip
+
+
+def _tile(d: int, whole: bool) -> tuple[int, int]:
+    """Width of a program's tile, and its warps; `whole`: a row is one tile."""
+    tile = triton.next_power_of_2(d) if whole else block_d(d)
+    return tile, min(16, num_warps(tile, 4))

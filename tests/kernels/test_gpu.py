@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipcoder.kernels.rows import by_latent, token_of_entry
+from skipcoder.kernels.rows import token_of_entry
 
 pytestmark = pytest.mark.slow
 
@@ -56,39 +56,11 @@ def test_gather_dot(n: int, k: int, d: int, m: int, dtype: torch.dtype) -> None:
     assert_close(gpu.gather_dot(rows, W, indices), terms[:, :, :d].sum(2), terms.abs().sum(2), d)
 
 
-@pytest.mark.parametrize("segment", [1, 2, 3, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n", "k", "d", "m"), SHAPES)
-def test_sum_rows(n: int, k: int, d: int, m: int, dtype: torch.dtype, segment: int) -> None:
-    """Segments so short that most latents are split, and so long that none is; some latents never fire."""
-    indices, weights, rows, _ = problem(n, k, d, m, dtype)
-    entry, token, starts = by_latent(indices, m)
-    got = gpu.sum_rows(token, weights.flatten()[entry], starts, rows, segment)
-    terms = weights.double()[:, :, None] * rows.double()[:, None]
-    exact, magnitude = (
-        torch.zeros(m, d, dtype=torch.float64, device=DEVICE).index_add_(0, indices.flatten(), t.flatten(0, 1))
-        for t in (terms, terms.abs())
-    )
-    assert got.dtype == torch.float32
-    assert_close(got, exact, magnitude, n * k)
-
-
-def test_one_latent_takes_every_token() -> None:
-    rows = torch.randn(700, 4, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    weights = torch.ones(700, 1, device=DEVICE)
-    _, token, starts = by_latent(torch.full((700, 1), 2, device=DEVICE), 4)
-    got = gpu.sum_rows(token, weights.flatten(), starts, rows)
-    assert not got[[0, 1, 3]].any()
-    assert_close(got[2], rows.double().sum(0), rows.double().abs().sum(0), 700)
-
-
 def test_empty_batch() -> None:
     none = torch.empty(0, 3, dtype=torch.long, device=DEVICE)
     W = torch.ones(5, 8, device=DEVICE)
     assert gpu.gather_sum(none, none.float(), W).shape == (0, 8)
     assert gpu.gather_dot(W[:0], W, none).shape == (0, 3)
-    starts = torch.zeros(5, dtype=torch.long, device=DEVICE)
-    assert not gpu.sum_rows(none[:, 0], none.float()[:, 0], starts, W[:0]).any()
 
 
 def test_flat_entries_on_top_of_a_base() -> None:

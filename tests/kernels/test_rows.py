@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from skipcoder.kernels.decode import sparse_decode
-from skipcoder.kernels.encode import Codes, encode_topk, first
+from skipcoder.kernels.encode import Codes, encode_topk
 from skipcoder.kernels.preactivations import Search
 from skipcoder.kernels.rows import by_latent, gather_dot, gather_sum
 from tests.kernels.test_encode import DEVICE, dense, gradient, ours, problem
@@ -49,19 +48,6 @@ def test_few_and_many(k: int) -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
 
 
-def test_first_of_more_codes() -> None:
-    """Multi-TopK: the k largest out of 4 k are those of a selection of k, and gradients of both reach the encoder."""
-    mine, theirs = problem(10, 5, 40, 3), problem(10, 5, 40, 3)
-    x, W_enc, b_enc, b_pre, W_dec, b_dec = mine
-    wide = encode_topk(x, W_enc, b_enc, 12, b_pre)
-    narrow = first(wide, 3)
-    assert torch.equal(narrow.indices, encode_topk(x, W_enc, b_enc, 3, b_pre).indices)
-    (sparse_decode(narrow, W_dec, b_dec).square().sum() + sparse_decode(wide, W_dec, b_dec).square().sum()).backward()
-    (dense(theirs, 3).square().sum() + dense(theirs, 12).square().sum()).backward()
-    for a, b in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
-
-
 def test_operations_are_registered_as_they_behave() -> None:
     """torch's own check: schemas, no aliasing, shapes without data."""
     x, W_enc, b_enc, *_ = (q.detach() for q in problem(6, 5, 40, 3, torch.float32))
@@ -74,8 +60,7 @@ def test_operations_are_registered_as_they_behave() -> None:
     torch.library.opcheck(ops.above.default, (x, W_enc, b_enc, b_enc, 2**26), test_utils=checks)
     torch.library.opcheck(ops.gather_sum.default, (codes.indices, codes.values, W_enc), test_utils=checks)
     torch.library.opcheck(ops.gather_dot.default, (x, W_enc, codes.indices), test_utils=checks)
-    weights = codes.values.flatten()[latents.entry_L]
-    torch.library.opcheck(ops.sum_rows.default, (latents.token_L, weights, latents.starts_M, x), test_utils=checks)
+    torch.library.opcheck(ops.sum_rows.default, (*latents, codes.values, x), test_utils=checks)
 
 
 def test_sums_by_latent() -> None:
@@ -85,6 +70,7 @@ def test_sums_by_latent() -> None:
     latents = by_latent(indices, 4)
     assert latents.sum_rows(weights, rows).tolist() == [[7, 6], [0, 4], [7, 8], [0, 0]]
     assert latents.sum_weights(weights).tolist() == [7, 4, 10, 0]
+    assert latents.counts(weights > 2).tolist() == [1, 1, 2, 0]
     assert gather_dot(rows, torch.eye(4, 2, device=DEVICE), indices).tolist() == [[1, 0], [0, 1], [0, 1]]
     biased = gather_dot(rows, torch.eye(4, 2, device=DEVICE), indices, None, torch.arange(4.0, device=DEVICE))
     assert biased.tolist() == [[1, 2], [2, 2], [2, 1]]

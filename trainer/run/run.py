@@ -25,7 +25,15 @@ from skipcoder.trainer.data.filter import TokenFilter
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 
 # Keys that may differ between a run and its resumption: they do not change what is learned.
-_FREE_KEYS = ("run", "train.device", "train.threads", "train.save_every", "train.tensorboard", "train.wandb")
+_FREE_KEYS = (
+    "run",
+    "train.device",
+    "train.threads",
+    "train.save_every",
+    "train.graph",
+    "train.tensorboard",
+    "train.wandb",
+)
 
 
 _RETIRED = {"encode.chunk_elements": 2**24}

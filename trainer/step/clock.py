@@ -20,6 +20,8 @@ class Clock:
 
     def lap(self, name: str | None) -> None:
         """End the phase `name`, which began at the last mark."""
+        if self.cuda and torch.cuda.is_current_stream_capturing():
+            return  # a graph's phases cannot be told apart
         if not self.cuda:
             self.marks.append((name, time.perf_counter()))
             return

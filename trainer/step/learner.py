@@ -6,6 +6,7 @@ Legend: B tokens of a batch, M latents, E output width.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, NotRequired
 
 import torch
@@ -21,6 +22,8 @@ from skipcoder.trainer.coder.fold import fold, power_of_two_scale
 from skipcoder.trainer.config import CoderConfig, Kind, Side, TrainConfig
 from skipcoder.trainer.data.ranks import ALONE, Ranks
 from skipcoder.trainer.step.clock import Clock
+from skipcoder.trainer.step.gradients import Gradients, normalise_rows
+from skipcoder.trainer.step.graph import Graphs, fixed
 from skipcoder.trainer.step.losses import Losses, losses
 from skipcoder.trainer.step.optimisers import build_optimiser, schedule
 
@@ -82,6 +85,10 @@ class Learner:
         self.since_fired_M = torch.zeros(cfg.coder.width, dtype=torch.int64, device=device)
         self.density_M = torch.zeros(cfg.coder.width, device=device)
         """How often each latent fires per token: the mean so far, later a moving average over DENSITY_TOKENS."""
+        self.density_weight = torch.zeros((), device=device)
+        self.gradients = Gradients(self.coder, self.unit_norm, unsummed=ranks.size == 1 and self.optimiser.takes_sums)
+        can = device.startswith("cuda") and ranks.size == 1 and cfg.train.graph and self.activation.is_static
+        self.graphs = Graphs() if can else None
         self.dead_tokens = cfg.train.dead_tokens or min(10_000_000, max(1, cfg.train.tokens // 4))
 
     @torch.no_grad()
@@ -95,26 +102,38 @@ class Learner:
         """Make one optimiser step on this rank's raw pairs. Returns 0-d tensors, so that nothing waits for the device:
         `fvu` (against the training units' variance) and the loss's other terms, `l0`, `grad_norm`."""
         self.clock.start()
-        x, y = self._scaled(x, y)
+        graphed = self.graphs is not None and batch_tokens == self.cfg.train.batch_tokens and self.k == self.coder.cfg.k
+        x, y = self._scaled(x, y, fixed_memory=graphed)
         if self.step_number % self.cfg.train.log_every == 0:
             self._check_recall(x)
         if self.step_number == 0:
             self.activation.begin(self.coder, x, self.k, self.ranks)
-        parts, fired_M = self._backward(x, y, batch_tokens)
-        if self.unit_norm:
-            remove_parallel_gradient(self.coder.W_dec)
-        norm = torch.nn.utils.clip_grad_norm_(self.coder.parameters(), self.cfg.optim.clip)
-        self.optimiser.step(schedule(self.cfg.optim, self.step_number, self.steps))
-        if self.unit_norm:
-            for W_dec in self.optimiser.copies(self.coder.W_dec):
-                normalise_rows(W_dec)
-        self.since_fired_M += batch_tokens
-        self.since_fired_M[fired_M > 0] = 0
-        weight = max(batch_tokens / (self.tokens + batch_tokens), min(batch_tokens / DENSITY_TOKENS, 1.0))
-        self.density_M.lerp_(fired_M / batch_tokens, weight)
+        self.optimiser.set_rate(schedule(self.cfg.optim, self.step_number, self.steps))
+        self.density_weight.fill_(
+            max(batch_tokens / (self.tokens + batch_tokens), min(batch_tokens / DENSITY_TOKENS, 1.0))
+        )
+        make = partial(self._move, x, y, batch_tokens)
+        if graphed and self.graphs is not None and self.step_number > 0:
+            results = self.graphs.run((len(x), self.coder.search.mode), make)
+        else:
+            results = make()
         self.step_number += 1
         self.tokens += batch_tokens
-        self.clock.lap("optimiser")
+        self.clock.lap("optimiser" if self.graphs is None else "step")
+        return results
+
+    def _move(self, x: Tensor, y: Tensor, batch_tokens: int) -> dict[str, Tensor]:
+        """Move the parameters. On a GPU nothing here may wait for the device, nor depend on the number of the step."""
+        with self.gradients.collecting():
+            parts, fired_M = self._backward(x, y, batch_tokens)
+        norm = self.gradients.clip(self.cfg.optim.clip)
+        sums, W_dec = self.gradients.left, self.coder.W_dec
+        self.optimiser.step(sums, W_dec if self.unit_norm else None)
+        if self.unit_norm and W_dec not in sums:
+            for copy in self.optimiser.copies(W_dec):
+                normalise_rows(copy)
+        self.since_fired_M.add_(batch_tokens).masked_fill_(fired_M > 0, 0)
+        self.density_M.lerp_(fired_M / batch_tokens, self.density_weight)
         return {**parts, "l0": fired_M.sum() / batch_tokens, "grad_norm": norm}
 
     def _backward(self, x: Tensor, y: Tensor, batch_tokens: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -129,7 +148,7 @@ class Learner:
             loss.total.backward()
             for name, term in loss.parts.items():
                 parts[name] = parts.get(name, 0) + term.detach()
-            fired_M += torch.bincount(loss.codes.indices[loss.codes.values > 0], minlength=len(fired_M))
+            fired_M += loss.fired_M
             self.clock.lap("backward")
         of_batch = step.finish(self.cfg.loss.l0, self.step_number == 0)
         self.ranks.sum(*(p.grad for p in self.coder.parameters() if p.grad is not None), *parts.values(), fired_M)
@@ -137,7 +156,7 @@ class Learner:
 
     def losses(self, step: Step, x: Tensor, y: Tensor, batch_tokens: int) -> Losses:
         """Return the losses of scaled pairs that are part of a global batch."""
-        dead_M = (self.since_fired_M >= self.dead_tokens).nonzero()[:, 0] if self.cfg.loss.auxk else None
+        dead_M = self.since_fired_M >= self.dead_tokens if self.cfg.loss.auxk else None
         variance = batch_tokens * (self.scales.variance / self.scales.s_out**2)
         return losses(self.coder, self.cfg.loss, step, x, y, variance, dead_M, self.clock.lap)
 
@@ -183,10 +202,13 @@ class Learner:
         with self.as_saved() as coder:
             return fold(coder, self.scales.s_in, self.scales.s_out).eval().cpu()
 
-    def _scaled(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale raw pairs to (what the coder reads, what it should write)."""
-        pair = {"input": x, "output": y}
-        return pair[self.sides.read] / self.scales.s_in, pair[self.sides.write] / self.scales.s_out
+    def _scaled(self, x: Tensor, y: Tensor, fixed_memory: bool = False) -> tuple[Tensor, Tensor]:
+        """Scale raw pairs to (what the coder reads, what it should write); `fixed_memory`: where graphs read it."""
+        pair, s = {"input": x, "output": y}, self.scales
+        x, y = pair[self.sides.read], pair[self.sides.write]
+        if fixed_memory:  # multiplying by the inverse of a power of two gives the same bits
+            return torch.mul(x, 1 / s.s_in, out=fixed("x", x)), torch.mul(y, 1 / s.s_out, out=fixed("y", y))
+        return x / s.s_in, y / s.s_out
 
     def _check_recall(self, x: Tensor) -> None:
         """Measure recall, and switch to a more exact mode if it is too low."""
@@ -238,18 +260,3 @@ def sides(cfg: CoderConfig) -> Sides:
         side = "input" if cfg.side is Side.input else "output"
         return Sides(side, side)
     return Sides("input", "output")
-
-
-@torch.no_grad()
-def remove_parallel_gradient(W_dec_ME: Tensor) -> None:
-    """Remove from each row's gradient what would only change the row's length."""
-    grad = W_dec_ME.grad
-    assert grad is not None
-    along = torch.einsum("me,me->m", grad, W_dec_ME) / W_dec_ME.norm(dim=1).square_().clamp_min_(1e-30)
-    grad.addcmul_(along[:, None], W_dec_ME, value=-1)
-
-
-@torch.no_grad()
-def normalise_rows(W_dec_ME: Tensor) -> None:
-    """Scale every row to length 1."""
-    W_dec_ME.div_(W_dec_ME.norm(dim=1, keepdim=True).clamp_min(1e-30))

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from skipcoder.kernels.decode import sparse_decode
-from skipcoder.kernels.encode import Codes, encode_topk, first
+from skipcoder.kernels.backend import in_triton
+from skipcoder.kernels.encode import Codes, encode_topk
+from skipcoder.kernels.squared_error import squared_error
 from skipcoder.trainer.coder.activations.base import Step
 from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.config import LossConfig
@@ -26,8 +27,8 @@ class Losses(NamedTuple):
     """The sum to minimise."""
     parts: dict[str, Tensor]
     """`fvu`, the error with k latents, and the other terms."""
-    codes: Codes
-    """Codes of the k latents."""
+    fired_M: Tensor
+    """int64: on how many tokens each latent is one of the k and fires."""
 
 
 def losses(
@@ -43,49 +44,57 @@ def losses(
     """Return the losses of some or all of the tokens of a global batch.
 
     `step`: what the coder's activation does in this step; `variance`: the denominator, the tokens of the global batch
-    times the variance of a token; `dead_M`: indices of the dead latents; `lap` is called when a phase ends.
+    times the variance of a token; `dead_M`: whether each latent is dead; `lap` is called when a phase ends.
     """
-    parts: dict[str, Tensor] = {}
-    if cfg.multi_topk:
-        wide = coder.encode(x_ND, min(MULTI_TOPK * step.k, coder.cfg.width))
-        codes = first(wide, step.k)
-    else:
-        codes = step.encode(x_ND)
+    k, wide, prefixes = step.k, cfg.multi_topk, coder.cfg.prefixes or []
+    codes = coder.encode(x_ND, min(MULTI_TOPK * k, coder.cfg.width)) if wide else step.encode(x_ND)
     lap("encode")
-    affine = coder.affine(x_ND)
-
-    def error_of(codes: Codes) -> Tensor:
-        return y_NE - sparse_decode(codes, coder.W_dec, affine)
-
-    error_NE = error_of(codes)
-    fvu = error_NE.square().sum() / variance
-    total = fvu
-    if coder.cfg.prefixes:
-        shorter = [error_of(_prefix(codes, p)).square().sum() / variance for p in coder.cfg.prefixes]
-        parts |= {f"fvu_{p}": loss.detach() for p, loss in zip(coder.cfg.prefixes, shorter, strict=True)}
-        total = (fvu + sum(shorter)) / (1 + len(shorter))
-    if cfg.multi_topk:
-        parts["multi_topk"] = MULTI_TOPK_WEIGHT * error_of(wide).square().sum() / variance
+    # One decode for all reconstructions: of each prefix, of the k latents, of 4 k (Multi-TopK).
+    last = len(prefixes)
+    block = _blocks(codes, prefixes, k) if prefixes or wide else None
+    squares, errors = squared_error(codes, coder.W_dec, coder.affine(x_ND), y_NE, block, 1 + last + wide)
+    terms = squares / variance
+    parts = {"fvu": terms[last]} | {f"fvu_{p}": terms[i].detach() for i, p in enumerate(prefixes)}
+    total = terms[: last + 1].mean() if prefixes else parts["fvu"]  # Matryoshka: Bussmann et al., arXiv 2503.17547
+    if wide:
+        parts["multi_topk"] = MULTI_TOPK_WEIGHT * terms[last + 1]
+        total = total + parts["multi_topk"]
     if cfg.auxk and dead_M is not None:
-        parts["auxk"] = cfg.auxk * auxk(coder, x_ND, error_NE.detach(), dead_M) / variance
-    total = total + sum(term for term in parts.values() if term.requires_grad)
+        parts["auxk"] = cfg.auxk * auxk(coder, x_ND, errors[last], dead_M) / variance
+        total = total + parts["auxk"]
     lap("decode")
-    return Losses(total, {"fvu": fvu, **parts}, codes)
+    fires = codes.values.detach() > 0
+    return Losses(
+        total, parts, codes.by_latent.counts(fires & (block <= last) if wide and block is not None else fires)
+    )
 
 
-def _prefix(codes: Codes, width: int) -> Codes:
-    """Return the codes with latents from `width` on at 0 (Matryoshka: Bussmann et al., arXiv 2503.17547)."""
-    return codes._replace(values=torch.where(codes.indices < width, codes.values, 0))
+def _blocks(codes: Codes, prefixes: list[int], k: int) -> Tensor:
+    """Return the first reconstruction in which each entry takes part; those after the k largest come last."""
+    block = torch.zeros_like(codes.indices)
+    for prefix in prefixes:
+        block += codes.indices >= prefix
+    if codes.offsets is None:
+        block[:, k:] = len(prefixes) + 1
+    return block
 
 
 def auxk(coder: SparseCoder, x_ND: Tensor, error_NE: Tensor, dead_M: Tensor) -> Tensor:
     """Return the squared error of the dead latents' prediction of the error (Gao et al., arXiv 2406.04093), weighted by
     how many are dead. The gradient reaches the dead latents' encoder and decoder, but not b_dec or the skip."""
-    if not len(dead_M):
-        return error_NE.new_zeros(())
     most = coder.d_out // 2
     b_pre = None if coder.b_pre is None else coder.b_pre.detach()
-    W_enc, b_enc, W_dec = (p.index_select(0, dead_M) for p in (coder.W_enc, coder.b_enc, coder.W_dec))
-    codes = encode_topk(x_ND.to(W_enc.dtype), W_enc, b_enc, min(most, len(dead_M)), b_pre, coder.search)
-    predicted_NE = sparse_decode(codes, W_dec, torch.zeros_like(coder.b_dec))
-    return min(len(dead_M) / most, 1) * (error_NE - predicted_NE).square().sum()
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    W_enc, b_enc, W_dec = coder.W_enc, coder.b_enc, coder.W_dec
+    if in_triton(W_dec):  # all latents compete, as counting the dead would wait; the living are far below 0
+        b_enc = torch.where(dead_M, b_enc, -torch.inf)
+    else:
+        found = dead_M.nonzero()[:, 0]
+        if not len(found):
+            return error_NE.new_zeros(())
+        W_enc, b_enc, W_dec = (p.index_select(0, found) for p in (W_enc, b_enc, W_dec))
+    codes = encode_topk(x_ND.to(W_enc.dtype), W_enc, b_enc, min(most, len(W_enc)), b_pre, coder.search)
+    squares, _ = squared_error(codes, W_dec, torch.zeros_like(coder.b_dec), error_NE)
+    return (dead_M.sum().to(squares) / most).clamp(max=1) * squares[0]

@@ -5,13 +5,14 @@ schedule-free y goes on moving towards z. Thus every step touches every row.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from skipcoder.kernels.update import sign_step
+from skipcoder.kernels.unsummed import RowSums
+from skipcoder.kernels.update import adam_rows, sign_rows, sign_step
 from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.config import OptimConfig, OptimName
 
@@ -29,6 +30,7 @@ def learning_rate(cfg: OptimConfig, width: int) -> float:
 def build_optimiser(cfg: OptimConfig, coder: SparseCoder) -> "Optimiser":
     """Build the configured optimiser over the parameters of one coder."""
     lr = learning_rate(cfg, coder.cfg.width)
+    on_gpu = coder.W_enc.is_cuda
     groups: list[dict[str, Any]] = [
         {"params": [p], "scale": coder.activation.learning_rate_scale(name, coder.d_in)}
         for name, p in coder.named_parameters()
@@ -37,7 +39,8 @@ def build_optimiser(cfg: OptimConfig, coder: SparseCoder) -> "Optimiser":
         return Optimiser(lr, ScheduleFreeSign(groups, lr, cfg.momentum))
     vectors = [g for g in groups if cfg.name is OptimName.adam or g["params"][0].dim() < 2]
     # One fused pass per parameter: on CPU 5 ms where the foreach form takes 27 ms.
-    adam = torch.optim.Adam(vectors, lr=lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    betas = (cfg.beta1, cfg.beta2)
+    adam = torch.optim.Adam(vectors, lr=lr, betas=betas, eps=cfg.eps, fused=True, capturable=on_gpu)
     if cfg.name is OptimName.adam:
         return Optimiser(lr, adam)
     matrices = [g for g in groups if g["params"][0].dim() == 2]
@@ -46,19 +49,40 @@ def build_optimiser(cfg: OptimConfig, coder: SparseCoder) -> "Optimiser":
 
 
 class Optimiser:
-    """One or several torch optimisers that share the schedule and the step."""
+    """One or several torch optimisers that share the schedule and the step.
+
+    On a GPU all that changes from step to step, the rate and the numbers of steps, is held in tensors, so that a step
+    can be replayed as a CUDA graph.
+    """
 
     def __init__(self, lr: float, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
         self.base_lr = self.lr = lr
         self.schedule_free = isinstance(parts[0], ScheduleFreeSign)
+        self.takes_sums = len(parts) == 1
+        """Whether `step` takes gradients of matrices that are left unsummed."""
+        self._hold_rates()
 
-    def step(self, factor: float) -> None:
-        """Move the parameters at `factor` times the base rate, and drop the gradients."""
+    def set_rate(self, factor: float) -> None:
+        """Let the next step move at `factor` times the base rate."""
         self.lr = self.base_lr * factor
+        for group in self._groups:
+            rate = self.lr * group["scale"]
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def step(self, sums: Mapping[nn.Parameter, RowSums] | None = None, unit: nn.Parameter | None = None) -> None:
+        """Move the parameters and drop the gradients. `sums`: gradients of matrices that have no `.grad`; the rows of
+        `unit` are brought back to length 1 if it is one of these."""
+        for parameter, one in (sums or {}).items():
+            ((part, group),) = ((p, g) for p in self.parts for g in p.param_groups if g["params"][0] is parameter)
+            if isinstance(part, ScheduleFreeSign):
+                part.step_rows(group, parameter, one, parameter is unit)
+            else:
+                _adam_rows(part, group, parameter, one, parameter is unit)
         for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = self.lr * group["scale"]
             part.step()
             part.zero_grad(set_to_none=True)
 
@@ -78,6 +102,35 @@ class Optimiser:
         """Continue bit for bit from what `state_dict` gave."""
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
+        self._hold_rates()
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def _hold_rates(self) -> None:
+        """Put rates into tensors on a GPU, and nowhere else (a state may come from another device)."""
+        for group in self._groups:
+            device, rate = group["params"][0].device, float(group["lr"])
+            on_gpu = device.type == "cuda"
+            group["lr"] = torch.tensor(rate, device=device) if on_gpu else rate
+            if "capturable" in group:
+                group["capturable"] = on_gpu
+
+
+def _adam_rows(
+    adam: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter, sums: RowSums, unit: bool
+) -> None:
+    """Make the step of torch's fused Adam, with the state that it keeps, on a gradient that is left unsummed."""
+    state = adam.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    state["step"] += 1
+    adam_rows(
+        parameter, state["exp_avg"], state["exp_avg_sq"], sums, state["step"], group["lr"], group["betas"],
+        group["eps"], unit,
+    )  # fmt: skip
 
 
 class ScheduleFreeSign(torch.optim.Optimizer):
@@ -93,13 +146,22 @@ class ScheduleFreeSign(torch.optim.Optimizer):
         assert closure is None
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:  # not earlier: weights may be initialised until now
-                    state |= {"z": p.detach().clone(), "step": torch.zeros(())}
-                state["step"] += 1
-                sign_step(p, state["z"], p.grad, group["lr"], group["momentum"], 1 / float(state["step"]))
+                if p.grad is not None:
+                    state = self._next(p)
+                    sign_step(p, state["z"], p.grad, group["lr"], group["momentum"], state["step"])
+
+    @torch.no_grad()
+    def step_rows(self, group: dict[str, Any], p: nn.Parameter, sums: RowSums, unit: bool) -> None:
+        """Make the same step on a gradient that is left unsummed."""
+        state = self._next(p)
+        sign_rows(p, state["z"], sums, group["lr"], group["momentum"], state["step"], unit)
+
+    def _next(self, p: nn.Parameter) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[p]
+        if not state:  # not earlier: weights may be initialised until now
+            state |= {"z": p.detach().clone(), "step": torch.zeros(())}
+        state["step"] = state["step"].to(p.device) + 1 if state["step"].device != p.device else state["step"].add_(1)
+        return state
 
     @torch.no_grad()
     def averaged(self, parameter: nn.Parameter) -> Tensor:

@@ -48,10 +48,11 @@ def dense(coder: SparseCoder, x: torch.Tensor, y: torch.Tensor, variance: float)
 def test_terms_and_their_gradients(kind: Kind, term: str) -> None:
     coder, x, y = problem(kind)
     cfg, step = LossConfig(auxk=1 / 32, multi_topk=True), coder.activation.step(coder, K, ALONE)
-    _, terms, codes = losses(coder, cfg, step, x, y, 7.0, torch.tensor(DEAD))
+    dead = torch.isin(torch.arange(M), torch.tensor(DEAD))
+    _, terms, fired = losses(coder, cfg, step, x, y, 7.0, dead)
     expected = dense(coder, x, y, 7.0)[term]
     torch.testing.assert_close(terms[term], expected, rtol=1e-12, atol=0)
-    assert codes.values.shape == (N, K)  # reported codes are those of the k latents
+    assert fired.sum() == (coder.encode(x).values > 0).sum()  # what is counted are the k latents
     options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
     mine = torch.autograd.grad(terms[term], list(coder.parameters()), **options)
     theirs = torch.autograd.grad(expected, list(coder.parameters()), **options)
@@ -66,7 +67,7 @@ def test_terms_and_their_gradients(kind: Kind, term: str) -> None:
 def test_without_dead_latents_there_is_no_auxk() -> None:
     coder, x, y = problem(Kind.transcoder)
     step = coder.activation.step(coder, K, ALONE)
-    total, terms, _ = losses(coder, LossConfig(auxk=1 / 32), step, x, y, 1.0, torch.empty(0, dtype=torch.long))
+    total, terms, _ = losses(coder, LossConfig(auxk=1 / 32), step, x, y, 1.0, torch.zeros(M, dtype=torch.bool))
     assert list(terms) == ["fvu", "auxk"] and terms["auxk"] == 0 and total == terms["fvu"]
 
 

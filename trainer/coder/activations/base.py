@@ -77,6 +77,8 @@ class Activation:
     must do without `Step.encode`."""
     k_may_vary = False
     """Whether k may change during training (`train.k_start`)."""
+    is_static = False
+    """Whether a training step's work on a GPU is the same whatever the values, so that it can be a CUDA graph."""
     calibration_tokens = 0
     """Training tokens that `calibrate` needs once training is over; 0: it is not called."""
 

@@ -12,6 +12,7 @@ class GroupMax(Activation):
     """Chooses the largest latent of each of k equal runs."""
 
     name = "groupmax"
+    is_static = True
 
     def check(self, cfg: CoderConfig) -> None:
         """Raise UserError unless the runs are equal."""

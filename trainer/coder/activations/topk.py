@@ -12,6 +12,7 @@ class TopK(Activation):
     name = "topk"
     nested = True
     k_may_vary = True
+    is_static = True
 
     def encode(self, coder: Encoder, x_ND: Tensor, k: int | None = None) -> Codes:
         """Return codes [N, K]."""
