@@ -4,7 +4,7 @@ Tolerances as in test_gpu.py.
 """
 
 import os
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def across(grad: Tensor, W: Tensor) -> Tensor:
     return grad - (grad * W).sum(1, keepdim=True) / W.square().sum(1, keepdim=True) * W
 
 
-def steps(n: int, k: int, d: int, m: int) -> list[Any]:
+def steps(n: int, k: int, d: int, m: int) -> Iterator[tuple[ByLatent, Tensor, Tensor]]:
     """Three batches of entries and rows."""
     g = torch.Generator().manual_seed(d)
     for _ in range(3):
