@@ -30,9 +30,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from skipcoder.kernels.gpu import candidates, rows, update
+from skipcoder.kernels import backend
+from skipcoder.kernels.gpu import candidates, latents, rows, update
+from skipcoder.kernels.rows import by_latent
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+backend.ON_CPU = True  # tensors without data, which are on no GPU either, go to the launchers
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32", torch.int16: "i16",
     torch.float8_e4m3fn: "fp8e4nv", torch.float8_e4m3fnuz: "fp8e4b8", torch.uint8: "u8",
@@ -72,7 +75,7 @@ def launches(call: Callable[[], object], warp: int) -> list[Launch]:
     def warps_of(module: Any) -> Any:
         return patch.object(module, "num_warps", partial(module.num_warps, warp=warp))
 
-    with patch.object(triton.JITFunction, "run", record), warps_of(candidates), warps_of(rows):
+    with patch.object(triton.JITFunction, "run", record), warps_of(candidates), warps_of(rows), warps_of(latents), warps_of(update):
         call()
     return found
 
@@ -83,19 +86,30 @@ def calls(shape: Shape, dtype: torch.dtype) -> list[Callable[[], object]]:
     c = math.ceil(1.25 * k)
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device="meta")
+        return torch.empty(size, dtype=dtype, device="meta")
 
     pre, x, W = empty(n, m, dtype=dtype), empty(n, d, dtype=dtype), empty(m, d, dtype=dtype)
     columns, indices = empty(n, c, dtype=torch.int64), empty(n, k, dtype=torch.int64)
-    token, starts = empty(n * k, dtype=torch.int64), empty(m, dtype=torch.int64)
-    values = empty(n, k)
-    return [
+    values, one, p = empty(n, k), empty(), empty(m, d)
+    order = by_latent(indices, m)
+    calls: list[Callable[[], object]] = []
+    for unit in (False, True):
+        partial_sums, args = empty(9, d), (order, values, x)
+        calls += [
+            partial(latents.measure, *args, one, p, unit),
+            partial(update.adam_rows, p, p, p, *args, partial_sums, one, one, 0.1, 0.1, 1e-8, unit),
+            partial(update.sign_rows, p, p, *args, partial_sums, one, one, unit),
+        ]
+    return calls + [
         lambda: candidates.candidates(pre, c),
         lambda: candidates.rank(empty(n, c), columns, k),
         lambda: rows.gather_sum(indices, values, W, None, x),
         lambda: rows.gather_dot(x, W, columns, None, empty(m)),
-        lambda: rows.sum_rows(token, values.flatten(), starts, x),
-        lambda: update.sign_step(empty(m, d), empty(m, d), empty(m, d), 1e-3, 1e-3, 0.5),
+        lambda: rows.errors(indices, values, W, None, x, x, None, 1),
+        lambda: rows.errors(indices, values, W, None, x, x, indices, 3),
+        lambda: latents.measure(order, values, x),
+        lambda: latents.sum_rows(order, values, x),
+        lambda: update.sign_step(p, p, p, one),
     ]
 
 

@@ -147,7 +147,7 @@ def measure(
     dots = None if W_MD is None else rows_ND.new_empty(len(latents.entry_L), dtype=torch.float32)
     squares, sums = (rows_ND.new_empty(m, dtype=torch.float32) for _ in range(2))
     tile = triton.next_power_of_2(d)
-    warps = min(16, num_warps(tile, 4))
+    warps = min(8, num_warps(tile, rows_ND.element_size()))
     partial = _launch(latents, weights, rows_ND, W_MD, scale, tile, warps, None, dots, squares, sums, unit)
     return Measured(dots, squares, sums, partial)
 

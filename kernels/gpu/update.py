@@ -123,7 +123,7 @@ def adam_rows(
     factor: Tensor, hyper: Tensor, rest1: float, rest2: float, eps: float, unit: bool,
 ) -> None:  # fmt: skip
     """Update a matrix [M, D] and its moments in place."""
-    tile, warps = _tile(p.shape[1], unit)
+    tile, warps = _tile(rows_ND, unit)
     adam_rows_kernel[(len(p), triton.cdiv(p.shape[1], tile))](
         p, m, v, *latents[:3], latents.partial_before_M, weights.contiguous(), rows_ND.contiguous(), partial_PD,
         factor, hyper, *p.shape, len(latents.entry_L), rest1, rest2, eps, SEGMENT=gpu.SEGMENT, BLOCK_D=tile,
@@ -136,14 +136,15 @@ def sign_rows(
     factor: Tensor, hyper: Tensor, unit: bool,
 ) -> None:  # fmt: skip
     """Update y and z [M, D] in place."""
-    tile, warps = _tile(y.shape[1], unit)
+    tile, warps = _tile(rows_ND, unit)
     sign_rows_kernel[(len(y), triton.cdiv(y.shape[1], tile))](
         y, z, *latents[:3], latents.partial_before_M, weights.contiguous(), rows_ND.contiguous(), partial_PD,
         factor, hyper, *y.shape, len(latents.entry_L), SEGMENT=gpu.SEGMENT, BLOCK_D=tile, UNIT=unit, num_warps=warps,
     )  # fmt: skip
 
 
-def _tile(d: int, whole: bool) -> tuple[int, int]:
+def _tile(rows_ND: Tensor, whole: bool) -> tuple[int, int]:
     """Width of a program's tile, and its warps; `whole`: a row is one tile."""
+    d = rows_ND.shape[1]
     tile = triton.next_power_of_2(d) if whole else block_d(d)
-    return tile, min(16, num_warps(tile, 4))
+    return tile, min(8, num_warps(tile, rows_ND.element_size()))
