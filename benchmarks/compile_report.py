@@ -75,7 +75,13 @@ def launches(call: Callable[[], object], warp: int) -> list[Launch]:
     def warps_of(module: Any) -> Any:
         return patch.object(module, "num_warps", partial(module.num_warps, warp=warp))
 
-    with patch.object(triton.JITFunction, "run", record), warps_of(candidates), warps_of(rows), warps_of(latents), warps_of(update):
+    with (
+        patch.object(triton.JITFunction, "run", record),
+        warps_of(candidates),
+        warps_of(rows),
+        warps_of(latents),
+        warps_of(update),
+    ):
         call()
     return found
 

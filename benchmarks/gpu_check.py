@@ -1,244 +1,263 @@
-"""Correctness, then speed, of the kernels on a GPU: one dated Markdown file.
+"""Is the training step right on this GPU, how fast is it, and where does its time go? One dated Markdown and JSON file.
 
     make gpu-check            (= the kernel tests on the device, then this script)
-    python benchmarks/gpu_check.py --out benchmarks/
+    python benchmarks/gpu_check.py --out benchmarks/ [--shapes NAME ...] [--sections steps profile ...]
 
-Each operation is timed beside torch's dense form, F.embedding_bag, torch.sparse CSR and, where it is installed,
-eai-sparsify's Triton decoder: interleaved, median of several, with the GPU's own clock. A form that runs out of memory
-is reported as such. `--device cpu --tiny` runs the whole script without a GPU, to see that it works.
+Sections: right (operations against float64, recall by mode, graph against eager bits, no waits), steps (whole steps of
+every shape beside eai-sparsify where it is installed, dense torch and the bare product), variants (activations and
+losses beside plain top-k), bank (eight coders), profile (device time by kernel). Contenders take turns; a turn queues
+several steps and waits once, as training does; medians of the turns. `--device cpu --tiny` tries all of it without a
+GPU.
 """
 
 import argparse
 import datetime
-import importlib.util
+import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_contenders as contenders
 import torch
+from gpu_contenders import Pairs, Step
+from gpu_right import right
 from shapes import SHAPES, TINY, Shape
-from torch import Tensor
-from torch.nn import functional as F
 
-from skipcoder.kernels.candidates import candidates
-from skipcoder.kernels.decode import sparse_decode
-from skipcoder.kernels.encode import encode_batchtopk, encode_topk
-from skipcoder.kernels.preactivations import Search
-from skipcoder.kernels.rows import by_latent, gather_dot, gather_sum
-from skipcoder.kernels.update import sign_step
-from skipcoder.pipeline.store.stats import Moments
-from skipcoder.trainer.config import CoderConfig, EncodeConfig, EncodeMode, Kind, TrainConfig
-from skipcoder.trainer.step.learner import Learner
+from skipcoder.kernels.preactivations import MODES
+from skipcoder.trainer.coder.encoding import recall
+from skipcoder.trainer.config import LossConfig
 
-Form = Callable[[], object]
-
-
-def dense_codes(values_NK: Tensor, indices_NK: Tensor, m: int) -> Tensor:
-    """[N, M] with the values in place."""
-    return values_NK.new_zeros(len(values_NK), m).scatter_(1, indices_NK, values_NK)
+GIB = 2**30
+VARIANTS: dict[str, dict[str, Any]] = {
+    "top-k": {},
+    "skip transcoder": {"kind": "skip_transcoder"},
+    "sae": {"kind": "sae"},
+    "batchtopk": {"activation": "batchtopk"},
+    "jumprelu": {"activation": "jumprelu"},
+    "groupmax": {"activation": "groupmax"},
+    "matryoshka": {"prefixes": "quarters"},
+    "multi-top-k": {"loss": LossConfig(multi_topk=True)},
+    "auxk": {"loss": LossConfig(auxk=1 / 32)},
+}
 
 
-def csr_codes(values_NK: Tensor, indices_NK: Tensor, m: int) -> Tensor:
-    """The same as a sparse CSR matrix."""
-    n, k = values_NK.shape
-    rows = torch.arange(0, n * k + 1, k, device=values_NK.device)
-    order = indices_NK.argsort(1)
-    columns, values = indices_NK.gather(1, order).flatten(), values_NK.gather(1, order).flatten()
-    return torch.sparse_csr_tensor(rows, columns, values, (n, m))
+class Clock:
+    """Times steps on one device."""
 
+    def __init__(self, device: str, rounds: int, queued: int) -> None:
+        self.device, self.rounds, self.queued = device, rounds, queued
 
-def plain_sign_step(y: Tensor, z: Tensor, grad: Tensor) -> None:
-    """The same update, an operation at a time."""
-    sign = grad.sign()
-    y.lerp_(z, 0.5).sub_(sign, alpha=1e-9)
-    z.sub_(sign, alpha=1e-9)
+    def wait(self) -> None:
+        """Wait for the device."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
-
-def forms(shape: Shape, device: str) -> dict[str, dict[str, Form]]:
-    """{operation: {form: function}} for one shape."""
-    n, d, m, k = shape
-    g = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(n, d, generator=g).to(device) for _ in range(2))
-    W_enc, W_dec = ((torch.randn(m, d, generator=g) / d**0.5).to(device) for _ in range(2))
-    b_enc, b_dec = torch.zeros(m, device=device), torch.zeros(d, device=device)
-    codes = encode_topk(x, W_enc, b_enc, k, search=Search("bfloat16"))
-    values, indices = codes.values, codes.indices
-    grad_W = torch.randn(m, d, generator=g).to(device)
-    csr = csr_codes(values, indices, m)
-
-    def backward() -> Tensor:
-        latents = by_latent(indices, m)
-        d_values = gather_dot(grad, W_dec, indices)
-        latents.sum_rows(values, grad)
-        latents.sum_weights(d_values)
-        return latents.sum_rows(d_values, x)
-
-    def backward_bags() -> None:
-        W = W_dec.detach().requires_grad_()
-        v = values.detach().requires_grad_()
-        F.embedding_bag(indices, W, mode="sum", per_sample_weights=v).backward(grad)
-
-    def backward_dense() -> None:
-        W = W_dec.detach().requires_grad_()
-        (dense_codes(values, indices, m) @ W).backward(grad)
-
-    learners = {}
-    for mode in EncodeMode:
-        cfg = TrainConfig(coder=CoderConfig(kind=Kind.transcoder, k=k, width=m), encode=EncodeConfig(mode=mode))
-        learners[mode.value] = Learner(cfg, Moments.of(x.cpu().numpy()), Moments.of(grad.cpu().numpy()), 1000, device)
-    operations: dict[str, dict[str, Form]] = {
-        "encode": {
-            "ours bf16": lambda: encode_topk(x, W_enc, b_enc, k, search=Search("bfloat16")),
-            "ours scout (int8)": lambda: encode_topk(x, W_enc, b_enc, k, search=Search("scout")),
-            "ours f32": lambda: encode_topk(x, W_enc, b_enc, k),
-            "ours bf16, batchtopk": lambda: encode_batchtopk(x, W_enc, b_enc, k, search=Search("bfloat16")),
-            "torch bf16 GEMM alone": lambda: x.bfloat16() @ W_enc.bfloat16().T,
-            "torch bf16 GEMM + topk": lambda: torch.topk(x.bfloat16() @ W_enc.bfloat16().T, k),
-        },
-        "decode": {
-            "ours": lambda: sparse_decode(codes, W_dec, b_dec),
-            "embedding_bag": lambda: F.embedding_bag(indices, W_dec, mode="sum", per_sample_weights=values),
-            "CSR": lambda: csr @ W_dec,
-            "dense": lambda: dense_codes(values, indices, m) @ W_dec,
-        },
-        "backward": {
-            "ours (decoder and encoder)": backward,
-            "embedding_bag (decoder)": backward_bags,
-            "dense (decoder)": backward_dense,
-        },
-        "schedule-free sign step": {
-            "ours": lambda: sign_step(W_enc, W_dec, grad_W, 1e-9, 0.9, 0.5),
-            "lerp, sign, add, add": lambda: plain_sign_step(W_enc, W_dec, grad_W),
-        },
-        "step": {f"ours {mode}": partial(one.step, x, grad, n) for mode, one in learners.items()},
-    }
-    if device == "cuda":
-        from skipcoder.kernels.gpu import rows as gpu
-
-        operations["decode, by width of tile"] = {
-            f"{tile}": partial(gpu.gather_sum, indices, values, W_dec, None, b_dec, tile) for tile in (512, 256, 1024)
-        }
-    if device == "cuda" and importlib.util.find_spec("sparsify"):
-        from sparsify.utils import triton_decode
-
-        operations["decode"]["eai-sparsify Triton"] = lambda: triton_decode(indices, values, W_dec.mT)
-    return operations
-
-
-def check(shape: Shape, device: str) -> list[str]:
-    """Sparse operations against float64 on the device, on at most 256 tokens; the worst relative error of each."""
-    n, d, m, k = (min(shape[0], 256), *shape[1:])
-    g = torch.Generator().manual_seed(1)
-    x, W = torch.randn(n, d, generator=g).to(device), torch.randn(m, d, generator=g).to(device)
-    indices = torch.rand(n, m, generator=g).topk(k).indices.to(device)
-    weights = torch.randn(n, k, generator=g).to(device)
-    W64, x64, w64 = W.double(), x.double(), weights.double()
-    chosen = [W64[indices[:, j]] for j in range(k)]
-    rows = torch.zeros(m, d, dtype=torch.float64, device=device)
-    for j in range(k):
-        rows.index_add_(0, indices[:, j], w64[:, j, None] * x64)
-    pairs: dict[str, tuple[Tensor, Any]] = {
-        "gather_sum": (gather_sum(indices, weights, W), sum(w64[:, j, None] * chosen[j] for j in range(k))),
-        "gather_dot": (
-            gather_dot(x, W, indices),
-            torch.stack([(x64 * W64[indices[:, j]]).sum(1) for j in range(k)], 1),
-        ),
-        "sum_rows": (by_latent(indices, m).sum_rows(weights, x), rows),
-    }
-    again = by_latent(indices, m).sum_rows(weights, x)
-    lines = []
-    for name, (got, exact) in pairs.items():
-        error = float((got.double() - exact).norm() / exact.norm())
-        if not error < 1e-5:
-            raise SystemExit(f"{name} is wrong at {shape}: relative error {error:.2e}")
-        lines.append(f"{name} {error:.1e}")
-    pre = torch.randn(n, m, generator=g).to(device)
-    found, wanted = candidates(pre, k), torch.topk(pre, k).indices
-    if not (wanted[:, :, None] == found[:, None]).any(2).all():
-        raise SystemExit(f"candidates misses some of the {k} largest at {shape}")
-    lines.append("candidates complete")
-    if not torch.equal(again, pairs["sum_rows"][0]):
-        raise SystemExit(f"sum_rows is not the same from run to run at {shape}")
-    return lines
-
-
-def seconds(form: Form, device: str) -> float:
-    """One run, by CUDA events on a GPU."""
-    if device == "cpu":
+    def turn(self, step: Step) -> float:
+        """Milliseconds a step when some are queued."""
+        self.wait()
         begun = time.perf_counter()
-        form()
-        return time.perf_counter() - begun
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    form()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+        for _ in range(self.queued):
+            step()
+        self.wait()
+        return 1e3 * (time.perf_counter() - begun) / self.queued
+
+    def medians(self, steps: Mapping[str, Step]) -> dict[str, float]:
+        """Median milliseconds of each, in turn."""
+        turns: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(self.rounds):
+            for name, step in steps.items():
+                turns[name].append(self.turn(step))
+        return {name: round(statistics.median(each), 3) for name, each in turns.items()}
+
+    def peak_gib(self, make: Callable[[], Step]) -> tuple[Step, float | None]:
+        """A step, made and warmed up, and the most memory that took."""
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        step = make()
+        for _ in range(4):
+            step()
+        self.wait()
+        if self.device != "cuda":
+            return step, None
+        return step, round((torch.cuda.max_memory_allocated() - before) / GIB, 2)
 
 
-def measure(operations: dict[str, Form], device: str, rounds: int) -> dict[str, float | None]:
-    """Median seconds of each form, interleaved; None where it ran out of memory."""
-    times: dict[str, list[float]] = {name: [] for name in operations}
-    failed: set[str] = set()
-    for i in range(rounds + 2):  # two rounds warm up
-        for name, form in operations.items():
-            if name in failed:
-                continue
-            try:
-                took = seconds(form, device)
-            except torch.OutOfMemoryError:
-                failed.add(name)
-                torch.cuda.empty_cache()
-                continue
-            if i >= 2:
-                times[name].append(took)
-    return {name: None if name in failed else statistics.median(times[name]) for name in operations}
+def steps(shape: Shape, clock: Clock) -> dict[str, Any]:
+    """Whole steps of one shape: {contender: milliseconds, peak memory, recall}."""
+    pairs = Pairs(shape, clock.device)
+    one = contenders.learner(pairs)
+    peaks: dict[str, float | None] = {}
+    forms: dict[str, Step] = {}
+
+    def mode_of(mode: str, graphed: bool) -> Step:
+        graphs = one.graphs
+
+        def step() -> object:
+            one.coder.search = one.coder.search._replace(mode=mode)
+            one.graphs = graphs if graphed else None
+            return one.step(pairs.x, pairs.y, shape.n)
+
+        return step
+
+    default = one.coder.search.mode
+    makes: dict[str, Callable[[], Step]] = {f"ours ({default})": lambda: mode_of(default, True)}
+    if clock.device == "cuda":
+        makes["ours, eager"] = lambda: mode_of(default, False)
+    for mode in MODES:
+        if mode != default and _supported(mode, clock.device):
+            makes[f"ours, {mode}"] = partial(mode_of, mode, True)
+    makes |= {"bare bf16 product": lambda: contenders.gemm(pairs), "dense torch": lambda: contenders.dense(pairs)}
+    if contenders.has_sparsify():
+        makes["eai-sparsify"] = lambda: contenders.sparsify(pairs)
+    for name, make in makes.items():
+        try:
+            forms[name], peaks[name] = clock.peak_gib(make)
+        except torch.OutOfMemoryError:
+            peaks[name] = None
+            torch.cuda.empty_cache()
+    recalls = {}
+    for mode in MODES:
+        if _supported(mode, clock.device):
+            one.coder.search = one.coder.search._replace(mode=mode)
+            recalls[mode] = round(recall(one.coder, pairs.x, 256), 6)
+    parameters = sum(p.numel() * 12 for p in one.coder.parameters()) / GIB  # weights and both moments
+    return {"ms": clock.medians(forms), "peak_gib": peaks, "recall": recalls, "state_gib": round(parameters, 2)}
+
+
+def _supported(mode: str, device: str) -> bool:
+    return device == "cuda" or mode != "fp8"
+
+
+def variants(shape: Shape, clock: Clock) -> dict[str, Any]:
+    """Milliseconds of each activation and loss."""
+    pairs = Pairs(shape, clock.device)
+    forms: dict[str, Step] = {}
+    for name, options in VARIANTS.items():
+        if options.get("prefixes"):
+            options = {"prefixes": [shape.m // 4, shape.m // 2, 3 * shape.m // 4]}
+        one = contenders.learner(pairs, **options)
+        forms[name], _ = clock.peak_gib(partial(contenders.ours, pairs, one))
+    return {"ms": clock.medians(forms)}
+
+
+def bank(shape: Shape, clock: Clock) -> dict[str, Any]:
+    """Milliseconds of one coder's step, and of eight coders' on the same batch."""
+    pairs = Pairs(shape, clock.device)
+    eight = [contenders.ours(pairs, contenders.learner(pairs)) for _ in range(8)]
+
+    def together() -> None:
+        for step in eight:
+            step()
+
+    for _ in range(4):
+        together()
+    found = clock.medians({"one": eight[0], "eight": together})
+    return {"ms": found, "coder_tokens_per_s": round(8e3 * shape.n / found["eight"])}
+
+
+def profile(shape: Shape, clock: Clock, count: int = 3) -> dict[str, Any]:
+    """Device milliseconds a step of each kernel of an eager step, the longest first."""
+    pairs = Pairs(shape, clock.device)
+    one = contenders.learner(pairs)
+    one.graphs = None
+    step = contenders.ours(pairs, one)
+    for _ in range(3):
+        step()
+    clock.wait()
+    on_gpu = clock.device == "cuda"
+    kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as seen:
+        for _ in range(count):
+            step()
+        clock.wait()
+    field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    times = {event.key: getattr(event, field) / count / 1e3 for event in seen.key_averages()}
+    longest = sorted(((ms, name) for name, ms in times.items() if ms > 0), reverse=True)
+    return {"busy_ms": round(sum(times.values()), 3), "kernels": {name[:90]: round(ms, 3) for ms, name in longest[:24]}}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The report."""
+    lines = [f"# The training step on {found['machine']}", "", f"{found['date']}, torch {found['torch']}, triton "]
+    lines[-1] += f"{found['triton']}, commit {found['commit']}. Written by `benchmarks/gpu_check.py`."
+    for name, shape in found["shapes"].items():
+        n, d, m, k = shape["shape"]
+        lines += ["", f"## {name}: {n} tokens, d {d}, {m} latents, k {k}", ""]
+        lines += [f"- {line}" for line in shape.get("right", [])]
+        if "steps" in shape:
+            ms, peaks = shape["steps"]["ms"], shape["steps"]["peak_gib"]
+            mine, bare = next(iter(ms.values())), ms["bare bf16 product"]
+            state = shape["steps"]["state_gib"]
+            lines += ["", f"Weights and Adam's moments take {state} GiB.", ""]
+            lines += ["| step | ms | / ours | / bare product | peak GiB |", "|---|---|---|---|---|"]
+            for form, peak in peaks.items():
+                cells = [f"{ms[form]:.3f}", f"{ms[form] / mine:.2f}", f"{ms[form] / bare:.2f}"] if form in ms else []
+                lines.append(f"| {form} | {' | '.join(cells or ['out of memory', '', ''])} | {peak or ''} |")
+            recalls = ", ".join(f"{mode} {value}" for mode, value in shape["steps"]["recall"].items())
+            lines += ["", f"Recall of the float32 choice on these random pairs: {recalls}."]
+        if "variants" in shape:
+            ms = shape["variants"]["ms"]
+            lines += ["", "| variant | ms | / top-k |", "|---|---|---|"]
+            lines += [f"| {form} | {value:.3f} | {value / ms['top-k']:.2f} |" for form, value in ms.items()]
+        if "bank" in shape:
+            ms = shape["bank"]["ms"]
+            lines += ["", f"Eight coders: {ms['eight'] / ms['one']:.2f} times one's step, "]
+            lines[-1] += f"{shape['bank']['coder_tokens_per_s']:,} coder-tokens/s."
+        if "profile" in shape:
+            lines += ["", f"Device busy for {shape['profile']['busy_ms']} ms of an eager step:", ""]
+            lines += ["| kernel | ms |", "|---|---|"]
+            lines += [f"| `{kernel}` | {ms} |" for kernel, ms in shape["profile"]["kernels"].items()]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    """Check, time, write."""
+    """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="one small shape, to try the script itself")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--out", type=Path, help="folder for the dated file; without it, print")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--queued", type=int, default=10, help="steps of a turn")
+    parser.add_argument("--shapes", nargs="*", help="names in shapes.py; all by default")
+    parser.add_argument("--sections", nargs="*", default=["right", "steps", "variants", "bank", "profile"])
+    parser.add_argument("--commit", default="unknown", help="for the report")
+    parser.add_argument("--out", type=Path, help="folder for the dated files; without it, print only")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: torch sees no GPU here; try --device cpu --tiny", file=sys.stderr)
         return 2
-    today = datetime.date.today()
+    import triton
+
+    shapes = TINY if args.tiny else {name: s for name, s in SHAPES.items() if not args.shapes or name in args.shapes}
+    clock = Clock(args.device, args.rounds, args.queued)
     machine = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    lines = [
-        f"# Kernels on {machine}",
-        "",
-        f"{today}, torch {torch.__version__}, median of {args.rounds}.",
-    ]
-    for model, shape in (TINY if args.tiny else SHAPES).items():
-        n, d, m, k = shape
-        lines += ["", f"## {model}: {n} tokens, d {d}, {m} latents, k {k}", ""]
-        lines += ["Relative errors against float64: " + ", ".join(check(shape, args.device)) + ".", ""]
-        lines += ["| operation | form | ms | / ours |", "|---|---|---|---|"]
-        for operation, group in forms(shape, args.device).items():
-            medians = measure(group, args.device, args.rounds)
-            ours = next(iter(medians.values()))
-            for name, median in medians.items():
-                cells = (
-                    ("out of memory", "")
-                    if median is None or ours is None
-                    else (f"{median * 1e3:.3f}", f"{median / ours:.2f}")
-                )
-                lines.append(f"| {operation} | {name} | {cells[0]} | {cells[1]} |")
-    text = "\n".join(lines) + "\n"
-    if args.out:
-        name = f"gpu_check-{machine.replace(' ', '-')}-{today}.md"
-        (args.out / name).write_text(text)
-        print(f"wrote {args.out / name}")
-    else:
-        print(text)
+    found: dict[str, Any] = {
+        "machine": machine, "date": str(datetime.date.today()), "torch": torch.__version__,
+        "triton": triton.__version__, "commit": args.commit, "shapes": {},
+    }  # fmt: skip
+    sections: dict[str, Callable[[Shape, Clock], Any]] = {
+        "right": lambda shape, clock: right(shape, clock.device), "steps": steps, "variants": variants, "bank": bank,
+        "profile": profile,
+    }  # fmt: skip
+    stem = f"gpu_check-{machine.replace(' ', '-')}-{found['date']}"
+    for name, shape in shapes.items():
+        here = found["shapes"][name] = {"shape": list(shape)}
+        for section in args.sections:
+            if section in ("variants", "bank") and shape.m > 2**15:
+                continue
+            begun = time.perf_counter()
+            here[section] = sections[section](shape, clock)
+            print(f"{name}: {section} took {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+            if args.out:  # after every section, so that a time limit loses little
+                (args.out / f"{stem}.md").write_text(markdown(found))
+                (args.out / f"{stem}.json").write_text(json.dumps(found, indent=1))
+    print(markdown(found))
     return 0
 
 
