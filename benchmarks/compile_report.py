@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,16 +73,10 @@ def launches(call: Callable[[], object], warp: int) -> list[Launch]:
                 divisible += [i] if isinstance(value, int) and value % 16 == 0 else []
         found.append(Launch(kernel, signature, constants, tuple(divisible), num_warps))
 
-    def warps_of(module: Any) -> Any:
-        return patch.object(module, "num_warps", partial(module.num_warps, warp=warp))
-
-    with (
-        patch.object(triton.JITFunction, "run", record),
-        warps_of(candidates),
-        warps_of(rows),
-        warps_of(latents),
-        warps_of(update),
-    ):
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(triton.JITFunction, "run", record))
+        for module in (candidates, rows, latents, update):
+            patches.enter_context(patch.object(module, "num_warps", partial(module.num_warps, warp=warp)))
         call()
     return found
 
@@ -106,7 +101,8 @@ def calls(shape: Shape, dtype: torch.dtype) -> list[Callable[[], object]]:
             partial(update.adam_rows, p, p, p, *args, partial_sums, one, one, 0.1, 0.1, 1e-8, unit),
             partial(update.sign_rows, p, p, *args, partial_sums, one, one, unit),
         ]
-    return calls + [
+    return [
+        *calls,
         lambda: candidates.candidates(pre, c),
         lambda: candidates.rank(empty(n, c), columns, k),
         lambda: rows.gather_sum(indices, values, W, None, x),
