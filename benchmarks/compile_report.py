@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from skipcoder.kernels import backend
-from skipcoder.kernels.gpu import candidates, latents, rows, update
+from skipcoder.kernels.gpu import batch, candidates, latents, quantise, rows, update
 from skipcoder.kernels.rows import by_latent
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -75,13 +75,13 @@ def launches(call: Callable[[], object], warp: int) -> list[Launch]:
 
     with ExitStack() as patches:
         patches.enter_context(patch.object(triton.JITFunction, "run", record))
-        for module in (candidates, rows, latents, update):
+        for module in (candidates, rows, latents, quantise, update):
             patches.enter_context(patch.object(module, "num_warps", partial(module.num_warps, warp=warp)))
         call()
     return found
 
 
-def calls(shape: Shape, dtype: torch.dtype) -> list[Callable[[], object]]:
+def calls(shape: Shape, dtype: torch.dtype, amd: bool) -> list[Callable[[], object]]:
     """Every operation of kernels/gpu/ at one shape, on tensors without data."""
     n, d, m, k = shape
     c = math.ceil(1.25 * k)
@@ -101,9 +101,13 @@ def calls(shape: Shape, dtype: torch.dtype) -> list[Callable[[], object]]:
             partial(update.adam_rows, p, p, p, *args, partial_sums, one, one, 0.1, 0.1, 1e-8, unit),
             partial(update.sign_rows, p, p, *args, partial_sums, one, one, unit),
         ]
+    in_8_bits = empty(m, d, dtype=torch.float8_e4m3fnuz if amd else torch.float8_e4m3fn)
+    bias_out = empty(m, dtype=torch.bfloat16)
+    calls += [partial(quantise.quantise, p, in_8_bits, empty(m), empty(d), b, bias_out) for b in (None, empty(m))]
     return [
         *calls,
         lambda: candidates.candidates(pre, c),
+        lambda: batch.largest_of_batch(pre, c * n),
         lambda: candidates.rank(empty(n, c), columns, k),
         lambda: rows.gather_sum(indices, values, W, None, x),
         lambda: rows.gather_dot(x, W, columns, None, empty(m)),
@@ -152,8 +156,10 @@ def report() -> tuple[str, int]:
     for shape in SHAPES.values():
         for dtype in (torch.float32, torch.bfloat16):
             for target, (_, _, warp) in TARGETS.items():
-                for call in calls(shape, dtype):
+                for call in calls(shape, dtype, target.startswith("gfx")):
                     for launch in launches(call, warp):
+                        if launch.kernel is quantise.quantise_kernel and target == "sm_80":
+                            continue  # it has no 8-bit floats
                         name = launch.kernel.__name__.removesuffix("_kernel")
                         most.setdefault((name, TYPES[dtype], target), []).append(compile_one(launch, target))
     spilling = 0

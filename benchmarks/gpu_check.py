@@ -28,7 +28,7 @@ from gpu_right import right
 from shapes import SHAPES, TINY, Shape
 
 from skipcoder.kernels.preactivations import MODES
-from skipcoder.trainer.coder.encoding import recall
+from skipcoder.trainer.coder.encoding import available, recall
 from skipcoder.trainer.config import LossConfig
 
 GIB = 2**30
@@ -109,7 +109,7 @@ def steps(shape: Shape, clock: Clock) -> dict[str, Any]:
     if clock.device == "cuda":
         makes["ours, eager"] = lambda: mode_of(default, False)
     for mode in MODES:
-        if mode != default and _supported(mode, clock.device):
+        if mode != default and available(mode, clock.device):
             makes[f"ours, {mode}"] = partial(mode_of, mode, True)
     makes |= {"bare bf16 product": lambda: contenders.gemm(pairs), "dense torch": lambda: contenders.dense(pairs)}
     if contenders.has_sparsify():
@@ -122,15 +122,11 @@ def steps(shape: Shape, clock: Clock) -> dict[str, Any]:
             torch.cuda.empty_cache()
     recalls = {}
     for mode in MODES:
-        if _supported(mode, clock.device):
+        if available(mode, clock.device):
             one.coder.search = one.coder.search._replace(mode=mode)
             recalls[mode] = round(recall(one.coder, pairs.x, 256), 6)
     parameters = sum(p.numel() * 12 for p in one.coder.parameters()) / GIB  # weights and both moments
     return {"ms": clock.medians(forms), "peak_gib": peaks, "recall": recalls, "state_gib": round(parameters, 2)}
-
-
-def _supported(mode: str, device: str) -> bool:
-    return device == "cuda" or mode != "fp8"
 
 
 def variants(shape: Shape, clock: Clock) -> dict[str, Any]:

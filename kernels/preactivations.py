@@ -1,21 +1,26 @@
-"""Pre-activations W x + b of a batch in chunks of tokens, at three precisions; [N, M] never exists whole.
+"""Pre-activations W x + b of a batch in chunks of tokens, at four precisions; [N, M] never exists whole.
 
-In `float32` mode the pre-activations are exact and decide which latents fire. The other modes, `bfloat16` and `scout`
-(int8), give estimates that only nominate latents, whose exact values are computed afterwards.
+In `float32` mode the pre-activations are exact and decide which latents fire. The other modes, `bfloat16`, `fp8` (e4m3)
+and on CPUs `scout` (int8), give estimates that only nominate latents, whose exact values are computed afterwards.
 
-A scout centres the inputs and divides each dimension by its spread (multiplying the weights by it), so that a dimension
-with a large mean or variance does not use up the 8 bits; then every token and every latent gets its own scale.
+With 8 bits the inputs are centred, and every token and every latent gets its own scale. A scout also divides each
+dimension by its spread (multiplying the weights by it), so that one with a large variance does not use up the 8 bits.
 
 Legend: N tokens, M latents, D input width, R tokens of one chunk.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-MODES = ("float32", "bfloat16", "scout")
+from skipcoder.kernels.backend import in_triton
+
+MODES = ("float32", "bfloat16", "fp8", "scout")
+NOMINATED = {"fp8": 2.0}
+"""Latents nominated, as a multiple of those that are chosen, where it is not 1.25."""
 
 SCOUT_ELEMENTS = 5 * 2**19
 """Estimates held at once by a scout on a CPU. They pass through the cache three times: at 4096 x 18432 on 2 cores the
@@ -29,12 +34,12 @@ class Search(NamedTuple):
 
     mode: str = "float32"
     """One of MODES."""
-    nominated: float = 1.25
-    """Latents nominated by estimates, as a multiple of those that are chosen."""
+    nominated: float | None = None
+    """Latents nominated by estimates, as a multiple of those that are chosen; None: what the mode needs."""
     chunk_bytes: int = 2**26
     """Bound on the pre-activations held at once."""
     centre_D: Tensor | None = None
-    """Mean of the inputs, which a scout subtracts."""
+    """Mean of the inputs, which is subtracted before they are put into 8 bits."""
     spread_D: Tensor | None = None
     """Spread by which a scout divides each input dimension."""
 
@@ -43,6 +48,10 @@ class Search(NamedTuple):
         """Whether pre-activations decide, rather than only nominate."""
         return self.mode == "float32"
 
+    def candidates(self, k: int) -> int:
+        """Return how many latents to nominate for k."""
+        return math.ceil((self.nominated or NOMINATED.get(self.mode, 1.25)) * k)
+
 
 EXACT = Search()
 
@@ -50,15 +59,28 @@ EXACT = Search()
 def preactivations(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, search: Search) -> Iterator[Chunk]:
     """Yield (slice of tokens, their pre-activations [R, M]) of at most `search.chunk_bytes` (R at least 1). Each chunk
     overwrites the previous one. ValueError for an unknown mode."""
-    if search.mode not in MODES:
-        raise ValueError(f"mode={search.mode!r}: choose from {', '.join(MODES)}")
-    n, m = len(x_ND), len(W_MD)
     if search.mode == "scout":
-        elements = search.chunk_bytes // 4
-        if not x_ND.is_cuda:
-            elements = min(elements, max(SCOUT_ELEMENTS, 32 * m))  # fewer tokens starve the product
-        yield from _scout(x_ND, W_MD, b_M, max(1, elements // m), search.centre_D, search.spread_D)
-        return
+        yield from _scout(x_ND, W_MD, b_M, search)
+    elif search.mode == "fp8":
+        yield from _fp8(x_ND, W_MD, b_M, search)
+    elif search.mode in MODES:
+        yield from _plain(x_ND, W_MD, b_M, search)
+    else:
+        raise ValueError(f"mode={search.mode!r}: choose from {', '.join(MODES)}")
+
+
+def fp8_type(device: torch.device) -> torch.dtype | None:
+    """Return the 8-bit float that a device multiplies, None if it has none."""
+    if device.type != "cuda":
+        return torch.float8_e4m3fn
+    if torch.version.hip:
+        is_mi300 = "gfx94" in torch.cuda.get_device_properties(device).gcnArchName
+        return torch.float8_e4m3fnuz if is_mi300 else torch.float8_e4m3fn
+    return torch.float8_e4m3fn if torch.cuda.get_device_capability(device) >= (8, 9) else None
+
+
+def _plain(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, search: Search) -> Iterator[Chunk]:
+    n, m = len(x_ND), len(W_MD)
     dtype = torch.bfloat16 if search.mode == "bfloat16" else x_ND.dtype
     W_cast, b_cast = W_MD.to(dtype), b_M.to(dtype)
     # One buffer for all chunks: fresh pages would cost a fifth of the product's time.
@@ -69,26 +91,63 @@ def preactivations(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, search: Search) -> I
         yield part, torch.addmm(b_cast, x_RD, W_cast.T, out=buffer[: len(x_RD)])
 
 
-def _scout(
-    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, rows: int, centre_D: Tensor | None, spread_D: Tensor | None
-) -> Iterator[Chunk]:
+def _fp8(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, search: Search) -> Iterator[Chunk]:
+    (n, d), m, dtype = x_ND.shape, len(W_MD), fp8_type(x_ND.device)
+    assert dtype is not None
+    wide, tall = -(-d // 16) * 16, -(-m // 16) * 16  # what the product asks for
+    rows = min(max(1, search.chunk_bytes // (2 * tall)), max(n, 1))
+    W_q, W_scale_M, bias_M = _in_8_bits(W_MD, tall, wide, dtype, search.centre_D, b_M)
+    x_q, x_scale_N, _ = _in_8_bits(x_ND, n, wide, dtype, search.centre_D)
+    buffer = torch.empty(rows, tall, dtype=torch.bfloat16, device=x_ND.device)
+    for part in _parts(n, rows):
+        out = buffer[: part.stop - part.start]
+        scales = {"scale_a": x_scale_N[part, None], "scale_b": W_scale_M[None]}
+        torch._scaled_mm(x_q[part], W_q.T, **scales, bias=bias_M, out_dtype=out.dtype, use_fast_accum=True, out=out)
+        yield part, out if tall == m else out[:, :m].contiguous()
+
+
+def _in_8_bits(
+    rows_RD: Tensor, tall: int, wide: int, dtype: torch.dtype, centre_D: Tensor | None, bias_R: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [tall, wide] in 8-bit floats, padded with zeros, and their scales. Of inputs the centre is subtracted; with
+    a bias they are weights, and the bias in bfloat16 takes up the centre."""
+    r, d = rows_RD.shape
+    out = torch.zeros(tall, wide, dtype=dtype, device=rows_RD.device)
+    # Room for the product to read scales of whole tiles (pytorch issue 133334).
+    scale = torch.ones(-(-tall // 256) * 256, device=rows_RD.device)[:tall]
+    bias = torch.zeros(tall, dtype=torch.bfloat16, device=rows_RD.device)
+    if in_triton(rows_RD):
+        from skipcoder.kernels.gpu import quantise as gpu
+
+        gpu.quantise(rows_RD, out[:r], scale[:r], centre_D, bias_R, bias)
+        return out, scale, bias
+    if bias_R is not None:
+        bias[:r] = bias_R if centre_D is None else bias_R + rows_RD @ centre_D
+    elif centre_D is not None:
+        rows_RD = rows_RD - centre_D
+    scale[:r] = (rows_RD.abs().amax(1) / torch.finfo(dtype).max).clamp_min(1e-30)
+    out[:r, :d] = (rows_RD / scale[:r, None]).to(dtype)
+    return out, scale, bias
+
+
+def _scout(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, search: Search) -> Iterator[Chunk]:
     (n, d), m = x_ND.shape, len(W_MD)
-    spread_D = x_ND.new_ones(d) if spread_D is None else spread_D
-    if centre_D is not None:
-        x_ND, b_M = x_ND - centre_D, b_M + W_MD @ centre_D
+    spread_D = x_ND.new_ones(d) if search.spread_D is None else search.spread_D
+    if search.centre_D is not None:
+        x_ND, b_M = x_ND - search.centre_D, b_M + W_MD @ search.centre_D
     x_scale_N1 = _absmax(x_ND / spread_D)
-    # The int8 product asks for widths that are multiples of 8, and on GPUs for more than 16 rows.
-    wide, tall = -(-d // 8) * 8, -(-m // 8) * 8
-    least = 17 if x_ND.is_cuda else 1
-    rows = min(max(rows - rows % 32 if rows >= 32 else rows, least), max(n, least))
-    x_q = torch.zeros(rows, wide, dtype=torch.int8, device=x_ND.device)
+    wide, tall = -(-d // 8) * 8, -(-m // 8) * 8  # what the int8 product asks for
+    # Fewer than 32 tokens starve the product.
+    rows = max(1, min(search.chunk_bytes // 4, max(SCOUT_ELEMENTS, 32 * m)) // m)
+    rows = min(rows - rows % 32 if rows >= 32 else rows, max(n, 1))
+    x_q = torch.zeros(rows, wide, dtype=torch.int8)
     W_q, W_scale_M = _quantise_weights(W_MD, spread_D, wide, tall)
-    products = torch.empty(rows, tall, dtype=torch.int32, device=x_ND.device)
-    estimates = torch.empty(rows, m, device=x_ND.device)
+    products = torch.empty(rows, tall, dtype=torch.int32)
+    estimates = torch.empty(rows, m)
     for part in _parts(n, rows):
         r = len(x_ND[part])
         x_q[:r, :d] = (x_ND[part] / (x_scale_N1[part] * spread_D)).round_()
-        torch._int_mm(x_q[: max(r, least)], W_q.T, out=products[: max(r, least)])
+        torch._int_mm(x_q[:r], W_q.T, out=products[:r])
         # Three passes: torch has no vector code for int32 * float32 in one.
         pre = estimates[:r].copy_(products[:r, :m])
         yield part, torch.addcmul(b_M, pre.mul_(x_scale_N1[part]), W_scale_M, out=pre)
@@ -97,7 +156,7 @@ def _scout(
 def _quantise_weights(W_MD: Tensor, spread_D: Tensor, wide: int, tall: int, block: int = 256) -> tuple[Tensor, Tensor]:
     """int8 [M, D], padded with zeros to [tall, wide], and the scale [M] of each row; in blocks that stay in cache."""
     m, d = W_MD.shape
-    W_q = torch.zeros(tall, wide, dtype=torch.int8, device=W_MD.device)
+    W_q = torch.zeros(tall, wide, dtype=torch.int8)
     scale_M1 = W_MD.new_empty(m, 1)
     for part in _parts(m, block):
         rows = W_MD[part] * spread_D

@@ -1,7 +1,7 @@
 """Which latents fire, and with what pre-activation: one operation for each way of selecting.
 
 An exact search (`float32`) compares the pre-activations themselves. In the other modes they are estimates, which
-nominate `search.nominated` times as many latents as needed; these get exact values, and the best of them are taken.
+nominate more latents than are needed; these get exact values, and the best of them are taken.
 
 Each operation is registered with torch.library, so that torch.compile takes it as one node; registered operations take
 the fields of a Search, not the Search.
@@ -9,13 +9,13 @@ the fields of a Search, not the Search.
 Legend: N tokens, K latents per token, C nominated per token, M latents, D input width, L entries of a whole batch.
 """
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from skipcoder.kernels.backend import in_triton
 from skipcoder.kernels.candidates import candidates, largest, rank, reaching, topk_lowest
 from skipcoder.kernels.preactivations import EXACT, Chunk, Search, preactivations
 from skipcoder.kernels.rows import gather_dot
@@ -66,7 +66,7 @@ def above(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, threshold_M: Tensor, search: 
 @torch.library.custom_op("skipcoder::topk", mutates_args=())
 def _topk(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int,
-    mode: str, nominated: float, chunk_bytes: int, centre_D: Tensor | None, spread_D: Tensor | None,
+    mode: str, nominated: float | None, chunk_bytes: int, centre_D: Tensor | None, spread_D: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     search = Search(mode, nominated, chunk_bytes, centre_D, spread_D)
     values_NK, indices_NK = _empty(x_ND, k)
@@ -77,7 +77,7 @@ def _topk(
         for part, pre in chunks:
             values_NK[part], indices_NK[part] = topk_lowest(pre, k)
         return values_NK, indices_NK
-    c = min(math.ceil(nominated * k), len(W_MD))
+    c = min(search.candidates(k), len(W_MD))
     columns_NC = torch.cat([candidates(pre, c) for _, pre in chunks])
     return rank(gather_dot(x_ND, W_MD, columns_NC, None, b_M), columns_NC, k)
 
@@ -85,7 +85,7 @@ def _topk(
 @torch.library.custom_op("skipcoder::groupmax", mutates_args=())
 def _groupmax(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int,
-    mode: str, nominated: float, chunk_bytes: int, centre_D: Tensor | None, spread_D: Tensor | None,
+    mode: str, nominated: float | None, chunk_bytes: int, centre_D: Tensor | None, spread_D: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     search = Search(mode, nominated, chunk_bytes, centre_D, spread_D)
     values_NK, indices_NK = _empty(x_ND, k)
@@ -106,24 +106,28 @@ def _groupmax(
 @torch.library.custom_op("skipcoder::batchtopk", mutates_args=())
 def _batchtopk(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, hint: Tensor | None,
-    mode: str, nominated: float, chunk_bytes: int, centre_D: Tensor | None, spread_D: Tensor | None,
+    mode: str, nominated: float | None, chunk_bytes: int, centre_D: Tensor | None, spread_D: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     search = Search(mode, nominated, chunk_bytes, centre_D, spread_D)
     n, m = len(x_ND), len(W_MD)
     if not n:
         return _empty_flat(x_ND)
     tokens = torch.arange(n, device=x_ND.device)
-    count = n * k if search.is_exact else math.ceil(nominated * n * k)
-    flat, values = _largest_of_batch(preactivations(x_ND, W_MD, b_M, search), m, count, hint)
-    if hint is not None and len(flat) < count:
-        flat, values = _largest_of_batch(preactivations(x_ND, W_MD, b_M, search), m, count)
+    count = n * k if search.is_exact else min(search.candidates(n * k), n * m)
+    if in_triton(x_ND):
+        flat, values = _largest_of_batch_on_gpu(preactivations(x_ND, W_MD, b_M, search), m, count)
+    else:
+        flat, values = _largest_of_batch(preactivations(x_ND, W_MD, b_M, search), m, count, hint)
+        if hint is not None and len(flat) < count:
+            flat, values = _largest_of_batch(preactivations(x_ND, W_MD, b_M, search), m, count)
     if not search.is_exact:
         token, latent = flat // m, flat % m
         offsets = torch.searchsorted(token, tokens)
         exact = gather_dot(x_ND, W_MD, latent, offsets, b_M)
         best = largest(exact, n * k)
         flat, values = flat[best], exact[best]
-    flat, values = flat[values > 0], values[values > 0]
+    if not in_triton(x_ND):  # there the number must not depend on the values; those below 0 become 0
+        flat, values = flat[values > 0], values[values > 0]
     return values, flat % m, torch.searchsorted(flat // m, tokens)
 
 
@@ -182,6 +186,19 @@ def _two_of_groups(pre_NM: Tensor, k: int) -> Tensor:
     two = torch.topk(grouped, min(2, grouped.shape[2]), dim=2).indices.sort(dim=2).values
     first = torch.arange(k, device=pre_NM.device)[:, None] * grouped.shape[2]
     return (two + first).flatten(1)
+
+
+def _largest_of_batch_on_gpu(chunks: Iterator[Chunk], m: int, count: int) -> tuple[Tensor, Tensor]:
+    """Flat positions (rising) and values of exactly the `count` largest elements; holds `count` for every chunk."""
+    from skipcoder.kernels.gpu.batch import largest_of_batch
+
+    flat, values = [], []
+    for part, pre in chunks:
+        places = largest_of_batch(pre, count)
+        flat.append(places + part.start * m)
+        values.append(pre.view(-1)[places])
+    best = largest(torch.cat(values), count)
+    return torch.cat(flat)[best], torch.cat(values)[best]
 
 
 def _largest_of_batch(chunks: Iterator[Chunk], m: int, count: int, hint: Tensor | None = None) -> tuple[Tensor, Tensor]:

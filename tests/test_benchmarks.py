@@ -25,7 +25,9 @@ def test_every_kernel_compiles_for_three_gpus_without_spills_and_with_wide_loads
     rows = [line.strip("| ").split(" | ") for line in lines if " | sm_" in line or " | gfx" in line]
     sources = "".join(file.read_text() for file in (REPO / "kernels" / "gpu").glob("*.py"))
     kernels = set(re.findall(r"^def (\w+)_kernel\(", sources, re.MULTILINE))
-    assert {tuple(row[:3]) for row in rows} == set(product(kernels, ("fp32", "bf16"), ("sm_80", "sm_90", "gfx942")))
+    assert {tuple(row[:3]) for row in rows} == set(product(kernels, ("fp32", "bf16"), ("sm_80", "sm_90", "gfx942"))) - {
+        ("quantise", dtype, "sm_80") for dtype in ("fp32", "bf16")
+    }  # which has no 8-bit floats
     assert {row[4] for row in rows} == {"0"}
     assert {row[0] for row in rows if row[6] != "yes"} <= {"rank"}  # it moves a few numbers a token
 

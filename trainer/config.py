@@ -48,6 +48,7 @@ class OptimName(Enum):
 class EncodeMode(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
+    fp8 = "fp8"
     scout = "scout"
 
 
@@ -90,10 +91,10 @@ class EncodeConfig:
     """How training finds the latents that fire. Their values are float32 in every mode."""
 
     mode: EncodeMode | None = None
-    """float32: exact. bfloat16, scout (int8): a cheaper product nominates latents, and exact values decide.
-    null: the mode known to be fastest on this machine."""
+    """float32: exact. bfloat16, fp8, scout (int8, on CPUs): a cheaper product nominates latents, and exact values
+    decide. null: the mode known to be fastest on this machine."""
     nominated: float | None = None
-    """Latents nominated, as a multiple of k; null: 1.25."""
+    """Latents nominated, as a multiple of k; null: 1.25, with fp8 2."""
     chunk_bytes: int | None = None
     """Bytes of pre-activations held at once; null: 64 MiB on CPUs, 2 GiB on GPUs. The last bits may depend on it, so a
     run keeps what it began with."""

@@ -95,14 +95,11 @@ def rank_kernel(  # type: ignore[no-untyped-def]
 def candidates(pre_NM: Tensor, c: int) -> Tensor:
     """int64 [N, C]: the columns of each row's c largest elements (of equals, the lowest columns), rising."""
     n, m = pre_NM.shape
-    g = triton.cdiv(m, GROUP)
-    low_bit, key_type = (16, torch.int16) if pre_NM.dtype == torch.bfloat16 else (0, torch.int32)
     columns = torch.empty(n, c, dtype=torch.int64, device=pre_NM.device)
     if not n:
         return columns
-    keys = torch.empty(n, g, dtype=key_type, device=pre_NM.device)
-    block = min(128, triton.next_power_of_2(g))
-    maxima_kernel[(n, triton.cdiv(g, block))](pre_NM, keys, m, g, GROUP=GROUP, BLOCK=block, LOW_BIT=low_bit)
+    keys, low_bit = maxima(pre_NM), low_bit_of(pre_NM)
+    g = keys.shape[1]
     chosen = min(c, g)
     groups = torch.empty(n, chosen, dtype=torch.int32, device=pre_NM.device)
     padded = triton.next_power_of_2(g)
@@ -113,6 +110,21 @@ def candidates(pre_NM: Tensor, c: int) -> Tensor:
         num_warps=num_warps(padded * GROUP),
     )  # fmt: skip
     return columns
+
+
+def maxima(pre_NM: Tensor) -> Tensor:
+    """[N, G]: the ordered bits, as int16 of bfloat16, of the largest element of each group."""
+    n, m = pre_NM.shape
+    g, low_bit = triton.cdiv(m, GROUP), low_bit_of(pre_NM)
+    keys = torch.empty(n, g, dtype=torch.int16 if low_bit else torch.int32, device=pre_NM.device)
+    block = min(128, triton.next_power_of_2(g))
+    maxima_kernel[(n, triton.cdiv(g, block))](pre_NM, keys, m, g, GROUP=GROUP, BLOCK=block, LOW_BIT=low_bit)
+    return keys
+
+
+def low_bit_of(pre_NM: Tensor) -> int:
+    """The lowest bit of a float32 that the dtype has."""
+    return 16 if pre_NM.dtype == torch.bfloat16 else 0
 
 
 def rank(values_NC: Tensor, columns_NC: Tensor, k: int) -> tuple[Tensor, Tensor]:

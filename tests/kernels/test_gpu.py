@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from skipcoder.kernels import backend
+from skipcoder.kernels.preactivations import _in_8_bits
 from skipcoder.kernels.rows import token_of_entry
 
 pytestmark = pytest.mark.slow
 
 gpu = pytest.importorskip("skipcoder.kernels.gpu.rows")
+gpu_batch = pytest.importorskip("skipcoder.kernels.gpu.batch")
 gpu_select = pytest.importorskip("skipcoder.kernels.gpu.candidates")
 DEVICE = os.environ.get("SKIPCODER_TEST_DEVICE", "cpu")
 SHAPES = [(5, 3, 7, 20), (1, 1, 1, 1), (4, 8, 576, 30), (9, 5, 600, 9), (3, 20, 33, 20)]  # n, k, d, m
@@ -100,3 +103,35 @@ def test_candidates_and_their_ranks(n: int, m: int, c: int, levels: int, dtype: 
         values, ranked = gpu_select.rank(pre.gather(1, columns), columns, k)
         assert torch.equal(ranked, wanted.indices[:, :k]) and torch.equal(values, wanted.values[:, :k])
     assert gpu_select.candidates(pre[:0], c).shape == (0, c)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_rows_in_8_bits(centred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch makes them; but the interpreter loses the carry of a number that is rounded up to a power of two."""
+    g = torch.Generator().manual_seed(0)
+    rows, bias, centre = (torch.randn(size, generator=g).to(DEVICE) for size in ((30, 44), (30,), (44,)))
+    for b in (None, bias):
+        made = []
+        for on_gpu in (False, True):
+            monkeypatch.setattr(backend, "ON_CPU", on_gpu)
+            made.append(_in_8_bits(rows, 32, 48, torch.float8_e4m3fn, centre if centred else None, b))
+        (q, scale, bias_q), (q_gpu, scale_gpu, bias_gpu) = made
+        assert torch.equal(scale, scale_gpu)
+        torch.testing.assert_close(bias_gpu.float(), bias_q.float(), rtol=2**-7, atol=1e-6)
+        rounded_up = torch.frexp(q.float()).mantissa.abs() == 0.5
+        assert torch.equal(q.float()[~rounded_up], q_gpu.float()[~rounded_up]) and not q_gpu.float()[30:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("n", "m", "c", "levels"), [(3, 50, 7, 2), (4, 256, 200, 0), (5, 700, 40, 10**6), (2, 30, 60, 3)]
+)
+def test_largest_of_a_batch(
+    n: int, m: int, c: int, levels: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The c first of a stable sort of everything, even where all values are equal."""
+    monkeypatch.setattr(gpu_batch, "BLOCK", 64)
+    g = torch.Generator().manual_seed(m + c)
+    pre = (torch.randint(-levels, levels + 1, (n, m), generator=g) / max(levels, 1)).to(DEVICE, dtype)
+    wanted = pre.flatten().sort(descending=True, stable=True).indices[:c].sort().values
+    assert torch.equal(gpu_batch.largest_of_batch(pre, c), wanted)

@@ -6,7 +6,8 @@ Legend: N tokens, K active latents, D input width.
 import torch
 from torch import Tensor
 
-from skipcoder.kernels.preactivations import Search
+from skipcoder.errors import UserError
+from skipcoder.kernels.preactivations import Search, fp8_type
 from skipcoder.pipeline.store.stats import Moments
 from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.config import EncodeConfig
@@ -16,7 +17,7 @@ SAMPLE = 64
 
 CHUNK_CPU, CHUNK_GPU = 2**26, 2**31
 
-_MORE_EXACT = {"scout": "bfloat16", "bfloat16": "float32"}
+_MORE_EXACT = {"scout": "bfloat16", "fp8": "bfloat16", "bfloat16": "float32"}
 
 
 def make_search(cfg: EncodeConfig, x: Moments, s_in: float, device: str) -> Search:
@@ -26,10 +27,17 @@ def make_search(cfg: EncodeConfig, x: Moments, s_in: float, device: str) -> Sear
     # dimensions in the inputs and, inversely, in the weights.
     spread = torch.from_numpy((x.variance / s_in**2) ** 0.25).float()
     spread = (spread / spread.mean()).clamp_min(1e-3)
-    return Search(
-        cfg.mode.value if cfg.mode else fastest_mode(device), cfg.nominated or 1.25, chunk_bytes(cfg, device),
-        mean.to(device), spread.to(device),
-    )  # fmt: skip
+    mode = cfg.mode.value if cfg.mode else fastest_mode(device)
+    if not available(mode, device):
+        raise UserError(f"encode.mode={mode} is not for this device, {device}; leave it null, or use bfloat16")
+    return Search(mode, cfg.nominated, chunk_bytes(cfg, device), mean.to(device), spread.to(device))
+
+
+def available(mode: str, device: str) -> bool:
+    """Return whether a device has a mode: int8 does not pay on GPUs, fp8 needs sm_89 or an MI300."""
+    if device == "cpu":
+        return True
+    return mode != "scout" and (mode != "fp8" or fp8_type(torch.device(device)) is not None)
 
 
 def chunk_bytes(cfg: EncodeConfig, device: str) -> int:

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from skipcoder.pipeline.store.stats import Moments
 from skipcoder.trainer.coder.activations.base import Step
 from skipcoder.trainer.coder.coder import SparseCoder, make_coder
-from skipcoder.trainer.coder.encoding import make_search, more_exact, recall
+from skipcoder.trainer.coder.encoding import available, make_search, more_exact, recall
 from skipcoder.trainer.coder.fold import fold, power_of_two_scale
 from skipcoder.trainer.config import CoderConfig, Kind, Side, TrainConfig
 from skipcoder.trainer.data.ranks import ALONE, Ranks
@@ -250,8 +250,11 @@ class Learner:
         self.density_M.copy_(state["density"])
         self.step_number, self.tokens, self.recall = state["step"], state["tokens"], state["recall"]
         search = self.coder.search
-        kept = state.get("chunk_bytes", search.chunk_bytes)
-        self.coder.search = search._replace(mode=state["encode_mode"], chunk_bytes=kept)
+        mode, device = state["encode_mode"], str(self.since_fired_M.device)
+        self.coder.search = search._replace(
+            mode=mode if available(mode, device) else "bfloat16",  # it may have begun on another device
+            chunk_bytes=state.get("chunk_bytes", search.chunk_bytes),
+        )
 
 
 def sides(cfg: CoderConfig) -> Sides:

@@ -65,6 +65,11 @@ CASES: dict[str, dict[str, Any]] = {
     "sae": {"coder": {"kind": Kind.sae}},
     "skip": {"coder": {"kind": Kind.skip_transcoder}},
     "groupmax": {"coder": {"activation": "groupmax"}},
+    "batchtopk": {"coder": {"activation": "batchtopk"}},
+    "batchtopk, bfloat16": {
+        "coder": {"activation": "batchtopk"},
+        "encode": EncodeConfig(mode=EncodeMode.bfloat16, nominated=4.0, chunk_bytes=5 * 2 * 96),
+    },
     "matryoshka": {"coder": {"prefixes": [20, 50]}},
     "multi_topk": {"loss": LossConfig(multi_topk=True)},
     "both": {"loss": LossConfig(multi_topk=True), "coder": {"prefixes": [20, 50]}},
@@ -72,6 +77,7 @@ CASES: dict[str, dict[str, Any]] = {
     "signum": {"optim": OptimConfig(name=OptimName.signum)},
     "signum, sae": {"optim": OptimConfig(name=OptimName.signum), "coder": {"kind": Kind.sae}},
     "bfloat16": {"encode": EncodeConfig(mode=EncodeMode.bfloat16, nominated=4.0)},
+    "fp8": {"encode": EncodeConfig(mode=EncodeMode.fp8, nominated=4.0)},
     "micro-batches": {"train": {"micro_batches": 2}},
 }
 

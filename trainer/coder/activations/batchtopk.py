@@ -29,6 +29,7 @@ class BatchTopK(Activation):
 
     name = "batchtopk"
     k_may_vary = True
+    is_static = True
     calibration_tokens = CALIBRATION_TOKENS
 
     def check_training(self, cfg: TrainConfig, ranks: int = 1) -> None:
