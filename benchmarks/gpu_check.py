@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -90,13 +91,19 @@ class Clock:
 def steps(shape: Shape, clock: Clock) -> dict[str, Any]:
     """Whole steps of one shape: {contender: milliseconds, peak memory, recall}."""
     pairs = Pairs(shape, clock.device)
-    one = contenders.learner(pairs)
     peaks: dict[str, float | None] = {}
     forms: dict[str, Step] = {}
 
-    def mode_of(mode: str, graphed: bool) -> Step:
-        graphs = one.graphs
+    def make() -> Step:
+        nonlocal one
+        one = contenders.learner(pairs)
+        return contenders.ours(pairs, one)
 
+    one: Any = None
+    _, peak = clock.peak_gib(make)
+    graphs = one.graphs
+
+    def mode_of(mode: str, graphed: bool) -> Step:
         def step() -> object:
             one.coder.search = one.coder.search._replace(mode=mode)
             one.graphs = graphs if graphed else None
@@ -114,12 +121,13 @@ def steps(shape: Shape, clock: Clock) -> dict[str, Any]:
     makes |= {"bare bf16 product": lambda: contenders.gemm(pairs), "dense torch": lambda: contenders.dense(pairs)}
     if contenders.has_sparsify():
         makes["eai-sparsify"] = lambda: contenders.sparsify(pairs)
-    for name, make in makes.items():
+    for name, form in makes.items():
         try:
-            forms[name], peaks[name] = clock.peak_gib(make)
+            forms[name], peaks[name] = clock.peak_gib(form)
         except torch.OutOfMemoryError:
             peaks[name] = None
             torch.cuda.empty_cache()
+    peaks[f"ours ({default})"] = peak  # the others of ours use the same weights: only what they add was seen
     recalls = {}
     for mode in MODES:
         if available(mode, clock.device):
@@ -181,6 +189,7 @@ def markdown(found: dict[str, Any]) -> str:
     """The report."""
     lines = [f"# The training step on {found['machine']}", "", f"{found['date']}, torch {found['torch']}, triton "]
     lines[-1] += f"{found['triton']}, commit {found['commit']}. Written by `benchmarks/gpu_check.py`."
+    lines += ["", *(f"**Failed:** {line}" for line in found["failed"])] if found["failed"] else []
     for name, shape in found["shapes"].items():
         n, d, m, k = shape["shape"]
         lines += ["", f"## {name}: {n} tokens, d {d}, {m} latents, k {k}", ""]
@@ -233,7 +242,8 @@ def main() -> int:
     machine = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     found: dict[str, Any] = {
         "machine": machine, "date": str(datetime.date.today()), "torch": torch.__version__,
-        "triton": triton.__version__, "commit": args.commit, "shapes": {},
+        "triton": triton.__version__, "commit": args.commit, "failed": [],
+        "shapes": {},
     }  # fmt: skip
     sections: dict[str, Callable[[Shape, Clock], Any]] = {
         "right": lambda shape, clock: right(shape, clock.device), "steps": steps, "variants": variants, "bank": bank,
@@ -246,7 +256,11 @@ def main() -> int:
             if section in ("variants", "bank") and shape.m > 2**15:
                 continue
             begun = time.perf_counter()
-            here[section] = sections[section](shape, clock)
+            try:
+                here[section] = sections[section](shape, clock)
+            except Exception as error:  # what comes after may still be measured
+                found["failed"].append(f"{name}, {section}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                traceback.print_exc()
             print(f"{name}: {section} took {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
             if args.device == "cuda":
                 torch.cuda.empty_cache()
@@ -254,7 +268,7 @@ def main() -> int:
                 (args.out / f"{stem}.md").write_text(markdown(found))
                 (args.out / f"{stem}.json").write_text(json.dumps(found, indent=1))
     print(markdown(found))
-    return 0
+    return 1 if found["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from skipcoder.kernels.rows import by_latent, gather_dot, gather_sum
 
 
 def right(shape: Shape, device: str) -> list[str]:
-    """Check everything at one shape; return what was found, raise SystemExit if anything is wrong."""
+    """Check everything at one shape; return what was found, raise AssertionError if anything is wrong."""
     lines = ["relative errors against float64: " + ", ".join(_operations(shape, device))]
     _selection(shape, device)
     lines.append("selection: exactly the largest, of equals the first")
@@ -36,12 +36,12 @@ def _operations(shape: Shape, device: str) -> list[str]:
         "sum_rows": (latents.sum_rows(weights, x), rows),
     }
     if not torch.equal(latents.sum_rows(weights, x), pairs["sum_rows"][0]):
-        raise SystemExit(f"sum_rows is not the same from run to run at {shape}")
+        raise AssertionError(f"sum_rows is not the same from run to run at {shape}")
     lines = []
     for name, (got, exact) in pairs.items():
         error = float((got.double() - exact).norm() / exact.norm())
         if not error < 1e-5:
-            raise SystemExit(f"{name} is wrong at {shape}: relative error {error:.2e}")
+            raise AssertionError(f"{name} is wrong at {shape}: relative error {error:.2e}")
         lines.append(f"{name} {error:.1e}")
     return lines
 
@@ -53,10 +53,10 @@ def _selection(shape: Shape, device: str) -> None:
         pre = torch.randint(-levels, levels, (64, shape.m), generator=g).to(device).bfloat16()
         wanted = pre.sort(dim=1, descending=True, stable=True).indices[:, : shape.k]
         if not torch.equal(topk_lowest(pre, shape.k)[1], wanted):
-            raise SystemExit(f"the top-k of {shape.m} elements is wrong")
+            raise AssertionError(f"the top-k of {shape.m} elements is wrong")
         found = candidates(pre, shape.k)
         if device == "cuda" and not torch.equal(found, wanted.sort(1).values):
-            raise SystemExit(f"the candidates among {shape.m} elements are wrong")
+            raise AssertionError(f"the candidates among {shape.m} elements are wrong")
 
 
 def _bits(shape: Shape, device: str) -> str:
@@ -75,5 +75,5 @@ def _bits(shape: Shape, device: str) -> str:
             torch.cuda.set_sync_debug_mode("default")
         ends.append([p.detach().clone() for p in one.coder.parameters()])
     if not all(torch.equal(a, b) for a, b in zip(*ends, strict=True)):
-        raise SystemExit(f"replayed and eager steps differ at {shape}")
+        raise AssertionError(f"replayed and eager steps differ at {shape}")
     return "six replayed and six eager steps give the same bits, and no step waits"

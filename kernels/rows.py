@@ -53,11 +53,14 @@ class ByLatent(NamedTuple):
 
 def by_latent(indices: Tensor, m: int, offsets: Tensor | None = None) -> ByLatent:
     """Sort the entries of [N, K] or flat indices by latent."""
-    latents, entry = torch.sort(indices.flatten(), stable=True)
+    on_gpu, latents = in_triton(indices), indices.flatten()
+    if on_gpu:  # a radix sort takes a pass for every byte
+        latents = latents.to(torch.int16 if m <= 2**15 else torch.int32)
+    latents, entry = torch.sort(latents, stable=True)
     # Not by bincount, whose length depends on the data: torch.compile would break the graph.
-    starts = torch.searchsorted(latents, torch.arange(m, device=indices.device))
+    starts = torch.searchsorted(latents, torch.arange(m, dtype=latents.dtype, device=indices.device))
     order = ByLatent(entry, token_of_entry(indices, offsets)[entry], starts)
-    if not in_triton(starts):
+    if not on_gpu:
         return order
     from skipcoder.kernels.gpu import latents as gpu
 
