@@ -93,13 +93,13 @@ def steps(shape: Shape, clock: Clock) -> dict[str, Any]:
     pairs = Pairs(shape, clock.device)
     peaks: dict[str, float | None] = {}
     forms: dict[str, Step] = {}
+    one: Any = None
 
     def make() -> Step:
         nonlocal one
         one = contenders.learner(pairs)
         return contenders.ours(pairs, one)
 
-    one: Any = None
     _, peak = clock.peak_gib(make)
     graphs = one.graphs
 
