@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from shapes import SHAPES, Shape
 
-BF16_FLOPS, INT8_OPS, BYTES = 989e12, 1979e12, 3.35e12
+BF16_FLOPS, FP8_FLOPS, BYTES = 989e12, 1979e12, 3.35e12
 """H100 SXM, dense, per second (NVIDIA's data sheet)."""
 L2 = 50e6
 
@@ -32,23 +32,25 @@ class Operation(NamedTuple):
 
 
 def operations(shape: Shape) -> list[Operation]:
-    """A transcoder's step: float32 parameters, bfloat16 encoder product, Adam."""
+    """A transcoder's step as kernels/gpu/ makes it: float32 parameters, bfloat16 encoder product, Adam."""
     n, d, m, k = shape
     row, table, gathered = 4 * d, 4 * m * d, 4 * n * k * d
-    product = 2 * n * m * d
+    product, pre = 2 * n * m * d, 2 * n * m
     return [
         Operation("encoder weights to bf16", 0, 1.5 * table),
-        Operation("encoder product, bf16", product, table / 2 + n * row / 2),
-        Operation("(instead: int8)", product, table / 4 + n * row / 4, INT8_OPS),
-        Operation("(if pre-activations went to memory)", product, table / 2 + 3 * 2 * n * m),
+        Operation("encoder product, pre-activations written", product, table / 2 + n * row / 2 + pre),
+        Operation("(instead: weights to fp8)", 0, 1.25 * table),
+        Operation("(and the product in fp8)", product, table / 4 + n * row / 4 + pre, FP8_FLOPS),
+        Operation("maxima of groups of 32", 0, pre + pre / 32),
+        Operation("the best groups, their best elements", 0, pre / 32 + n * 1.25 * k * (64 + 12)),
         Operation("exact values of 1.25 k latents", 2.5 * n * k * d, 1.25 * gathered + n * row),
-        Operation("decode", 2 * n * k * d, gathered + n * row),
-        Operation("gradient of values", 2 * n * k * d, gathered + n * row),
-        Operation("gradient of W_dec", 2 * n * k * d, gathered + table),
-        Operation("gradient of W_enc", 2 * n * k * d, gathered + table),
-        Operation("clip: norm, then scale", 0, 2 * 3 * table),
-        Operation("Adam: p, g, m, v in; p, m, v out", 0, 2 * 7 * table),
-        Operation("(instead: schedule-free sign)", 0, 2 * 5 * table),
+        Operation("their ranks; entries sorted by latent", 0, n * k * (1.25 * 24 + 8 * 12)),
+        Operation("decode and error", 2 * n * k * d, gathered + 2 * n * row),
+        Operation("decoder: gradients of values, lengths of sums", 4 * n * k * d, gathered + table),
+        Operation("encoder: lengths of sums", 2 * n * k * d, gathered),
+        Operation("Adam on the decoder, sums formed again", 2 * n * k * d, 6 * table + gathered),
+        Operation("Adam on the encoder, sums formed again", 2 * n * k * d, 6 * table + gathered),
+        Operation("(if gradients were written: sums, norm, Adam)", 4 * n * k * d, 2 * (gathered + 9 * table)),
     ]
 
 
@@ -56,9 +58,9 @@ def report() -> str:
     """Tables in Markdown."""
     lines = [
         "# Roofline", "",
-        "What a training step of a transcoder must compute and move on an H100 SXM (989 TFLOP/s dense bf16, 1979 TOP/s "
-        "int8, 3.35 TB/s, 50 MB L2), by `benchmarks/roofline.py`. These are bounds, not measurements. Gathered rows "
-        "count as if none came from the L2 cache; where the table of rows fits there, the bound is too high. "
+        "What a training step of a transcoder must compute and move on an H100 SXM (989 TFLOP/s dense bf16, 1979 "
+        "TFLOP/s fp8, 3.35 TB/s, 50 MB L2), by `benchmarks/roofline.py`. These are bounds, not measurements. Gathered "
+        "rows count as if none came from the L2 cache; where the table of rows fits there, the bound is too high. "
         "Rows in brackets are alternatives and not in the sum.",
     ]  # fmt: skip
     for model, shape in SHAPES.items():
@@ -82,13 +84,14 @@ ANCHORS = """
 
 ## What this says
 
-- The encoder's product is nearly all of the FLOPs; writing the pre-activations to memory and reading them back would
-  cost as much again or more. So they are made in chunks that stay in the L2 cache (`encode.chunk_elements`, 2^24 bf16
-  elements are 32 MiB) and are read there by the selection.
-- Everything else is bound by memory. Rows are gathered four times in a step (five with exact values); one list of
-  entries by latent serves both weight gradients, so that each gradient row is written once and never by atomics.
-- At small batches the optimiser and the clipping move more than the gathers: larger batches or several coders on one
-  stream do not change that, as it is per coder.
+- The encoder's product is nearly all of the FLOPs. Writing its result to memory and reading it once costs less than
+  reading the encoder's weights again for every chunk that would fit the L2 cache: on an H200 a step of 131,072 latents
+  took 45.6 ms with chunks of 2^24 elements and 21.5 ms with 2^30. So `encode.chunk_bytes` is 2 GiB there.
+- Everything else is bound by memory. Rows are gathered six times in a step; the last two, in the optimiser, because
+  gradients are never written: forming the sums of a latent's few tokens a second time moves fewer bytes than writing a
+  matrix of gradients, reading it for its norm, and reading it again. Four of the six gather rows of inputs or errors,
+  tables of N rows that mostly stay in the L2 cache; two gather rows of weights.
+- One list of entries by latent serves all sums, so nothing needs atomics.
 
 ## Public anchors
 
