@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from skipcoder.kernels.preactivations import MODES
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.store.stats import Moments
 from skipcoder.trainer.coder.coder import SparseCoder
@@ -50,16 +51,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path)
     parser.add_argument("--runs", type=Path, nargs="*", default=[])
-    parser.add_argument("--nominated", type=float, default=1.25)
+    parser.add_argument("--nominated", type=float, help="as a multiple of k; what each mode needs by default")
     args = parser.parse_args()
-    print(f"{'inputs and coder':40}{'bfloat16':>10}{'scout':>10}{'bfloat16 alone':>16}{'scout alone':>13}")
+    modes = [mode for mode in MODES if mode != "float32"]
+    print(f"{'inputs and coder':40}" + "".join(f"{label:>16}" for label in [*modes, *(f"{m} alone" for m in modes)]))
     for name, coder, x in problems(args.store, args.runs):
         values, exact = [], coder.search
         for nominated in (args.nominated, 1.0):
-            for mode in ("bfloat16", "scout"):
+            for mode in modes:
                 coder.search = exact._replace(mode=mode, nominated=nominated)
                 values.append(recall(coder, x, TOKENS))
-        print(f"{name:40}{values[0]:10.6f}{values[1]:10.6f}{values[2]:16.6f}{values[3]:13.6f}", flush=True)
+        print(f"{name:40}" + "".join(f"{value:16.6f}" for value in values), flush=True)
 
 
 if __name__ == "__main__":
