@@ -45,6 +45,8 @@ class Pending:
 
     unit: bool = False
     """Whether only what lies across the matrix's rows counts (they are kept at unit norm)."""
+    rows_ND: Tensor | None = None
+    """The inputs in a dtype of fewer bytes that holds them exactly, to be read instead of them."""
     sums: list[RowSums] = field(default_factory=list)
 
 
@@ -73,6 +75,7 @@ def encoder_gradients(
         return latents.sum_rows(weights, rows_ND), latents.sum_weights(weights) if bias else None
     from skipcoder.kernels.gpu import latents as gpu
 
+    rows_ND = rows_ND if pending.rows_ND is None else pending.rows_ND
     found = gpu.measure(latents, weights, rows_ND)
     one = weights.new_ones((), dtype=torch.float32)
     pending.sums.append(RowSums(latents, weights, rows_ND, one, found.squares_M, found.partial_PD))

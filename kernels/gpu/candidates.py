@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 GROUP = 32
+MOST = 2**15
+"""Keys that one program looks through, if it can be helped: 32 a thread."""
 
 
 @triton.jit
@@ -28,17 +30,21 @@ def ordered_bits(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def first_largest(keys, C, LOW_BIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which of at most 2^15 int32 keys are the C largest (of equals, the first), and the place of each of these in the
-    order of the keys. Keys fit 32 - LOW_BIT bits."""
+    """Which of the int32 keys are the C largest (of equals, the first), and the place of each of these in the order of
+    the keys. Keys fit 32 - LOW_BIT bits."""
     bound = tl.where(tl.sum((keys >= 0).to(tl.int32)) >= C, 0, -0x80000000 >> LOW_BIT)
     for i in range(31 - LOW_BIT):  # from the sign down: the largest bound that C keys reach
         higher = bound + (1 << (30 - LOW_BIT - i))
         bound = tl.where(tl.sum((keys >= higher).to(tl.int32)) >= C, higher, bound)
     larger, same = keys > bound, keys == bound
-    before = tl.cumsum((larger.to(tl.int32) << 16) + same.to(tl.int32))  # fewer than C are larger
     left = C - tl.sum(larger.to(tl.int32))
-    chosen = larger | (same & ((before & 0xFFFF) <= left))
-    return chosen, (before >> 16) + tl.minimum(before & 0xFFFF, left) - 1
+    if keys.numel <= 32768:  # one scan counts both; fewer than C are larger
+        both = tl.cumsum((larger.to(tl.int32) << 16) + same.to(tl.int32))
+        before_larger, before_same = both >> 16, both & 0xFFFF
+    else:
+        before_larger, before_same = tl.cumsum(larger.to(tl.int32)), tl.cumsum(same.to(tl.int32))
+    chosen = larger | (same & (before_same <= left))
+    return chosen, before_larger + tl.minimum(before_same, left) - 1
 
 
 @triton.jit
@@ -98,7 +104,10 @@ def candidates(pre_NM: Tensor, c: int) -> Tensor:
     columns = torch.empty(n, c, dtype=torch.int64, device=pre_NM.device)
     if not n:
         return columns
-    keys, low_bit = maxima(pre_NM), low_bit_of(pre_NM)
+    group = GROUP
+    while group > 1 and triton.next_power_of_2(c) * group > MOST and triton.cdiv(m, group // 2) <= MOST:
+        group //= 2
+    keys, low_bit = maxima(pre_NM, group), low_bit_of(pre_NM)
     g = keys.shape[1]
     chosen = min(c, g)
     groups = torch.empty(n, chosen, dtype=torch.int32, device=pre_NM.device)
@@ -106,19 +115,19 @@ def candidates(pre_NM: Tensor, c: int) -> Tensor:
     groups_kernel[(n,)](keys, groups, g, chosen, PADDED=padded, LOW_BIT=low_bit, num_warps=num_warps(padded))
     padded = triton.next_power_of_2(chosen)
     elements_kernel[(n,)](
-        pre_NM, groups, columns, m, chosen, c, GROUP=GROUP, PADDED=padded, LOW_BIT=low_bit,
-        num_warps=num_warps(padded * GROUP),
+        pre_NM, groups, columns, m, chosen, c, GROUP=group, PADDED=padded, LOW_BIT=low_bit,
+        num_warps=num_warps(padded * group),
     )  # fmt: skip
     return columns
 
 
-def maxima(pre_NM: Tensor) -> Tensor:
+def maxima(pre_NM: Tensor, group: int = GROUP) -> Tensor:
     """[N, G]: the ordered bits, as int16 of bfloat16, of the largest element of each group."""
     n, m = pre_NM.shape
-    g, low_bit = triton.cdiv(m, GROUP), low_bit_of(pre_NM)
+    g, low_bit = triton.cdiv(m, group), low_bit_of(pre_NM)
     keys = torch.empty(n, g, dtype=torch.int16 if low_bit else torch.int32, device=pre_NM.device)
     block = min(128, triton.next_power_of_2(g))
-    maxima_kernel[(n, triton.cdiv(g, block))](pre_NM, keys, m, g, GROUP=GROUP, BLOCK=block, LOW_BIT=low_bit)
+    maxima_kernel[(n, triton.cdiv(g, block))](pre_NM, keys, m, g, GROUP=group, BLOCK=block, LOW_BIT=low_bit)
     return keys
 
 

@@ -65,7 +65,7 @@ def make_learner(
     """Make a learner; a `fresh` one starts from the statistics of the store's training units."""
     kept = token_filter(cfg)
     x, y = (store.moments(hookpoint, side, positions=kept.classes) for side in sides(cfg.coder))
-    learner = Learner(cfg, x, y, steps, device, ranks)
+    learner = Learner(cfg, x, y, steps, device, ranks, in_bfloat16=True)  # as all codecs decode
     if fresh and cfg.coder.kind == Kind.skip_transcoder and _starts_from_ridge(cfg, x.count, len(x.mean)):
         if ranks.is_main:
             learner.start_skip(*ridge(store, hookpoint, kept))

@@ -66,8 +66,18 @@ class LearnerState(TypedDict):
 class Learner:
     """Trains one coder on batches of raw activation pairs; knows nothing of files or sweeps."""
 
-    def __init__(self, cfg: TrainConfig, x: Moments, y: Moments, steps: int, device: str, ranks: Ranks = ALONE) -> None:
-        """`x` and `y`: moments of the side read and the side written, over the training units."""
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        x: Moments,
+        y: Moments,
+        steps: int,
+        device: str,
+        ranks: Ranks = ALONE,
+        in_bfloat16: bool = False,
+    ) -> None:
+        """`x` and `y`: moments of the side read and the side written, over the training units; `in_bfloat16`: whether
+        all inputs are numbers that bfloat16 holds."""
         self.cfg, self.steps, self.step_number, self.tokens, self.ranks = cfg, steps, 0, 0, ranks
         self.unit_norm = cfg.coder.kind == Kind.sae and cfg.coder.normalize_decoder
         self.sides = sides(cfg.coder)
@@ -85,6 +95,7 @@ class Learner:
         self.since_fired_M = torch.zeros(cfg.coder.width, dtype=torch.int64, device=device)
         self.density_M = torch.zeros(cfg.coder.width, device=device)
         """How often each latent fires per token: the mean so far, later a moving average over DENSITY_TOKENS."""
+        self.in_bfloat16 = in_bfloat16
         self.density_weight = torch.zeros((), device=device)
         self.gradients = Gradients(self.coder, self.unit_norm, unsummed=ranks.size == 1 and self.optimiser.takes_sums)
         can = device.startswith("cuda") and ranks.size == 1 and cfg.train.graph and self.activation.is_static
@@ -124,10 +135,11 @@ class Learner:
 
     def _move(self, x: Tensor, y: Tensor, batch_tokens: int) -> dict[str, Tensor]:
         """Move the parameters. On a GPU nothing here may wait for the device, nor depend on the number of the step."""
-        with self.gradients.collecting():
+        with self.gradients.collecting(x if self.in_bfloat16 else None):
             parts, fired_M = self._backward(x, y, batch_tokens)
         norm = self.gradients.clip(self.cfg.optim.clip)
         sums, W_dec = self.gradients.left, self.coder.W_dec
+        self.gradients.left = {}  # a graph would keep its memory from others
         self.optimiser.step(sums, W_dec if self.unit_norm else None)
         if self.unit_norm and W_dec not in sums:
             for copy in self.optimiser.copies(W_dec):

@@ -109,6 +109,18 @@ def test_nothing_waits_and_the_weights_are_a_cpus(case: str, monkeypatch: pytest
         assert off.double().mean() < 0.02, f"{name}: {int(off.sum())} of {off.numel()} differ"
 
 
+@pytest.mark.parametrize("kind", [Kind.skip_transcoder, Kind.sae])
+def test_inputs_that_bfloat16_holds_give_the_same_bits_from_half_the_bytes(kind: Kind) -> None:
+    ends = []
+    for halved in (False, True):
+        one, batches = learner(coder={"kind": kind})
+        one.in_bfloat16 = halved
+        for x, y in batches[:2]:
+            one.step(x.bfloat16().float(), y, N)
+        ends.append([p.detach() for p in one.coder.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def test_the_test_finds_waits() -> None:
     values = torch.arange(3.0)
     for wait in (lambda: values[values > 1], lambda: float(values.sum()), lambda: values.nonzero()):
