@@ -91,7 +91,7 @@ def encode_above(
     b_pre_D: Tensor | None = None,
     search: Search = EXACT,
 ) -> Codes:
-    """Flat codes: every latent that exceeds both 0 and its threshold. The search is exact whatever its mode."""
+    """Flat codes: every latent that exceeds both 0 and its threshold; see `select.above`."""
     centred_ND, search = _centred(x_ND, b_pre_D, search)
     chosen = select.above(centred_ND, W_enc_MD.detach(), b_enc_M.detach(), threshold_M, search)
     return _codes(x_ND, W_enc_MD, b_enc_M, b_pre_D, centred_ND, chosen)

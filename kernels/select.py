@@ -20,6 +20,10 @@ from skipcoder.kernels.candidates import candidates, largest, rank, reaching, to
 from skipcoder.kernels.preactivations import EXACT, Chunk, Search, preactivations
 from skipcoder.kernels.rows import gather_dot
 
+MARGIN = {"bfloat16": 1 / 32, "fp8": 1 / 4}
+"""Share of a threshold by which an estimate may miss it and still be looked at: four roundings of the whole sum.
+Training watches the recall of what is missed."""
+
 
 class Chosen(NamedTuple):
     """The latents that were selected."""
@@ -59,8 +63,11 @@ def batchtopk(
 
 
 def above(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, threshold_M: Tensor, search: Search = EXACT) -> Chosen:
-    """All values above both 0 and their latent's threshold: flat, by token, then latent. Exact in every mode."""
-    return Chosen(*_above(x_ND, W_MD, b_M, threshold_M, search.chunk_bytes))
+    """All values above both 0 and their latent's threshold: flat, by token, then latent. On CPUs exact in every mode;
+    on GPUs estimates nominate, with a margin, in the modes that have them."""
+    if not in_triton(x_ND):
+        search = search._replace(mode="float32")
+    return Chosen(*_above(x_ND, W_MD, b_M, threshold_M, *search))
 
 
 @torch.library.custom_op("skipcoder::topk", mutates_args=())
@@ -133,18 +140,26 @@ def _batchtopk(
 
 @torch.library.custom_op("skipcoder::above", mutates_args=())
 def _above(
-    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, threshold_M: Tensor, chunk_bytes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    m, bound_M = len(W_MD), threshold_M.clamp_min(0)
+    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, threshold_M: Tensor,
+    mode: str, nominated: float | None, chunk_bytes: int, centre_D: Tensor | None, spread_D: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    search = Search(mode, nominated, chunk_bytes, centre_D, spread_D)
+    m, bound_M, tokens = len(W_MD), threshold_M.clamp_min(0), torch.arange(len(x_ND), device=x_ND.device)
     if not len(x_ND):
         return _empty_flat(x_ND)
+    least_M = bound_M if search.is_exact else bound_M * (1 - MARGIN[mode])
     flat, values = [], []
-    for part, pre in preactivations(x_ND, W_MD, b_M, Search(chunk_bytes=chunk_bytes)):
-        row, column = (pre > bound_M).nonzero(as_tuple=True)
+    for part, pre in preactivations(x_ND, W_MD, b_M, search):
+        row, column = (pre > least_M).nonzero(as_tuple=True)
         flat.append((row + part.start) * m + column)
         values.append(pre[row, column])
-    flat_L = torch.cat(flat)
-    return torch.cat(values), flat_L % m, torch.searchsorted(flat_L // m, torch.arange(len(x_ND), device=x_ND.device))
+    flat_L, value_L = torch.cat(flat), torch.cat(values)
+    if not search.is_exact:
+        latent_L, offsets = flat_L % m, torch.searchsorted(flat_L // m, tokens)
+        value_L = gather_dot(x_ND, W_MD, latent_L, offsets, b_M)
+        fires_L = value_L > bound_M[latent_L]
+        flat_L, value_L = flat_L[fires_L], value_L[fires_L]
+    return value_L, flat_L % m, torch.searchsorted(flat_L // m, tokens)
 
 
 @_topk.register_fake

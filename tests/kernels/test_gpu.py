@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from skipcoder.kernels import backend
-from skipcoder.kernels.preactivations import _in_8_bits
+from skipcoder.kernels.preactivations import Search, _in_8_bits
 from skipcoder.kernels.rows import token_of_entry
+from skipcoder.kernels.select import above
 
 pytestmark = pytest.mark.slow
 
@@ -135,3 +136,15 @@ def test_largest_of_a_batch(
     pre = (torch.randint(-levels, levels + 1, (n, m), generator=g) / max(levels, 1)).to(DEVICE, dtype)
     wanted = pre.flatten().sort(descending=True, stable=True).indices[:c].sort().values
     assert torch.equal(gpu_batch.largest_of_batch(pre, c), wanted)
+
+
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "fp8"])
+def test_what_exceeds_thresholds_is_found_by_estimates(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, W, b = (torch.randn(size, generator=g).to(DEVICE) for size in ((40, 64), (200, 64), (200,)))
+    threshold = 8 * torch.rand(200, generator=g).to(DEVICE) + 10
+    exact = above(x.double(), W.double(), b.double(), threshold.double())
+    monkeypatch.setattr(backend, "ON_CPU", True)
+    found = above(x, W, b, threshold, Search(mode, chunk_bytes=200 * 4 * 7))
+    assert torch.equal(found.indices, exact.indices) and torch.equal(found.offsets, exact.offsets)
+    torch.testing.assert_close(found.values.double(), exact.values, rtol=1e-5, atol=1e-5)

@@ -57,7 +57,7 @@ def test_operations_are_registered_as_they_behave() -> None:
     for select in (ops.topk, ops.groupmax):
         torch.library.opcheck(select.default, (x, W_enc, b_enc, 4, *Search()), test_utils=checks)
     torch.library.opcheck(ops.batchtopk.default, (x, W_enc, b_enc, 3, None, *Search()), test_utils=checks)
-    torch.library.opcheck(ops.above.default, (x, W_enc, b_enc, b_enc, 2**26), test_utils=checks)
+    torch.library.opcheck(ops.above.default, (x, W_enc, b_enc, b_enc, *Search()), test_utils=checks)
     torch.library.opcheck(ops.gather_sum.default, (codes.indices, codes.values, W_enc), test_utils=checks)
     torch.library.opcheck(ops.gather_dot.default, (x, W_enc, codes.indices), test_utils=checks)
     torch.library.opcheck(ops.sum_rows.default, (*latents, codes.values, x), test_utils=checks)

@@ -68,7 +68,7 @@ def make_learner(
     learner = Learner(cfg, x, y, steps, device, ranks, in_bfloat16=True)  # as all codecs decode
     if fresh and cfg.coder.kind == Kind.skip_transcoder and _starts_from_ridge(cfg, x.count, len(x.mean)):
         if ranks.is_main:
-            learner.start_skip(*ridge(store, hookpoint, kept))
+            learner.start_skip(*ridge(store, hookpoint, kept, device))
         assert learner.coder.W_skip is not None
         ranks.share(learner.coder.W_skip.data, learner.coder.b_dec.data)
     return learner

@@ -22,16 +22,17 @@ LAMBDA = 1e-6
 TOKENS_PER_DIMENSION = 64
 
 
-def ridge(store: ActivationStore, hookpoint: str, kept: TokenFilter) -> tuple[Tensor, Tensor]:
-    """Return (W [E, D], b [E]) in float64 from training tokens of a store; kept beside it for later runs."""
-    stream = ActivationStream(store, hookpoint, 8192, filter=kept, epochs=1)
+def ridge(store: ActivationStore, hookpoint: str, kept: TokenFilter, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Return (W [E, D], b [E]) in float64 from training tokens of a store; kept beside it for later runs. The products
+    are made on `device`."""
+    stream = ActivationStream(store, hookpoint, 8192, filter=kept, epochs=1, device=device)
     file = cache_file(store, stream)
     try:
         found = load(store.derived.read(file))
         return found["W"], found["b"]
     except (OSError, SafetensorError, KeyError):
         pass  # missing or incomplete: solved anew
-    W, b = solve(stream, store.hookpoints[hookpoint]["d_in"])
+    W, b = (t.cpu() for t in solve(stream, store.hookpoints[hookpoint]["d_in"]))
     with suppress(OSError, UserError):  # where a (shared) store cannot be written, each run solves for itself
         store.derived.write(file, save({"W": W.contiguous(), "b": b.contiguous()}))
     return W, b
