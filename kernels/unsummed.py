@@ -35,8 +35,10 @@ class RowSums(NamedTuple):
     """Partial sums of the latents that fire most (gpu/latents.py)."""
 
     def dense(self) -> Tensor:
-        """Return the gradient as a matrix."""
-        return self.latents.sum_rows(self.weights, self.rows_ND) * self.scale
+        """Return the gradient as a float32 matrix."""
+        from skipcoder.kernels.gpu import latents as gpu
+
+        return gpu.sum_rows(self.latents, self.weights, self.rows_ND, self.scale)
 
 
 @dataclass

@@ -135,7 +135,8 @@ class Learner:
 
     def _move(self, x: Tensor, y: Tensor, batch_tokens: int) -> dict[str, Tensor]:
         """Move the parameters. On a GPU nothing here may wait for the device, nor depend on the number of the step."""
-        with self.gradients.collecting(x if self.in_bfloat16 else None):
+        whole = self.cfg.train.micro_batches == 1
+        with self.gradients.collecting(x if self.in_bfloat16 and whole else None):
             parts, fired_M = self._backward(x, y, batch_tokens)
         norm = self.gradients.clip(self.cfg.optim.clip)
         sums, W_dec = self.gradients.left, self.coder.W_dec
