@@ -8,31 +8,16 @@ Legend: N tokens, K active latents per token, L entries (token, latent) in all, 
 K per token, [N, K], or flat, [L], with `offsets` [N]: where each token's entries begin.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from skipcoder.kernels.backend import in_triton
+from skipcoder.kernels.entries import Entries
 
 
-class ByLatent(NamedTuple):
-    """The L entries of a batch of codes sorted by latent; ties keep token order, so every sum over a latent's tokens
-    has a fixed order."""
-
-    entry_L: Tensor
-    """Index of the entry in the codes."""
-    token_L: Tensor
-    """Token of the entry."""
-    starts_M: Tensor
-    """Where each latent's entries begin."""
-    latent_S: Tensor | None = None
-    """On GPUs, which cut the lists of latents into segments: the latent of each segment; M where there is none."""
-    before_M: Tensor | None = None
-    """How many segments lower latents have."""
-    partial_before_M: Tensor | None = None
-    """How many of these belong to latents with several."""
+class ByLatent(Entries):
+    """The entries of a batch of codes sorted by latent, and the sums that they make."""
 
     def sum_rows(self, weights: Tensor, rows_ND: Tensor) -> Tensor:
         """[M, D]: for each latent, the sum over its entries of weight * row of the entry's token."""

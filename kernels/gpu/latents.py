@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from skipcoder.kernels.entries import Entries
 from skipcoder.kernels.gpu.rows import block_d, num_warps
-from skipcoder.kernels.rows import ByLatent
 
 SEGMENT = 256
 """Entries of one latent that one program adds up."""
@@ -37,7 +37,7 @@ class Measured(NamedTuple):
 
 
 def cut(starts_M: Tensor, entries: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut a list of so many entries into segments: the fields latent_S, before_M, partial_before_M of a ByLatent."""
+    """Cut a list of so many entries into segments: the fields latent_S, before_M, partial_before_M of Entries."""
     ends = torch.cat([starts_M[1:], starts_M.new_full((1,), entries)])
     segments = (ends - starts_M + SEGMENT - 1) // SEGMENT
     after, split = segments.cumsum(0), torch.where(segments > 1, segments, 0)
@@ -128,7 +128,7 @@ def combine_kernel(  # type: ignore[no-untyped-def]
             tl.store(out_ptr + latent * D + offset, scale * total, mask=inside)
 
 
-def sum_rows(latents: ByLatent, weights: Tensor, rows_ND: Tensor, scale: Tensor | None = None) -> Tensor:
+def sum_rows(latents: Entries, weights: Tensor, rows_ND: Tensor, scale: Tensor | None = None) -> Tensor:
     """float32 [M, D]: scale * the sum over a latent's entries of weight * row of the entry's token. `weights` are in
     the codes' own order."""
     out = rows_ND.new_empty(len(latents.starts_M), rows_ND.shape[1], dtype=torch.float32)
@@ -138,7 +138,7 @@ def sum_rows(latents: ByLatent, weights: Tensor, rows_ND: Tensor, scale: Tensor 
 
 
 def measure(
-    latents: ByLatent, weights: Tensor, rows_ND: Tensor, scale: Tensor | None = None, W_MD: Tensor | None = None,
+    latents: Entries, weights: Tensor, rows_ND: Tensor, scale: Tensor | None = None, W_MD: Tensor | None = None,
     unit: bool = False,
 ) -> Measured:  # fmt: skip
     """Find the lengths of the sums that `sum_rows` would write. With `W_MD`, also the dot products of its rows and
@@ -153,7 +153,7 @@ def measure(
 
 
 def _launch(
-    latents: ByLatent, weights: Tensor, rows_ND: Tensor, W_MD: Tensor | None, scale: Tensor | None, tile: int,
+    latents: Entries, weights: Tensor, rows_ND: Tensor, W_MD: Tensor | None, scale: Tensor | None, tile: int,
     warps: int, out: Tensor | None = None, dots: Tensor | None = None, squares: Tensor | None = None,
     sums: Tensor | None = None, unit: bool = False,
 ) -> Tensor:  # fmt: skip

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from skipcoder.kernels.entries import Entries
 from skipcoder.kernels.gpu import latents as gpu
 from skipcoder.kernels.gpu.latents import along_removed, ends_of
 from skipcoder.kernels.gpu.rows import block_d, num_warps
-from skipcoder.kernels.rows import ByLatent
 
 BLOCK = 1024
 
@@ -119,7 +119,7 @@ def sign_rows_kernel(  # type: ignore[no-untyped-def]
 
 
 def adam_rows(
-    p: Tensor, m: Tensor, v: Tensor, latents: ByLatent, weights: Tensor, rows_ND: Tensor, partial_PD: Tensor,
+    p: Tensor, m: Tensor, v: Tensor, latents: Entries, weights: Tensor, rows_ND: Tensor, partial_PD: Tensor,
     factor: Tensor, hyper: Tensor, rest1: float, rest2: float, eps: float, unit: bool,
 ) -> None:  # fmt: skip
     """Update a matrix [M, D] and its moments in place."""
@@ -132,7 +132,7 @@ def adam_rows(
 
 
 def sign_rows(
-    y: Tensor, z: Tensor, latents: ByLatent, weights: Tensor, rows_ND: Tensor, partial_PD: Tensor,
+    y: Tensor, z: Tensor, latents: Entries, weights: Tensor, rows_ND: Tensor, partial_PD: Tensor,
     factor: Tensor, hyper: Tensor, unit: bool,
 ) -> None:  # fmt: skip
     """Update y and z [M, D] in place."""

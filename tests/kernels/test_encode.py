@@ -220,7 +220,7 @@ def test_k_out_of_range(k: int) -> None:
 
 def test_unknown_names_and_groups_that_do_not_divide() -> None:
     x, W_enc, b_enc, *_ = problem(2, 4, 12, 0)
-    with pytest.raises(ValueError, match="mode='fp4': choose from float32, bfloat16, scout"):
+    with pytest.raises(ValueError, match="mode='fp4': choose from float32, bfloat16, fp8, scout"):
         encode_topk(x, W_enc, b_enc, 3, search=Search("fp4"))
     with pytest.raises(ValueError, match="12 latents do not divide by k=5"):
         encode_groupmax(x, W_enc, b_enc, 5)
