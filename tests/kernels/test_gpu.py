@@ -146,5 +146,6 @@ def test_what_exceeds_thresholds_is_found_by_estimates(mode: str, monkeypatch: p
     exact = above(x.double(), W.double(), b.double(), threshold.double())
     monkeypatch.setattr(backend, "ON_CPU", True)
     found = above(x, W, b, threshold, Search(mode, chunk_bytes=200 * 4 * 7))
+    assert found.offsets is not None and exact.offsets is not None
     assert torch.equal(found.indices, exact.indices) and torch.equal(found.offsets, exact.offsets)
     torch.testing.assert_close(found.values.double(), exact.values, rtol=1e-5, atol=1e-5)
