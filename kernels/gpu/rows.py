@@ -55,7 +55,10 @@ def errors_kernel(  # type: ignore[no-untyped-def]
     error -= tl.load(base_ptr + start + offset, mask=inside, other=0.0).to(tl.float32)
     for b in range(BLOCKS):
         for j in range(begin, end):
-            if (BLOCKS == 1) or (tl.load(block_ptr + j) == b):
+            take = True
+            if BLOCKS > 1:
+                take = tl.load(block_ptr + j) == b
+            if take:
                 row = tl.load(index_ptr + j)
                 weight = tl.load(weight_ptr + j).to(tl.float32)
                 error -= weight * tl.load(W_ptr + row * D + offset, mask=inside, other=0.0).to(tl.float32)
