@@ -114,8 +114,7 @@ latter against a dense decoder (RTX 4070).
 
 There is no autotuner: which configuration wins would depend on the machine's noise, and the width of `gather_dot`'s
 tiles changes the order of a sum, so results would differ from run to run. Tiles and warps follow from one rule, every
-thread loads 16 bytes at a time (`gpu.num_warps`); `benchmarks/compile_report.md` shows that it holds. `make gpu-check`
-times the decoder's tile width, which changes no result, beside its alternatives.
+thread loads 16 bytes at a time (`gpu.num_warps`); `benchmarks/compile_report.md` shows that it holds.
 """
 
 

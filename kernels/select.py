@@ -55,9 +55,9 @@ def groupmax(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, search: Search = E
 def batchtopk(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, search: Search = EXACT, hint: Tensor | None = None
 ) -> Chosen:
-    """The N k largest of the whole batch, positive ones only: flat, by token, then latent; of equal values the
-    earliest token. A `hint`, a number exceeded by a few more than N k pre-activations, makes it faster and changes
-    nothing else."""
+    """The N k largest of the whole batch: flat, by token, then latent; of equal values the earliest token. On CPUs only
+    the positive ones; on GPUs always N k, as their number must not depend on values. A `hint`, a number exceeded by a
+    few more than N k pre-activations, makes it faster on CPUs and changes nothing else."""
     _refuse_k(k, len(W_MD))
     return Chosen(*_batchtopk(x_ND, W_MD, b_M, k, hint, *search))
 

@@ -3,7 +3,7 @@
 As in gpu/candidates.py: first the C groups of neighbouring columns with the largest maxima, then the C largest of their
 elements; of equals the first in reading order. In an array too long for one program the C-th largest is found four bits
 at a time: every program counts how many of its keys reach each of fifteen bounds. For [8192, 131072] bfloat16 and
-C = 327,680 the matrix is read once (2,147 MB), the 33.6 million maxima five times (67 MB each).
+C = 327,680 the matrix is read once (2,147 MB), the 33.6 million maxima seven times (67 MB each).
 
 Legend: N rows, M columns, G groups of a row, L keys, C chosen, B blocks of keys.
 """

@@ -135,6 +135,7 @@ class Learner:
 
     def _move(self, x: Tensor, y: Tensor, batch_tokens: int) -> dict[str, Tensor]:
         """Move the parameters. On a GPU nothing here may wait for the device, nor depend on the number of the step."""
+        self.coder.zero_grad(set_to_none=True)  # a capture that failed leaves gradients that were never computed
         whole = self.cfg.train.micro_batches == 1
         with self.gradients.collecting(x if self.in_bfloat16 and whole else None):
             parts, fired_M = self._backward(x, y, batch_tokens)
