@@ -16,7 +16,7 @@ from torch import Tensor
 
 Results = dict[str, Tensor]
 
-_pools: dict[torch.device, Any] = {}
+_pools: dict[torch.device, tuple[Any, torch.cuda.CUDAGraph]] = {}
 _inputs: dict[Hashable, Tensor] = {}
 
 
@@ -26,6 +26,16 @@ def fixed(role: str, like: Tensor) -> Tensor:
     if key not in _inputs:
         _inputs[key] = torch.empty_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)
     return _inputs[key]
+
+
+def _pool(device: torch.device) -> Any:
+    """Return the device's pool. One graph is kept for ever: torch refuses a pool whose graphs are all gone."""
+    if device not in _pools:
+        keeper = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(keeper, capture_error_mode="thread_local"):
+            torch.zeros(1, device=device)
+        _pools[device] = keeper.pool(), keeper
+    return _pools[device][0]
 
 
 class Graphs:
@@ -51,12 +61,10 @@ class Graphs:
 
     def _capture(self, step: Callable[[], Results]) -> tuple[torch.cuda.CUDAGraph, list[str], Tensor] | None:
         device = torch.device("cuda", torch.cuda.current_device())
-        if device not in _pools:
-            _pools[device] = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), _pool(device)
         try:
             # Other threads may allocate meanwhile: the stream reads ahead.
-            with torch.cuda.graph(graph, pool=_pools[device], capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 results = step()
                 stacked = torch.stack([value.float() for value in results.values()])
         except RuntimeError as error:  # an activation or kind of the user's own may do what cannot be captured
