@@ -95,7 +95,8 @@ def _fp8(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, search: Search) -> Iterator[Ch
     (n, d), m, dtype = x_ND.shape, len(W_MD), fp8_type(x_ND.device)
     assert dtype is not None
     wide, tall = -(-d // 16) * 16, -(-m // 16) * 16  # what the product asks for
-    rows = min(max(1, search.chunk_bytes // (2 * tall)), max(n, 1))
+    rows = search.chunk_bytes // (2 * tall)
+    rows = min(max(16, rows - rows % 16), max(n, 1))  # a chunk's scales must begin at a multiple of 16 bytes
     W_q, W_scale_M, bias_M = _in_8_bits(W_MD, tall, wide, dtype, search.centre_D, b_M)
     x_q, x_scale_N, _ = _in_8_bits(x_ND, n, wide, dtype, search.centre_D)
     buffer = torch.empty(rows, tall, dtype=torch.bfloat16, device=x_ND.device)
