@@ -65,6 +65,7 @@ class _SquaredError(Function):
         ctx.save_for_backward(values, W_dec_ME, errors, indices, offsets, block, *codes.by_latent)
         ctx.base_is_bias = base.dim() == 1
         ctx.mark_non_differentiable(errors)
+        ctx.set_materialize_grads(False)  # none for the errors; that of the squares is asked for whenever this runs
         return squares, errors
 
     @staticmethod
