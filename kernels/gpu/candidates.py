@@ -104,7 +104,7 @@ def candidates(pre_NM: Tensor, c: int) -> Tensor:
     columns = torch.empty(n, c, dtype=torch.int64, device=pre_NM.device)
     if not n:
         return columns
-    group = GROUP
+    group = GROUP if m > 2**15 else GROUP // 2
     while group > 1 and triton.next_power_of_2(c) * group > MOST and triton.cdiv(m, group // 2) <= MOST:
         group //= 2
     keys, low_bit = maxima(pre_NM, group), low_bit_of(pre_NM)
@@ -150,5 +150,5 @@ def rank(values_NC: Tensor, columns_NC: Tensor, k: int) -> tuple[Tensor, Tensor]
 
 
 def num_warps(elements: int, warp: int = 64 if torch.version.hip else 32) -> int:
-    """Warps, at most 1024 threads, such that each thread holds 8 elements; of more than 8,192, as few as can be."""
-    return max(1, min(1024 // warp, elements // (8 * warp)))
+    """Warps, at most 1024 threads, such that each thread holds 32 elements, or more if it must."""
+    return max(1, min(1024 // warp, elements // (32 * warp)))

@@ -99,9 +99,9 @@ def gather_dot_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + entry, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def block_d(d: int) -> int:
-    """Tile width: 512, or the next power of two for narrower rows."""
-    result: int = min(512, triton.next_power_of_2(d))
+def row_tile(d: int, item_bytes: int, most: int = 512) -> int:
+    """Elements of a row that one warp takes at a time: `most` bytes, or the next power of two for narrower rows."""
+    result: int = min(most // item_bytes, triton.next_power_of_2(d))
     return result
 
 
@@ -117,12 +117,12 @@ def gather_sum(
     n, d = len(indices if offsets is None else offsets), W_MD.shape[1]
     out = W_MD.new_empty(n, d)
     if n:
-        tile = block_d(d)
+        tile = row_tile(d, W_MD.element_size())
         k = 0 if offsets is not None else indices.shape[1]
         gather_sum_kernel[(n, triton.cdiv(d, tile))](
             indices.contiguous(), weights.contiguous(), W_MD.contiguous(), indices if offsets is None else offsets,
             out if base is None else base.contiguous(), out, d, k, n, indices.numel(), RAGGED=offsets is not None,
-            BASE=0 if base is None else base.dim(), BLOCK_D=tile, num_warps=num_warps(tile, W_MD.element_size()),
+            BASE=0 if base is None else base.dim(), BLOCK_D=tile, num_warps=1,
         )  # fmt: skip
     return out
 
@@ -133,7 +133,7 @@ def errors(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """float32 errors [B, N, D] and the sums of their squares [B]; see squared_error.py."""
     n, d = y_ND.shape
-    tile = block_d(d)
+    tile = row_tile(d, W_MD.element_size())
     tiles = triton.cdiv(d, tile)
     out = W_MD.new_empty(blocks, n, d, dtype=torch.float32)
     squares = W_MD.new_zeros(blocks, n * tiles, dtype=torch.float32)
@@ -142,7 +142,7 @@ def errors(
             indices.contiguous(), weights.contiguous(), W_MD.contiguous(), indices if offsets is None else offsets,
             base.contiguous(), y_ND.contiguous(), indices if block is None else block.contiguous(), out, squares, d,
             0 if offsets is not None else indices.shape[1], n, indices.numel(), RAGGED=offsets is not None,
-            BASE=base.dim(), BLOCKS=blocks, BLOCK_D=tile, num_warps=num_warps(tile, W_MD.element_size()),
+            BASE=base.dim(), BLOCKS=blocks, BLOCK_D=tile, num_warps=1,
         )  # fmt: skip
     return out, squares.sum(1)
 
@@ -154,12 +154,12 @@ def gather_dot(
     d, entries = W_MD.shape[1], indices.numel()
     out = rows_ND.new_empty(indices.shape)
     if entries:
-        tile, some, flat = min(256, block_d(d)), 8, token_L is not None
+        tile, some, flat = row_tile(d, W_MD.element_size(), 256), 8, token_L is not None
         k = 0 if flat else indices.shape[1]
         grid = (triton.cdiv(entries, some),) if flat else (len(indices), triton.cdiv(k, some))
         gather_dot_kernel[grid](
             rows_ND.contiguous(), W_MD.contiguous(), indices.contiguous(), token_L if flat else out,
             out if bias_M is None else bias_M, out, d, k, entries, FLAT=flat, BIAS=bias_M is not None,
-            BLOCK_L=some, BLOCK_D=tile,
+            BLOCK_L=some, BLOCK_D=tile, num_warps=2,
         )  # fmt: skip
     return out
