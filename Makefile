@@ -82,5 +82,5 @@ release: setup
 
 # On a machine with a GPU: the kernel tests on the device, then one dated file of timings in benchmarks/.
 gpu-check: setup
-	SKIPCODER_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/kernels
+	SKIPCODER_TEST_DEVICE=cuda $(BIN)/python -m pytest -n 8 tests/kernels
 	$(BIN)/python benchmarks/gpu_check.py --out benchmarks --commit $$(git rev-parse --short HEAD)

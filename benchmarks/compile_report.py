@@ -9,6 +9,7 @@ wheel), the AMD ones the compiler's own metadata in the assembly. Compiling says
 """
 
 import argparse
+import itertools
 import math
 import os
 import re
@@ -75,7 +76,7 @@ def launches(call: Callable[[], object], warp: int) -> list[Launch]:
 
     with ExitStack() as patches:
         patches.enter_context(patch.object(triton.JITFunction, "run", record))
-        for module in (candidates, rows, latents, quantise, update):
+        for module in (candidates, rows, quantise, update):
             patches.enter_context(patch.object(module, "num_warps", partial(module.num_warps, warp=warp)))
         call()
     return found
@@ -94,12 +95,12 @@ def calls(shape: Shape, dtype: torch.dtype, amd: bool) -> list[Callable[[], obje
     values, one, p = empty(n, k), empty(), empty(m, d)
     order = by_latent(indices, m)
     calls: list[Callable[[], object]] = []
-    for unit in (False, True):
-        partial_sums, args = empty(9, d), (order, values, x)
+    for unit, keep in itertools.product((False, True), repeat=2):
+        sums, args = (empty(9, d), p if keep else None), (order, values, x)
         calls += [
-            partial(latents.measure, *args, one, p, unit),
-            partial(update.adam_rows, p, p, p, *args, partial_sums, one, one, 0.1, 0.1, 1e-8, unit),
-            partial(update.sign_rows, p, p, *args, partial_sums, one, one, unit),
+            partial(latents.measure, *args, one, p, unit, keep),
+            partial(update.adam_rows, p, p, p, *args, *sums, one, one, 0.1, 0.1, 1e-8, unit),
+            partial(update.sign_rows, p, p, *args, *sums, one, one, unit),
         ]
     in_8_bits = empty(m, d, dtype=torch.float8_e4m3fnuz if amd else torch.float8_e4m3fn)
     bias_out = empty(m, dtype=torch.bfloat16)

@@ -30,9 +30,9 @@ from shapes import SHAPES, TINY, Shape
 
 from skipcoder.kernels.preactivations import MODES
 from skipcoder.trainer.coder.encoding import available, recall
-from skipcoder.trainer.config import LossConfig
+from skipcoder.trainer.config import EncodeConfig, LossConfig
 
-GIB = 2**30
+GIB, SMALL = 2**30, 2**28
 VARIANTS: dict[str, dict[str, Any]] = {
     "top-k": {},
     "skip transcoder": {"kind": "skip_transcoder"},
@@ -118,6 +118,11 @@ def steps(shape: Shape, clock: Clock) -> dict[str, Any]:
     for mode in MODES:
         if mode != default and available(mode, clock.device):
             makes[f"ours, {mode}"] = partial(mode_of, mode, True)
+    if 2 * shape.n * shape.m > SMALL:
+        small = EncodeConfig(chunk_bytes=SMALL)
+        makes["ours, 256 MiB of pre-activations"] = lambda: contenders.ours(
+            pairs, contenders.learner(pairs, encode=small)
+        )
     makes |= {"bare bf16 product": lambda: contenders.gemm(pairs), "dense torch": lambda: contenders.dense(pairs)}
     if contenders.has_sparsify():
         makes["eai-sparsify"] = lambda: contenders.sparsify(pairs)
@@ -182,7 +187,9 @@ def profile(shape: Shape, clock: Clock, count: int = 3) -> dict[str, Any]:
     field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     times = {event.key: getattr(event, field) / count / 1e3 for event in seen.key_averages()}
     longest = sorted(((ms, name) for name, ms in times.items() if ms > 0), reverse=True)
-    return {"busy_ms": round(sum(times.values()), 3), "kernels": {name[:90]: round(ms, 3) for ms, name in longest[:24]}}
+    launches = sum(event.count for event in seen.key_averages() if getattr(event, field) > 0) // count
+    kernels = {name[:90]: round(ms, 3) for ms, name in longest[:24]}
+    return {"busy_ms": round(sum(times.values()), 3), "launches": launches, "kernels": kernels}
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -214,9 +221,10 @@ def markdown(found: dict[str, Any]) -> str:
             lines += ["", f"Eight coders: {ms['eight'] / ms['one']:.2f} times one's step, "]
             lines[-1] += f"{shape['bank']['coder_tokens_per_s']:,} coder-tokens/s."
         if "profile" in shape:
-            lines += ["", f"Device busy for {shape['profile']['busy_ms']} ms of an eager step:", ""]
+            lines += ["", f"An eager step, {shape['profile']['launches']} launches:", ""]
             lines += ["| kernel | ms |", "|---|---|"]
             lines += [f"| `{kernel}` | {ms} |" for kernel, ms in shape["profile"]["kernels"].items()]
+            lines += [f"| all | {shape['profile']['busy_ms']} |"]
     return "\n".join(lines) + "\n"
 
 

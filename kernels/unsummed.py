@@ -1,9 +1,10 @@
-"""Gradients of encoder and decoder that are never written to memory.
+"""Gradients of encoder and decoder that only the optimiser's step makes.
 
-The gradient of either matrix is, for each latent, a weighted sum of rows of the latent's tokens. On a GPU writing,
-reading and scaling such matrices costs more than forming the sums twice: once for their length, which clipping needs,
-and once inside the optimiser's step. Within `leaving_unsummed`, backward passes on a GPU leave the matrices it is given
-without `.grad`, and note what the sums are made of.
+The gradient of either matrix is, for each latent, a weighted sum of rows of the latent's tokens. Clipping needs its
+length before the optimiser needs the gradient. On a GPU, where latents have few tokens, it costs less to form the sums
+twice than to write, scale and read a matrix; where they have many, the first sums are kept and scaled as they are read.
+Within `leaving_unsummed`, backward passes on a GPU leave the matrices it is given without `.grad`, and note what the
+sums are made of.
 
 Legend: L entries (token, latent) of a batch, M latents, D width of a matrix.
 """
@@ -19,6 +20,9 @@ from torch import Tensor
 from skipcoder.kernels.backend import in_triton
 from skipcoder.kernels.rows import ByLatent
 
+KEPT_FROM = 9
+"""Tokens per latent from which sums are kept (where both cost as much on an H100)."""
+
 
 class RowSums(NamedTuple):
     """A gradient [M, D]: scale * the sum over each latent's entries of weight * row of the entry's token."""
@@ -33,12 +37,15 @@ class RowSums(NamedTuple):
     """Square of the length of each latent's sum."""
     partial_PD: Tensor
     """Partial sums of the latents that fire most (gpu/latents.py)."""
+    sums_MD: Tensor | None
+    """The sums, without the scale, if they are kept."""
 
     def dense(self) -> Tensor:
         """Return the gradient as a float32 matrix."""
         from skipcoder.kernels.gpu import latents as gpu
 
-        return gpu.sum_rows(self.latents, self.weights, self.rows_ND, self.scale)
+        kept = self.sums_MD
+        return self.scale * (gpu.sum_rows(self.latents, self.weights, self.rows_ND) if kept is None else kept)
 
 
 @dataclass
@@ -72,16 +79,16 @@ def encoder_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradient of W, None if it is left unsummed, and if asked for that of the bias: each latent's sums of
     rows and of weights."""
-    pending = _pending.get(W_MD.data_ptr())
+    pending = _pending.get(W_MD.data_ptr()) if _pending else None
     if pending is None:
         return latents.sum_rows(weights, rows_ND), latents.sum_weights(weights) if bias else None
     from skipcoder.kernels.gpu import latents as gpu
 
     rows_ND = rows_ND if pending.rows_ND is None else pending.rows_ND
-    found = gpu.measure(latents, weights, rows_ND)
+    found = gpu.measure(latents, weights, rows_ND, keep=_many(latents))
     one = weights.new_ones((), dtype=torch.float32)
-    pending.sums.append(RowSums(latents, weights, rows_ND, one, found.squares_M, found.partial_PD))
-    return None, found.sums_M
+    pending.sums.append(RowSums(latents, weights, rows_ND, one, found.squares_M, found.partial_PD, found.sums_MD))
+    return None, found.weights_M
 
 
 def decoder_gradients(
@@ -89,12 +96,16 @@ def decoder_gradients(
 ) -> Tensor | None:
     """If the gradient of W is to be left unsummed, do so and return that of the weights, scale * row . W[latent]: the
     same pass over the rows gives both. Otherwise return None."""
-    pending = _pending.get(W_MD.data_ptr())
+    pending = _pending.get(W_MD.data_ptr()) if _pending else None
     if pending is None:
         return None
     from skipcoder.kernels.gpu import latents as gpu
 
-    found = gpu.measure(latents, weights, rows_ND, scale, W_MD, pending.unit)
-    pending.sums.append(RowSums(latents, weights, rows_ND, scale, found.squares_M, found.partial_PD))
+    found = gpu.measure(latents, weights, rows_ND, scale, W_MD, pending.unit, _many(latents))
+    pending.sums.append(RowSums(latents, weights, rows_ND, scale, found.squares_M, found.partial_PD, found.sums_MD))
     assert found.dots is not None
     return found.dots.view(weights.shape)
+
+
+def _many(latents: ByLatent) -> bool:
+    return len(latents.entry_L) >= KEPT_FROM * len(latents.starts_M)

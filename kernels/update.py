@@ -46,7 +46,9 @@ def sign_rows(
     from skipcoder.kernels.gpu import update as gpu
 
     hyper = _sign_hyper(lr, beta, step)
-    gpu.sign_rows(y_MD, z_MD, sums.latents, sums.weights, sums.rows_ND, sums.partial_PD, sums.scale, hyper, unit)
+    gpu.sign_rows(
+        y_MD, z_MD, sums.latents, sums.weights, sums.rows_ND, sums.partial_PD, sums.sums_MD, sums.scale, hyper, unit
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -60,8 +62,8 @@ def adam_rows(
     correction1, correction2 = (1 - beta ** step.double() for beta in betas)
     hyper = torch.stack([lr / correction1, correction2.sqrt()]).float()
     gpu.adam_rows(
-        p_MD, m_MD, v_MD, sums.latents, sums.weights, sums.rows_ND, sums.partial_PD, sums.scale, hyper, 1 - betas[0],
-        1 - betas[1], eps, unit,
+        p_MD, m_MD, v_MD, sums.latents, sums.weights, sums.rows_ND, sums.partial_PD, sums.sums_MD, sums.scale, hyper,
+        1 - betas[0], 1 - betas[1], eps, unit,
     )  # fmt: skip
 
 
