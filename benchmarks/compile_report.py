@@ -96,7 +96,8 @@ def calls(shape: Shape, dtype: torch.dtype, amd: bool) -> list[Callable[[], obje
     order = by_latent(indices, m)
     calls: list[Callable[[], object]] = []
     for unit, keep in itertools.product((False, True), repeat=2):
-        sums, args = (empty(9, d), p if keep else None), (order, values, x)
+        half = None if keep else empty(m, d, dtype=torch.bfloat16)
+        sums, args = (empty(9, d), p if keep else None, half), (order, values, x)
         calls += [
             partial(latents.measure, *args, one, p, unit, keep),
             partial(update.adam_rows, p, p, p, *args, *sums, one, one, 0.1, 0.1, 1e-8, unit),

@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "groupmax": {"activation": "groupmax"},
     "matryoshka": {"prefixes": "quarters"},
     "multi-top-k": {"loss": LossConfig(multi_topk=True)},
+    "auxk, none dead": {"loss": LossConfig(auxk=1 / 32)},
     "auxk": {"loss": LossConfig(auxk=1 / 32)},
 }
 
@@ -150,6 +151,8 @@ def variants(shape: Shape, clock: Clock) -> dict[str, Any]:
         if options.get("prefixes"):
             options = {"prefixes": [shape.m // 4, shape.m // 2, 3 * shape.m // 4]}
         one = contenders.learner(pairs, **options)
+        if name == "auxk":  # what is dead is looked for in the first step
+            one.since_fired_M[: shape.m // 10] = 10**12
         forms[name], _ = clock.peak_gib(partial(contenders.ours, pairs, one))
     return {"ms": clock.medians(forms)}
 

@@ -69,6 +69,18 @@ def topk_lowest(pre_NM: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, columns
 
 
+def two_of_groups(pre_NM: Tensor, k: int) -> Tensor:
+    """Columns [N, 2 K] of the two largest in each of k equal runs of columns ([N, K] if runs have one), rising within
+    each run. On a GPU of equals the lowest columns."""
+    size = pre_NM.shape[1] // k
+    if in_triton(pre_NM) and size > 1:
+        from skipcoder.kernels.gpu import candidates as gpu
+
+        return gpu.two_of_groups(pre_NM, k)
+    two = torch.topk(pre_NM.view(len(pre_NM), k, size), min(2, size), dim=2).indices.sort(dim=2).values
+    return (two + torch.arange(k, device=pre_NM.device)[:, None] * size).flatten(1)
+
+
 def reaching(pre_NM: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
     """(row, column) of every element >= bound, by rising row, then column."""
     n, m = pre_NM.shape
@@ -87,4 +99,8 @@ def largest(values: Tensor, count: int) -> Tensor:
     """Positions (rising) of the `count` largest of a flat tensor; equal values by rising position."""
     if len(values) <= count:
         return torch.arange(len(values), device=values.device)
+    if in_triton(values):
+        from skipcoder.kernels.gpu import batch as gpu
+
+        return gpu.largest(values, count)
     return values.sort(descending=True, stable=True).indices[:count].sort().values

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from skipcoder.kernels.backend import in_triton
-from skipcoder.kernels.candidates import candidates, largest, rank, reaching, topk_lowest
+from skipcoder.kernels.candidates import candidates, largest, rank, reaching, topk_lowest, two_of_groups
 from skipcoder.kernels.preactivations import EXACT, Chunk, Search, preactivations
 from skipcoder.kernels.rows import gather_dot
 
@@ -62,9 +62,16 @@ def batchtopk(
     return Chosen(*_batchtopk(x_ND, W_MD, b_M, k, hint, *search))
 
 
-def above(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, threshold_M: Tensor, search: Search = EXACT) -> Chosen:
+def above(
+    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, threshold_M: Tensor, search: Search = EXACT, most: int | None = None
+) -> Chosen:
     """All values above both 0 and their latent's threshold: flat, by token, then latent. On CPUs exact in every mode;
-    on GPUs estimates nominate, with a margin, in the modes that have them."""
+    on GPUs estimates nominate, with a margin, in the modes that have them. `most`: on GPUs, only the N `most` that
+    exceed theirs by most, and as many entries whatever the values, with value 0 if they do not; then nothing waits."""
+    if most is not None and in_triton(x_ND):
+        bound_M = threshold_M.clamp_min(0)
+        excess, indices, offsets = _batchtopk(x_ND, W_MD, b_M - bound_M, min(most, len(W_MD)), None, *search)
+        return Chosen(torch.where(excess > 0, excess + bound_M[indices], 0), indices, offsets)
     if not in_triton(x_ND):
         search = search._replace(mode="float32")
     return Chosen(*_above(x_ND, W_MD, b_M, threshold_M, *search))
@@ -74,8 +81,9 @@ def above(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, threshold_M: Tensor, search: 
 def _topk(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int,
     mode: str, nominated: float | None, chunk_bytes: int, centre_D: Tensor | None, spread_D: Tensor | None,
+    W_half_MD: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    search = Search(mode, nominated, chunk_bytes, centre_D, spread_D)
+    search = Search(mode, nominated, chunk_bytes, centre_D, spread_D, W_half_MD)
     values_NK, indices_NK = _empty(x_ND, k)
     if not len(x_ND):
         return values_NK, indices_NK
@@ -93,8 +101,9 @@ def _topk(
 def _groupmax(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int,
     mode: str, nominated: float | None, chunk_bytes: int, centre_D: Tensor | None, spread_D: Tensor | None,
+    W_half_MD: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    search = Search(mode, nominated, chunk_bytes, centre_D, spread_D)
+    search = Search(mode, nominated, chunk_bytes, centre_D, spread_D, W_half_MD)
     values_NK, indices_NK = _empty(x_ND, k)
     if not len(x_ND):
         return values_NK, indices_NK
@@ -103,7 +112,7 @@ def _groupmax(
         for part, pre in chunks:
             values_NK[part], indices_NK[part] = _max_of_groups(pre, k)
         return values_NK, indices_NK
-    columns_NC = torch.cat([_two_of_groups(pre, k) for _, pre in chunks])
+    columns_NC = torch.cat([two_of_groups(pre, k) for _, pre in chunks])
     exact_NC = gather_dot(x_ND, W_MD, columns_NC, None, b_M)
     pairs, columns = exact_NC.view(len(x_ND), k, -1), columns_NC.view(len(x_ND), k, -1)
     best = pairs.max(2, keepdim=True)
@@ -114,8 +123,9 @@ def _groupmax(
 def _batchtopk(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, hint: Tensor | None,
     mode: str, nominated: float | None, chunk_bytes: int, centre_D: Tensor | None, spread_D: Tensor | None,
+    W_half_MD: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    search = Search(mode, nominated, chunk_bytes, centre_D, spread_D)
+    search = Search(mode, nominated, chunk_bytes, centre_D, spread_D, W_half_MD)
     n, m = len(x_ND), len(W_MD)
     if not n:
         return _empty_flat(x_ND)
@@ -142,8 +152,9 @@ def _batchtopk(
 def _above(
     x_ND: Tensor, W_MD: Tensor, b_M: Tensor, threshold_M: Tensor,
     mode: str, nominated: float | None, chunk_bytes: int, centre_D: Tensor | None, spread_D: Tensor | None,
+    W_half_MD: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    search = Search(mode, nominated, chunk_bytes, centre_D, spread_D)
+    search = Search(mode, nominated, chunk_bytes, centre_D, spread_D, W_half_MD)
     m, bound_M, tokens = len(W_MD), threshold_M.clamp_min(0), torch.arange(len(x_ND), device=x_ND.device)
     if not len(x_ND):
         return _empty_flat(x_ND)
@@ -193,14 +204,6 @@ def _max_of_groups(pre_NM: Tensor, k: int) -> tuple[Tensor, Tensor]:
     best = pre_NM.view(len(pre_NM), k, -1).max(2)
     first = torch.arange(k, device=pre_NM.device) * (pre_NM.shape[1] // k)
     return best.values, best.indices + first
-
-
-def _two_of_groups(pre_NM: Tensor, k: int) -> Tensor:
-    """Columns [N, 2 K] of each group's two largest ([N, K] if groups have one member), rising within each group."""
-    grouped = pre_NM.view(len(pre_NM), k, -1)
-    two = torch.topk(grouped, min(2, grouped.shape[2]), dim=2).indices.sort(dim=2).values
-    first = torch.arange(k, device=pre_NM.device)[:, None] * grouped.shape[2]
-    return (two + first).flatten(1)
 
 
 def _largest_of_batch_on_gpu(chunks: Iterator[Chunk], m: int, count: int) -> tuple[Tensor, Tensor]:

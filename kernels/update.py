@@ -8,7 +8,8 @@ plain steps, x is the running average of the z; x is never stored.
     y' = (1 - beta) z' + beta x' = (1 - c) y + c z - lr (1 - beta (1 - c)) sign(g)
 
 `adam_rows` and `sign_rows` take gradients that are left unsummed (unsummed.py), on GPUs only; `unit` also scales the
-new rows to length 1. Rates and numbers of steps may be tensors on the device, so that a CUDA graph can replay a step.
+new rows to length 1, `half_MD` is a copy in bfloat16 that they keep up to date. Rates and numbers of steps may be
+tensors on the device, so that a CUDA graph can replay a step.
 """
 
 import torch
@@ -40,21 +41,23 @@ def sign_step(y: Tensor, z: Tensor, grad: Tensor, lr: float | Tensor, beta: floa
 
 @torch.no_grad()
 def sign_rows(
-    y_MD: Tensor, z_MD: Tensor, sums: RowSums, lr: float | Tensor, beta: float, step: Tensor, unit: bool = False
-) -> None:
+    y_MD: Tensor, z_MD: Tensor, sums: RowSums, lr: float | Tensor, beta: float, step: Tensor, unit: bool = False,
+    half_MD: Tensor | None = None,
+) -> None:  # fmt: skip
     """`sign_step` on an unsummed gradient."""
     from skipcoder.kernels.gpu import update as gpu
 
     hyper = _sign_hyper(lr, beta, step)
     gpu.sign_rows(
-        y_MD, z_MD, sums.latents, sums.weights, sums.rows_ND, sums.partial_PD, sums.sums_MD, sums.scale, hyper, unit
+        y_MD, z_MD, sums.latents, sums.weights, sums.rows_ND, sums.partial_PD, sums.sums_MD, half_MD, sums.scale, hyper,
+        unit,
     )  # fmt: skip
 
 
 @torch.no_grad()
 def adam_rows(
     p_MD: Tensor, m_MD: Tensor, v_MD: Tensor, sums: RowSums, step: Tensor, lr: float | Tensor,
-    betas: tuple[float, float], eps: float, unit: bool = False,
+    betas: tuple[float, float], eps: float, unit: bool = False, half_MD: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Make a step of Adam (the formulas of torch's fused one) on an unsummed gradient; m and v: its moments."""
     from skipcoder.kernels.gpu import update as gpu
@@ -62,8 +65,8 @@ def adam_rows(
     correction1, correction2 = (1 - beta ** step.double() for beta in betas)
     hyper = torch.stack([lr / correction1, correction2.sqrt()]).float()
     gpu.adam_rows(
-        p_MD, m_MD, v_MD, sums.latents, sums.weights, sums.rows_ND, sums.partial_PD, sums.sums_MD, sums.scale, hyper,
-        1 - betas[0], 1 - betas[1], eps, unit,
+        p_MD, m_MD, v_MD, sums.latents, sums.weights, sums.rows_ND, sums.partial_PD, sums.sums_MD, half_MD,
+        sums.scale, hyper, 1 - betas[0], 1 - betas[1], eps, unit,
     )  # fmt: skip
 
 

@@ -16,37 +16,69 @@ from torch import Tensor
 from skipcoder.kernels.gpu.candidates import GROUP, low_bit_of, maxima, ordered_bits
 
 BLOCK = 4096
+PROGRAMS = 1024
+"""At most so many programs count, so that few add to the same counts at a time."""
 STEP_BITS = 4
 """Bits of the C-th largest key that one pass finds."""
 
 
 @triton.jit
+def bound_after(step, count_ptr, bound_ptr, C, SHIFT: tl.constexpr, BOUNDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The bound once a pass has counted how many keys reach those above it."""
+    reached = tl.load(count_ptr + step * BOUNDS + tl.arange(0, BOUNDS)) >= C
+    return tl.load(bound_ptr + step) + (tl.sum(reached.to(tl.int64)) << SHIFT)
+
+
+@triton.jit
 def count_kernel(  # type: ignore[no-untyped-def]
-    key_ptr, bound_ptr, count_ptr, L, SHIFT: tl.constexpr, BOUNDS: tl.constexpr, BLOCK: tl.constexpr
+    key_ptr, count_ptr, bound_ptr, step, C, L, BLOCKS,
+    FIRST: tl.constexpr, SHIFT: tl.constexpr, STEP_BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """count[step, j] = how many keys reach bound[step] + (j + 1) 2^SHIFT; bound[step] comes from the step before."""
+    BOUNDS: tl.constexpr = 1 << STEP_BITS
+    bound = tl.load(bound_ptr)
+    if not FIRST:
+        bound = bound_after(step - 1, count_ptr, bound_ptr, C, SHIFT + STEP_BITS, BOUNDS)
+        tl.store(bound_ptr + step, bound, mask=tl.program_id(0) == 0)
+    for block in range(tl.program_id(0), BLOCKS, tl.num_programs(0)):
+        place = block * BLOCK + tl.arange(0, BLOCK)
+        inside = place < L
+        keys = tl.load(key_ptr + place, mask=inside, other=0).to(tl.int64)
+        higher = bound
+        for j in range(BOUNDS - 1):
+            higher += 1 << SHIFT
+            tl.atomic_add(count_ptr + step * BOUNDS + j, tl.sum((inside & (keys >= higher)).to(tl.int32)))
+
+
+@triton.jit
+def tally_kernel(  # type: ignore[no-untyped-def]
+    key_ptr, count_ptr, bound_ptr, tally_ptr, step, C, L, BOUNDS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """count[block, j] = how many keys of the block reach bound + (j + 1) 2^SHIFT."""
+    """tally[0, block], tally[1, block] = how many keys of a block exceed and equal the C-th largest, bound[step]."""
+    bound = bound_after(step - 1, count_ptr, bound_ptr, C, 0, BOUNDS)
+    tl.store(bound_ptr + step, bound, mask=tl.program_id(0) == 0)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < L
     keys = tl.load(key_ptr + place, mask=inside, other=0).to(tl.int64)
-    bound = tl.load(bound_ptr)
-    for j in range(BOUNDS):
-        bound += 1 << SHIFT
-        reached = tl.sum((inside & (keys >= bound)).to(tl.int32))
-        tl.store(count_ptr + tl.program_id(0) * BOUNDS + j, reached)
+    tl.store(tally_ptr + tl.program_id(0), tl.sum((inside & (keys > bound)).to(tl.int32)))
+    same = tl.sum((inside & (keys == bound)).to(tl.int32))
+    tl.store(tally_ptr + tl.num_programs(0) + tl.program_id(0), same)
 
 
 @triton.jit
 def place_kernel(  # type: ignore[no-untyped-def]
-    key_ptr, bound_ptr, larger_ptr, same_ptr, left_ptr, out_ptr, L, BLOCK: tl.constexpr
+    key_ptr, bound_ptr, tally_ptr, upto_ptr, out_ptr, C, L, BLOCK: tl.constexpr
 ):
-    """Write the places of all keys above the bound, and of the first `left` that equal it, in rising order."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """Write the places of all keys above the bound, and of the first that equal it, C in all, in rising order. upto:
+    the tallies added up."""
+    pid, blocks = tl.program_id(0), tl.num_programs(0)
+    place = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < L
     keys = tl.load(key_ptr + place, mask=inside, other=0).to(tl.int64)
-    bound, left = tl.load(bound_ptr), tl.load(left_ptr)
+    bound, left = tl.load(bound_ptr), C - tl.load(upto_ptr + blocks - 1)
     larger, same = inside & (keys > bound), inside & (keys == bound)
-    before_larger = tl.load(larger_ptr + tl.program_id(0)) + tl.cumsum(larger.to(tl.int32))
-    before_same = tl.load(same_ptr + tl.program_id(0)) + tl.cumsum(same.to(tl.int32))
+    before_larger = tl.load(upto_ptr + pid) - tl.load(tally_ptr + pid) + tl.cumsum(larger.to(tl.int32))
+    before_same = tl.load(upto_ptr + blocks + pid) - tl.load(tally_ptr + blocks + pid) + tl.cumsum(same.to(tl.int32))
     chosen = larger | (same & (before_same <= left))
     tl.store(out_ptr + before_larger + tl.minimum(before_same, left) - 1, place, mask=chosen)
 
@@ -70,21 +102,29 @@ def first_largest(keys_L: Tensor, c: int) -> Tensor:
     """int64 [C]: the places, rising, of the c largest keys; of equals the first."""
     (length,), device = keys_L.shape, keys_L.device
     bits = 8 * keys_L.element_size()
-    blocks, bounds = triton.cdiv(length, BLOCK), 2**STEP_BITS - 1
-    bound = torch.full((), -(2 ** (bits - 1)), dtype=torch.int64, device=device)
-    for shift in range(bits - STEP_BITS, -1, -STEP_BITS):
-        counts = torch.empty(blocks, bounds, dtype=torch.int32, device=device)
-        count_kernel[(blocks,)](keys_L, bound, counts, length, SHIFT=shift, BOUNDS=bounds, BLOCK=BLOCK, num_warps=8)
-        bound = bound + ((counts.sum(0) >= c).sum() << shift)
-    counts = torch.empty(blocks, 1, dtype=torch.int32, device=device)
-    count_kernel[(blocks,)](keys_L, bound, counts, length, SHIFT=0, BOUNDS=1, BLOCK=BLOCK, num_warps=8)
-    larger = counts[:, 0].cumsum(0)
-    count_kernel[(blocks,)](keys_L, bound - 1, counts, length, SHIFT=0, BOUNDS=1, BLOCK=BLOCK, num_warps=8)
-    reached = counts[:, 0].cumsum(0)
-    before = [torch.cat([z.new_zeros(1), z[:-1]]) for z in (larger, reached - larger)]
+    blocks, bounds, steps = triton.cdiv(length, BLOCK), 2**STEP_BITS, bits // STEP_BITS
+    counts = torch.zeros(steps, bounds, dtype=torch.int32, device=device)
+    bound = torch.full((steps + 1,), -(2 ** (bits - 1)), dtype=torch.int64, device=device)
+    for i in range(steps):
+        count_kernel[(min(blocks, PROGRAMS),)](
+            keys_L, counts, bound, i, c, length, blocks, FIRST=i == 0, SHIFT=bits - STEP_BITS * (i + 1),
+            STEP_BITS=STEP_BITS, BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
+    tally = torch.empty(2, blocks, dtype=torch.int32, device=device)
+    tally_kernel[(blocks,)](keys_L, counts, bound, tally, steps, c, length, BOUNDS=bounds, BLOCK=BLOCK, num_warps=8)
     out = torch.empty(c, dtype=torch.int64, device=device)
-    place_kernel[(blocks,)](keys_L, bound, *before, c - larger[-1], out, length, BLOCK=BLOCK, num_warps=8)
+    upto = tally.cumsum(1)
+    place_kernel[(blocks,)](keys_L, bound[steps:], tally, upto, out, c, length, BLOCK=BLOCK, num_warps=8)
     return out
+
+
+def largest(values_L: Tensor, c: int) -> Tensor:
+    """int64 [C]: the places, rising, of the c largest of a flat tensor; of equals the first."""
+    if values_L.dtype == torch.bfloat16:
+        bits = (values_L + 0.0).view(torch.int16)
+        return first_largest(bits ^ ((bits >> 15) & 0x7FFF), c)
+    bits = (values_L.float() + 0.0).view(torch.int32)
+    return first_largest(bits ^ ((bits >> 31) & 0x7FFFFFFF), c)
 
 
 def largest_of_batch(pre_NM: Tensor, c: int) -> Tensor:

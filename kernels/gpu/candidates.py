@@ -98,6 +98,22 @@ def rank_kernel(  # type: ignore[no-untyped-def]
     tl.store(columns_out_ptr + row * K + slot, tl.load(column_ptr + row * C + slot_of, mask=kept), mask=kept)
 
 
+@triton.jit
+def two_kernel(pre_ptr, out_ptr, M, K, SIZE, PADDED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """out[n, j]: columns, rising, of the two largest of row n's run j of SIZE columns."""
+    row, run = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.arange(0, PADDED)
+    x = tl.load(pre_ptr + row * M + run * SIZE + slot, mask=slot < SIZE, other=0.0)
+    least = tl.full((PADDED,), -0x8000000000000000, tl.int64)
+    keys = tl.where(slot < SIZE, (ordered_bits(x).to(tl.int64) << 32) | (0x7FFFFFFF - slot), least)
+    first = tl.max(keys)
+    second = tl.max(tl.where(keys == first, least, keys))
+    a, b = 0x7FFFFFFF - (first & 0x7FFFFFFF), 0x7FFFFFFF - (second & 0x7FFFFFFF)
+    at = (row * K + run) * 2
+    tl.store(out_ptr + at, run * SIZE + tl.minimum(a, b))
+    tl.store(out_ptr + at + 1, run * SIZE + tl.maximum(a, b))
+
+
 def candidates(pre_NM: Tensor, c: int) -> Tensor:
     """int64 [N, C]: the columns of each row's c largest elements (of equals, the lowest columns), rising."""
     n, m = pre_NM.shape
@@ -118,6 +134,16 @@ def candidates(pre_NM: Tensor, c: int) -> Tensor:
         pre_NM, groups, columns, m, chosen, c, GROUP=group, PADDED=padded, LOW_BIT=low_bit,
         num_warps=num_warps(padded * group),
     )  # fmt: skip
+    return columns
+
+
+def two_of_groups(pre_NM: Tensor, k: int) -> Tensor:
+    """int64 [N, 2 K]: the columns of the two largest in each of k equal runs; of equals the lowest."""
+    n, m = pre_NM.shape
+    columns = torch.empty(n, 2 * k, dtype=torch.int64, device=pre_NM.device)
+    padded = triton.next_power_of_2(m // k)
+    if n:
+        two_kernel[(n, k)](pre_NM, columns, m, k, m // k, PADDED=padded, num_warps=num_warps(padded))
     return columns
 
 

@@ -24,7 +24,7 @@ SEGMENT = 256
 """Entries of one latent that one program adds up."""
 AT_ONCE = 2
 """Entries whose rows a program has under way at a time."""
-BLOCK_M = 32
+BLOCK_M = 128
 """Latents that one program of `combine` looks at."""
 
 
@@ -142,11 +142,18 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     latents = begin + tl.arange(0, BLOCK_M)
     firsts = tl.load(starts_ptr + latents, mask=latents < M, other=L)
     counts = tl.load(starts_ptr + latents + 1, mask=latents + 1 < M, other=L) - firsts
-    idle = counts == 0
-    if tl.max(((counts > SEGMENT) | idle).to(tl.int32)) > 0:
+    work = counts > SEGMENT
+    idle = (counts == 0) & (latents < M)
+    if MEASURE:
+        for i in range(3 if UNIT else 1):
+            tl.store(measure_ptr + (i * tl.num_programs(1) + tile) * M + latents, 0.0, mask=idle)
+        tl.store(weights_ptr + latents, 0.0, mask=idle)
+    if SUMS:
+        work |= idle
+    if tl.max(work.to(tl.int32)) > 0:
         for latent in range(begin, tl.minimum(begin + BLOCK_M, M)):
             first, last = ends_of(latent, starts_ptr, M, L)
-            if (last - first > SEGMENT) | (last == first):
+            if (last - first > SEGMENT) | (SUMS & (last == first)):
                 total = tl.zeros((BLOCK_D,), tl.float32)
                 w = total
                 weights = 0.0

@@ -72,8 +72,8 @@ def row_sum(  # type: ignore[no-untyped-def]
 @triton.jit
 def adam_rows_kernel(  # type: ignore[no-untyped-def]
     p_ptr, m_ptr, v_ptr, entry_ptr, token_ptr, starts_ptr, partial_before_ptr, weight_ptr, rows_ptr, partial_ptr,
-    sums_ptr, factor_ptr, hyper_ptr, M, D, L, rest1, rest2, eps, SEGMENT: tl.constexpr, AT_ONCE: tl.constexpr,
-    BLOCK_D: tl.constexpr, KEPT: tl.constexpr, UNIT: tl.constexpr,
+    sums_ptr, half_ptr, factor_ptr, hyper_ptr, M, D, L, rest1, rest2, eps, SEGMENT: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCK_D: tl.constexpr, KEPT: tl.constexpr, UNIT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One row of Adam, with gradient factor * sum. hyper: rate / bias correction 1, root of bias correction 2;
     rest: 1 - beta."""
@@ -100,13 +100,15 @@ def adam_rows_kernel(  # type: ignore[no-untyped-def]
     tl.store(m_ptr + at, m, mask=inside, eviction_policy=ONCE)
     tl.store(v_ptr + at, v, mask=inside, eviction_policy=ONCE)
     tl.store(p_ptr + at, p, mask=inside)
+    if HALF:
+        tl.store(half_ptr + at, p.to(half_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def sign_rows_kernel(  # type: ignore[no-untyped-def]
     y_ptr, z_ptr, entry_ptr, token_ptr, starts_ptr, partial_before_ptr, weight_ptr, rows_ptr, partial_ptr, sums_ptr,
-    factor_ptr, hyper_ptr, M, D, L, SEGMENT: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_D: tl.constexpr,
-    KEPT: tl.constexpr, UNIT: tl.constexpr,
+    half_ptr, factor_ptr, hyper_ptr, M, D, L, SEGMENT: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_D: tl.constexpr,
+    KEPT: tl.constexpr, UNIT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One row of the schedule-free sign step. hyper: lr, y_lr, c as in sign_step_kernel."""
     latent = tl.program_id(0).to(tl.int64)
@@ -130,31 +132,36 @@ def sign_rows_kernel(  # type: ignore[no-untyped-def]
         z /= tl.maximum(tl.sqrt(tl.sum(tl.where(inside, z * z, 0.0))), 1e-30)
     tl.store(y_ptr + at, y, mask=inside)
     tl.store(z_ptr + at, z, mask=inside)
+    if HALF:
+        tl.store(half_ptr + at, y.to(half_ptr.dtype.element_ty), mask=inside)
 
 
 def adam_rows(
     p: Tensor, m: Tensor, v: Tensor, latents: Entries, weights: Tensor, rows_ND: Tensor, partial_PD: Tensor,
-    sums_MD: Tensor | None, factor: Tensor, hyper: Tensor, rest1: float, rest2: float, eps: float, unit: bool,
+    sums_MD: Tensor | None, half_MD: Tensor | None, factor: Tensor, hyper: Tensor, rest1: float, rest2: float,
+    eps: float, unit: bool,
 ) -> None:  # fmt: skip
-    """Update a matrix [M, D] and its moments in place."""
+    """Update a matrix [M, D], its moments and its copy in bfloat16, if any, in place."""
     cut_up = _tiling(rows_ND, unit)
     adam_rows_kernel[(len(p), triton.cdiv(p.shape[1], cut_up["BLOCK_D"]))](
         p, m, v, *latents[:3], latents.partial_before_M, weights.contiguous(), rows_ND.contiguous(), partial_PD,
-        partial_PD if sums_MD is None else sums_MD, factor, hyper, *p.shape, len(latents.entry_L), rest1, rest2, eps,
-        SEGMENT=gpu.SEGMENT, KEPT=sums_MD is not None, UNIT=unit, **cut_up,
+        partial_PD if sums_MD is None else sums_MD, p if half_MD is None else half_MD, factor, hyper, *p.shape,
+        len(latents.entry_L), rest1, rest2, eps, SEGMENT=gpu.SEGMENT, KEPT=sums_MD is not None, UNIT=unit,
+        HALF=half_MD is not None, **cut_up,
     )  # fmt: skip
 
 
 def sign_rows(
     y: Tensor, z: Tensor, latents: Entries, weights: Tensor, rows_ND: Tensor, partial_PD: Tensor,
-    sums_MD: Tensor | None, factor: Tensor, hyper: Tensor, unit: bool,
+    sums_MD: Tensor | None, half_MD: Tensor | None, factor: Tensor, hyper: Tensor, unit: bool,
 ) -> None:  # fmt: skip
-    """Update y and z [M, D] in place."""
+    """Update y and z [M, D], and the copy of y in bfloat16, if any, in place."""
     cut_up = _tiling(rows_ND, unit)
     sign_rows_kernel[(len(y), triton.cdiv(y.shape[1], cut_up["BLOCK_D"]))](
         y, z, *latents[:3], latents.partial_before_M, weights.contiguous(), rows_ND.contiguous(), partial_PD,
-        partial_PD if sums_MD is None else sums_MD, factor, hyper, *y.shape, len(latents.entry_L), SEGMENT=gpu.SEGMENT,
-        KEPT=sums_MD is not None, UNIT=unit, **cut_up,
+        partial_PD if sums_MD is None else sums_MD, y if half_MD is None else half_MD, factor, hyper, *y.shape,
+        len(latents.entry_L), SEGMENT=gpu.SEGMENT, KEPT=sums_MD is not None, UNIT=unit, HALF=half_MD is not None,
+        **cut_up,
     )  # fmt: skip
 
 

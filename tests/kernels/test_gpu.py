@@ -19,6 +19,7 @@ from skipcoder.kernels.select import above
 pytestmark = pytest.mark.slow
 
 gpu = pytest.importorskip("skipcoder.kernels.gpu.rows")
+gpu_candidates = pytest.importorskip("skipcoder.kernels.gpu.candidates")
 gpu_batch = pytest.importorskip("skipcoder.kernels.gpu.batch")
 gpu_select = pytest.importorskip("skipcoder.kernels.gpu.candidates")
 DEVICE = os.environ.get("SKIPCODER_TEST_DEVICE", "cpu")
@@ -132,10 +133,30 @@ def test_largest_of_a_batch(
 ) -> None:
     """The c first of a stable sort of everything, even where all values are equal."""
     monkeypatch.setattr(gpu_batch, "BLOCK", 64)
+    monkeypatch.setattr(gpu_batch, "PROGRAMS", 3)
     g = torch.Generator().manual_seed(m + c)
     pre = (torch.randint(-levels, levels + 1, (n, m), generator=g) / max(levels, 1)).to(DEVICE, dtype)
     wanted = pre.flatten().sort(descending=True, stable=True).indices[:c].sort().values
     assert torch.equal(gpu_batch.largest_of_batch(pre, c), wanted)
+
+
+def test_largest_of_floats() -> None:
+    g = torch.Generator().manual_seed(0)
+    for values in (torch.randn(300, generator=g), torch.zeros(300), torch.randint(-2, 2, (300,), generator=g) / 4):
+        for dtype in (torch.float32, torch.bfloat16):
+            wanted = values.to(dtype).sort(descending=True, stable=True).indices[:70].sort().values
+            assert torch.equal(gpu_batch.largest(values.to(DEVICE, dtype), 70).cpu(), wanted)
+
+
+@pytest.mark.parametrize(("m", "k"), [(6, 3), (40, 8), (96, 3), (7, 1)])
+def test_two_largest_of_runs(m: int, k: int) -> None:
+    """Of equals the lowest columns."""
+    g = torch.Generator().manual_seed(m)
+    for levels in (0, 2, 1000):
+        pre = torch.randint(-levels, levels + 1, (5, m), generator=g).to(DEVICE, torch.bfloat16)
+        two = pre.view(5, k, -1).sort(dim=2, descending=True, stable=True).indices[:, :, :2].sort(dim=2).values
+        wanted = two + torch.arange(k, device=DEVICE)[:, None] * (m // k)
+        assert torch.equal(gpu_candidates.two_of_groups(pre, k), wanted.flatten(1))
 
 
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "fp8"])
@@ -149,3 +170,10 @@ def test_what_exceeds_thresholds_is_found_by_estimates(mode: str, monkeypatch: p
     assert found.offsets is not None and exact.offsets is not None
     assert torch.equal(found.indices, exact.indices) and torch.equal(found.offsets, exact.offsets)
     torch.testing.assert_close(found.values.double(), exact.values, rtol=1e-5, atol=1e-5)
+    static = above(x, W, b, threshold, Search(mode), most=40)
+    fires = static.values > 0
+    assert len(fires) == 40 * 40 and torch.equal(static.indices[fires], exact.indices)
+    torch.testing.assert_close(static.values[fires].double(), exact.values, rtol=1e-5, atol=1e-5)
+    few = above(x, W, b, threshold, Search(mode), most=1)  # more exceed: those by most
+    excess = (exact.values - threshold.double()[exact.indices]).sort(descending=True).values
+    assert float((few.values - threshold[few.indices]).min()) == pytest.approx(float(excess[39]), abs=1e-4)

@@ -29,7 +29,8 @@ def need(cfg: TrainConfig, d_in: int, d_out: int, device: str) -> Need:
     weights = m * (d_in + d_out + 1) + d_out + (d_in * d_out if cfg.coder.kind == Kind.skip_transcoder else 0)
     copies = 3 if cfg.optim.name is OptimName.adam else 2
     chunk = min(chunk_bytes(cfg.encode, device), 4 * m * cfg.train.batch_tokens)
-    return Need(4 * weights * copies + 8 * m, 8 * weights + chunk)
+    half = 2 * m * d_in if device.startswith("cuda") else 0  # the encoder in bfloat16
+    return Need(4 * weights * copies + 8 * m + half, 8 * weights + chunk)
 
 
 def free_bytes(device: str) -> int:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, NotRequired
 
 import torch
 from pydantic import ConfigDict, with_config
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import TypedDict
 
+from skipcoder.kernels.backend import in_triton
 from skipcoder.pipeline.store.stats import Moments
 from skipcoder.trainer.coder.activations.base import Step
 from skipcoder.trainer.coder.coder import SparseCoder, make_coder
@@ -59,6 +60,7 @@ class LearnerState(TypedDict):
     encode_mode: str
     chunk_bytes: NotRequired[int]
     recall: float
+    has_dead: NotRequired[bool]
     step: int
     tokens: int
 
@@ -87,7 +89,7 @@ class Learner:
         self.coder = make_coder(cfg.coder, len(x.mean), len(y.mean), cfg.seed).to(device)
         self.activation = self.coder.activation
         s = self.scales
-        self.coder.search = make_search(cfg.encode, x, s.s_in, device)
+        self.coder.search = make_search(cfg.encode, x, s.s_in, device, cfg.coder.width)
         self.recall = 1.0
         self.clock = Clock(device)
         self.coder.init_biases(torch.from_numpy(x.mean / s.s_in), torch.from_numpy(y.mean / s.s_out))
@@ -100,6 +102,9 @@ class Learner:
         self.gradients = Gradients(self.coder, self.unit_norm, unsummed=ranks.size == 1 and self.optimiser.takes_sums)
         can = device.startswith("cuda") and ranks.size == 1 and cfg.train.graph and self.activation.is_static
         self.graphs = Graphs() if can else None
+        self.halves: dict[nn.Parameter, Tensor] = {}
+        self.has_dead = False
+        """Whether a latent was dead when last looked at."""
         self.dead_tokens = cfg.train.dead_tokens or min(10_000_000, max(1, cfg.train.tokens // 4))
 
     @torch.no_grad()
@@ -115,8 +120,10 @@ class Learner:
         self.clock.start()
         graphed = self.graphs is not None and batch_tokens == self.cfg.train.batch_tokens and self.k == self.coder.cfg.k
         x, y = self._scaled(x, y, fixed_memory=graphed)
+        self._keep_half()
         if self.step_number % self.cfg.train.log_every == 0:
             self._check_recall(x)
+            self.has_dead = bool(self.cfg.loss.auxk) and self.dead > 0
         if self.step_number == 0:
             self.activation.begin(self.coder, x, self.k, self.ranks)
         self.optimiser.set_rate(schedule(self.cfg.optim, self.step_number, self.steps))
@@ -125,7 +132,7 @@ class Learner:
         )
         make = partial(self._move, x, y, batch_tokens)
         if graphed and self.graphs is not None and self.step_number > 0:
-            results = self.graphs.run((len(x), self.coder.search.mode), make)
+            results = self.graphs.run((len(x), self.coder.search.mode, self.has_dead), make)
         else:
             results = make()
         self.step_number += 1
@@ -142,7 +149,7 @@ class Learner:
         norm = self.gradients.clip(self.cfg.optim.clip)
         sums, W_dec = self.gradients.left, self.coder.W_dec
         self.gradients.left = {}  # a graph would keep its memory from others
-        self.optimiser.step(sums, W_dec if self.unit_norm else None)
+        self.optimiser.step(sums, W_dec if self.unit_norm else None, self.halves)
         if self.unit_norm and W_dec not in sums:
             for copy in self.optimiser.copies(W_dec):
                 normalise_rows(copy)
@@ -170,7 +177,9 @@ class Learner:
 
     def losses(self, step: Step, x: Tensor, y: Tensor, batch_tokens: int) -> Losses:
         """Return the losses of scaled pairs that are part of a global batch."""
-        dead_M = self.since_fired_M >= self.dead_tokens if self.cfg.loss.auxk else None
+        # On a GPU, whether any are dead is known from fixed steps only: to ask would be to wait.
+        looked_at = self.cfg.loss.auxk and (self.has_dead or not in_triton(self.since_fired_M))
+        dead_M = self.since_fired_M >= self.dead_tokens if looked_at else None
         variance = batch_tokens * (self.scales.variance / self.scales.s_out**2)
         return losses(self.coder, self.cfg.loss, step, x, y, variance, dead_M, self.clock.lap)
 
@@ -224,6 +233,19 @@ class Learner:
             return torch.mul(x, 1 / s.s_in, out=fixed("x", x)), torch.mul(y, 1 / s.s_out, out=fixed("y", y))
         return x / s.s_in, y / s.s_out
 
+    def _keep_half(self) -> None:
+        """On a GPU, hold W_enc in bfloat16 if that is how latents are searched for. The optimiser brings it up to date;
+        whatever else changes the weights raises their version."""
+        search, W_enc = self.coder.search, self.coder.W_enc
+        if search.mode != "bfloat16" or not in_triton(W_enc):
+            return
+        if not self.halves:
+            self.halves, self.half_version = {W_enc: torch.empty_like(W_enc, dtype=torch.bfloat16)}, -1
+            self.coder.search = search._replace(W_half_MD=self.halves[W_enc])
+        if W_enc._version != self.half_version:
+            self.halves[W_enc].copy_(W_enc.detach())
+            self.half_version = W_enc._version
+
     def _check_recall(self, x: Tensor) -> None:
         """Measure recall, and switch to a more exact mode if it is too low."""
         if not self.coder.search.is_exact:
@@ -252,6 +274,7 @@ class Learner:
             "encode_mode": self.coder.search.mode,
             "chunk_bytes": self.coder.search.chunk_bytes,
             "recall": self.recall,
+            "has_dead": self.has_dead,
             "step": self.step_number,
             "tokens": self.tokens,
         }
@@ -263,6 +286,7 @@ class Learner:
         self.since_fired_M.copy_(state["since_fired"])
         self.density_M.copy_(state["density"])
         self.step_number, self.tokens, self.recall = state["step"], state["tokens"], state["recall"]
+        self.has_dead = state.get("has_dead", False)
         search = self.coder.search
         mode, device = state["encode_mode"], str(self.since_fired_M.device)
         self.coder.search = search._replace(

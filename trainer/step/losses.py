@@ -44,7 +44,8 @@ def losses(
     """Return the losses of some or all of the tokens of a global batch.
 
     `step`: what the coder's activation does in this step; `variance`: the denominator, the tokens of the global batch
-    times the variance of a token; `dead_M`: whether each latent is dead; `lap` is called when a phase ends.
+    times the variance of a token; `dead_M`: whether each latent is dead, None if none is; `lap` is called when a phase
+    ends.
     """
     k, wide, prefixes = step.k, cfg.multi_topk, coder.cfg.prefixes or []
     codes = coder.encode(x_ND, min(MULTI_TOPK * k, coder.cfg.width)) if wide else step.encode(x_ND)
@@ -59,8 +60,9 @@ def losses(
     if wide:
         parts["multi_topk"] = MULTI_TOPK_WEIGHT * terms[last + 1]
         total = total + parts["multi_topk"]
-    if cfg.auxk and dead_M is not None:
-        parts["auxk"] = cfg.auxk * auxk(coder, x_ND, errors[last], dead_M) / variance
+    if cfg.auxk:
+        missed = squares.new_zeros(()) if dead_M is None else auxk(coder, x_ND, errors[last], dead_M)
+        parts["auxk"] = cfg.auxk * missed / variance
         total = total + parts["auxk"]
     lap("decode")
     fires = codes.values.detach() > 0

@@ -6,6 +6,7 @@ schedule-free y goes on moving towards z. Thus every step touches every row.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,18 +74,24 @@ class Optimiser:
             else:
                 group["lr"] = rate
 
-    def step(self, sums: Mapping[nn.Parameter, RowSums] | None = None, unit: nn.Parameter | None = None) -> None:
+    def step(
+        self,
+        sums: Mapping[nn.Parameter, RowSums] | None = None,
+        unit: nn.Parameter | None = None,
+        halves: Mapping[nn.Parameter, Tensor] | None = None,
+    ) -> None:
         """Move the parameters and drop the gradients. `sums`: gradients of matrices that have no `.grad`; the rows of
-        `unit` are brought back to length 1 if it is one of these."""
-        for parameter, one in (sums or {}).items():
+        `unit` are brought back to length 1 if it is one of these; `halves`: copies in bfloat16 to keep up to date."""
+        sums, halves = sums or {}, halves or {}
+        for parameter, one in sums.items():
             ((part, group),) = ((p, g) for p in self.parts for g in p.param_groups if g["params"][0] is parameter)
-            if isinstance(part, ScheduleFreeSign):
-                part.step_rows(group, parameter, one, parameter is unit)
-            else:
-                _adam_rows(part, group, parameter, one, parameter is unit)
+            move = part.step_rows if isinstance(part, ScheduleFreeSign) else partial(_adam_rows, part)
+            move(group, parameter, one, parameter is unit, halves.get(parameter))
         for part in self.parts:
             part.step()
             part.zero_grad(set_to_none=True)
+        for parameter in halves.keys() - sums.keys():
+            halves[parameter].copy_(parameter.detach())
 
     def copies(self, parameter: nn.Parameter) -> list[Tensor]:
         """Return the parameter and, if schedule-free, the z kept with it."""
@@ -119,8 +126,9 @@ class Optimiser:
 
 
 def _adam_rows(
-    adam: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter, sums: RowSums, unit: bool
-) -> None:
+    adam: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter, sums: RowSums, unit: bool,
+    half: Tensor | None,
+) -> None:  # fmt: skip
     """Make the step of torch's fused Adam, with the state that it keeps, on a gradient that is left unsummed."""
     state = adam.state[parameter]
     if not state:
@@ -129,7 +137,7 @@ def _adam_rows(
     state["step"] += 1
     adam_rows(
         parameter, state["exp_avg"], state["exp_avg_sq"], sums, state["step"], group["lr"], group["betas"],
-        group["eps"], unit,
+        group["eps"], unit, half,
     )  # fmt: skip
 
 
@@ -151,10 +159,10 @@ class ScheduleFreeSign(torch.optim.Optimizer):
                     sign_step(p, state["z"], p.grad, group["lr"], group["momentum"], state["step"])
 
     @torch.no_grad()
-    def step_rows(self, group: dict[str, Any], p: nn.Parameter, sums: RowSums, unit: bool) -> None:
+    def step_rows(self, group: dict[str, Any], p: nn.Parameter, sums: RowSums, unit: bool, half: Tensor | None) -> None:
         """Make the same step on a gradient that is left unsummed."""
         state = self._next(p)
-        sign_rows(p, state["z"], sums, group["lr"], group["momentum"], state["step"], unit)
+        sign_rows(p, state["z"], sums, group["lr"], group["momentum"], state["step"], unit, half)
 
     def _next(self, p: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]

@@ -70,6 +70,7 @@ CASES: dict[str, dict[str, Any]] = {
         "coder": {"activation": "batchtopk"},
         "encode": EncodeConfig(mode=EncodeMode.bfloat16, nominated=4.0, chunk_bytes=5 * 2 * 48),
     },
+    "jumprelu": {"coder": {"activation": "jumprelu"}},
     "matryoshka": {"coder": {"prefixes": [10, 25]}},
     "multi_topk": {"loss": LossConfig(multi_topk=True)},
     "both": {"loss": LossConfig(multi_topk=True), "coder": {"prefixes": [10, 25]}},
@@ -88,9 +89,13 @@ def test_nothing_waits_and_the_weights_are_a_cpus(case: str, monkeypatch: pytest
     rounding alone may differ by a whole one; all but a few weights must agree a thousand times better."""
     options = {"encode": EncodeConfig(mode=EncodeMode.float32), **CASES[case]}
     (here, batches), (reference, _) = learner(**options), learner(**options)
-    losses = []
+    losses: list[dict[str, torch.Tensor]] = []
     for x, y in batches:
         x_scaled, y_scaled = here._scaled(x, y)
+        if not losses:
+            for one in (here, reference):
+                one.activation.begin(one.coder, x_scaled, K, one.ranks)
+                one.has_dead = True
         here.optimiser.set_rate(1.0)
         with NoWaits():
             losses.append(here._move(x_scaled, y_scaled, N))
@@ -119,6 +124,42 @@ def test_inputs_that_bfloat16_holds_give_the_same_bits_from_half_the_bytes(case:
             one.step(x.bfloat16().float(), y, N)
         ends.append([p.detach() for p in one.coder.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def is_half_of(half: torch.Tensor, W: torch.Tensor) -> bool:
+    """Triton's interpreter cuts off what a GPU would round."""
+    cut = (W.detach().view(torch.int32) & ~0xFFFF).view(torch.float32)
+    return bool(((half == W.bfloat16()) | (half == cut)).all())
+
+
+@pytest.mark.parametrize("case", ["transcoder", "signum", "micro-batches"])
+def test_the_encoder_in_bfloat16_is_kept_up_to_date(case: str) -> None:
+    """By the optimiser, in sums or dense; and after changes from outside by the next step."""
+    one, batches = learner(**CASES[case], encode=EncodeConfig(mode=EncodeMode.bfloat16, nominated=4.0))
+    for x, y in batches:
+        one.step(x, y, N)
+        (half,) = one.halves.values()
+        assert one.coder.search.W_half_MD is half and is_half_of(half, one.coder.W_enc)
+    with torch.no_grad():
+        one.coder.W_enc.mul_(2)
+    one._keep_half()
+    assert is_half_of(half, one.coder.W_enc)
+    state = learner(**CASES[case])[0].state_dict()
+    one.load_state_dict(state | {"encode_mode": "bfloat16", "optimiser": one.optimiser.state_dict()})
+    one._keep_half()
+    assert is_half_of(half, one.coder.W_enc)
+
+
+def test_auxk_begins_where_dead_latents_are_looked_for() -> None:
+    one, batches = learner(loss=LossConfig(auxk=1.0), train={"log_every": 2})
+    seen = []
+    for i in range(4):
+        one.since_fired_M[:5] = 10**6  # dead throughout
+        x, y = batches[i % 2]
+        seen.append(float(one.step(x, y, N)["auxk"]))
+        if i == 0:
+            one.has_dead = False  # as if they had died just after the look at step 0
+    assert seen[0] > 0 and seen[1] == 0 and seen[2] > 0 and seen[3] > 0
 
 
 def test_the_test_finds_waits() -> None:
