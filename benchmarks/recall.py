@@ -30,7 +30,7 @@ def problems(store: Path | None, runs: list[Path]) -> list[tuple[str, SparseCode
     g = torch.Generator().manual_seed(0)
     random = SparseCoder(CoderConfig(kind=Kind.transcoder, k=32, width=18432), 576, 576)
     x = torch.randn(TOKENS, 576, generator=g)
-    random.search = make_search(EncodeConfig(), Moments.of(x.numpy()), 1.0, "cpu")._replace(mode="float32")
+    random.search = make_search(EncodeConfig(), Moments.of(x.numpy()), 1.0, "cpu", 18432)._replace(mode="float32")
     found = [("random", random, x)]
     for run in runs:
         assert store is not None
@@ -40,7 +40,7 @@ def problems(store: Path | None, runs: list[Path]) -> list[tuple[str, SparseCode
             stream = ActivationStream(opened, coder.meta["hookpoint"], TOKENS, filter=kept)
             batch = next(iter(stream))
             moments = opened.moments(coder.meta["hookpoint"], side, positions=TokenFilter().classes)
-            coder.search = make_search(EncodeConfig(), moments, 1.0, "cpu")._replace(mode="float32")
+            coder.search = make_search(EncodeConfig(), moments, 1.0, "cpu", coder.cfg.width)._replace(mode="float32")
             label = f"{coder.cfg.kind} k={coder.cfg.k}, {name} tokens"
             found.append((label, coder, batch.x if side == "input" else batch.y))
     return found

@@ -94,7 +94,7 @@ class EncodeConfig:
     """float32: exact. bfloat16, fp8, scout (int8, on CPUs): a cheaper product nominates latents, and exact values
     decide. null: the mode known to be fastest on this machine."""
     nominated: float | None = None
-    """Latents nominated, as a multiple of k; null: 1.25, with fp8 2."""
+    """Latents nominated, as a multiple of k; null: 1.25, with fp8 1.75."""
     chunk_bytes: int | None = None
     """Bytes of pre-activations held at once; null: 64 MiB on CPUs, 2 GiB on GPUs. The last bits may depend on it, so a
     run keeps what it began with."""

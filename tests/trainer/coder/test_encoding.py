@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.coder import encoding
 from skipcoder.trainer.coder.encoding import fastest_mode, recall
 from skipcoder.trainer.config import CoderConfig, EncodeConfig, EncodeMode, Kind, LoopConfig, OptimConfig, TrainConfig
 from skipcoder.trainer.data.stream import ActivationStream
@@ -71,8 +72,10 @@ def test_the_fastest_mode_depends_on_the_machine(monkeypatch: pytest.MonkeyPatch
         ({"avx512_vnni": True, "avx512_bf16": True}, "scout"),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
-        assert fastest_mode("cpu") == mode
-    assert fastest_mode("cuda:0") == "bfloat16"
+        assert fastest_mode("cpu", 2**20) == mode
+    for fp8, width, mode in ((torch.float8_e4m3fn, 2**15, "fp8"), (None, 2**15, "bfloat16"), (1, 2**14, "bfloat16")):
+        monkeypatch.setattr(encoding, "fp8_type", lambda device, fp8=fp8: fp8)
+        assert fastest_mode("cuda:0", width) == mode
 
 
 @pytest.mark.cli
