@@ -110,6 +110,8 @@ def calls(shape: Shape, dtype: torch.dtype, amd: bool) -> list[Callable[[], obje
         *calls,
         lambda: candidates.candidates(pre, c),
         lambda: batch.largest_of_batch(pre, c * n),
+        lambda: batch.largest(empty(c * n), k * n),
+        lambda: candidates.two_of_groups(pre, k),
         lambda: candidates.rank(empty(n, c), columns, k),
         lambda: rows.gather_sum(indices, values, W, None, x),
         lambda: rows.gather_dot(x, W, columns, None, empty(m)),

@@ -30,7 +30,7 @@ from shapes import SHAPES, TINY, Shape
 
 from skipcoder.kernels.preactivations import MODES
 from skipcoder.trainer.coder.encoding import available, recall
-from skipcoder.trainer.config import EncodeConfig, LossConfig
+from skipcoder.trainer.config import EncodeConfig, EncodeMode, LossConfig
 
 GIB, SMALL = 2**30, 2**28
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -112,18 +112,21 @@ def steps(shape: Shape, clock: Clock) -> dict[str, Any]:
 
         return step
 
+    def other(encode: EncodeConfig) -> Step:
+        return contenders.ours(pairs, contenders.learner(pairs, encode=encode))
+
     default = one.coder.search.mode
     makes: dict[str, Callable[[], Step]] = {f"ours ({default})": lambda: mode_of(default, True)}
     if clock.device == "cuda":
         makes["ours, eager"] = lambda: mode_of(default, False)
     for mode in MODES:
-        if mode != default and available(mode, clock.device):
-            makes[f"ours, {mode}"] = partial(mode_of, mode, True)
+        if mode == default or not available(mode, clock.device):
+            continue
+        makes[f"ours, {mode}"] = partial(mode_of, mode, True)
+        if mode == "bfloat16":  # its own, as it holds the encoder twice
+            makes[f"ours, {mode}"] = lambda: other(EncodeConfig(mode=EncodeMode.bfloat16))
     if 2 * shape.n * shape.m > SMALL:
-        small = EncodeConfig(chunk_bytes=SMALL)
-        makes["ours, 256 MiB of pre-activations"] = lambda: contenders.ours(
-            pairs, contenders.learner(pairs, encode=small)
-        )
+        makes["ours, 256 MiB of pre-activations"] = lambda: other(EncodeConfig(chunk_bytes=SMALL))
     makes |= {"bare bf16 product": lambda: contenders.gemm(pairs), "dense torch": lambda: contenders.dense(pairs)}
     if contenders.has_sparsify():
         makes["eai-sparsify"] = lambda: contenders.sparsify(pairs)

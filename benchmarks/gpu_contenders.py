@@ -34,6 +34,7 @@ class Pairs:
         self.x = torch.randn(shape.n, shape.d, generator=g, device=device).bfloat16().float()
         mixing = torch.randn(shape.d, shape.d, generator=g, device=device) / shape.d**0.5
         self.y = torch.relu(self.x @ mixing)
+        self.moments = Moments.of(self.x.cpu().numpy()), Moments.of(self.y.cpu().numpy())
 
 
 def learner(pairs: Pairs, *, steps: int = 10_000, loss: Any = None, encode: Any = None, **coder: Any) -> Learner:
@@ -45,8 +46,7 @@ def learner(pairs: Pairs, *, steps: int = 10_000, loss: Any = None, encode: Any 
         encode=encode or EncodeConfig(),
         **({"loss": loss} if loss else {}),
     )
-    x, y = (Moments.of(z.cpu().numpy()) for z in (pairs.x, pairs.y))
-    return Learner(cfg, x, y, steps, pairs.device, in_bfloat16=True)
+    return Learner(cfg, *pairs.moments, steps, pairs.device, in_bfloat16=True)
 
 
 def ours(pairs: Pairs, one: Learner) -> Step:

@@ -176,5 +176,6 @@ def rank(values_NC: Tensor, columns_NC: Tensor, k: int) -> tuple[Tensor, Tensor]
 
 
 def num_warps(elements: int, warp: int = 64 if torch.version.hip else 32) -> int:
-    """Warps, at most 1024 threads, such that each thread holds 32 elements, or more if it must."""
-    return max(1, min(1024 // warp, elements // (32 * warp)))
+    """Warps, at most 1024 threads, such that each thread holds 32 elements, or more if it must (on AMD, where that
+    spills, 8)."""
+    return max(1, min(1024 // warp, elements // ((32 if warp == 32 else 8) * warp)))

@@ -145,8 +145,8 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     work = counts > SEGMENT
     idle = (counts == 0) & (latents < M)
     if MEASURE:
-        for i in range(3 if UNIT else 1):
-            tl.store(measure_ptr + (i * tl.num_programs(1) + tile) * M + latents, 0.0, mask=idle)
+        for kind in range(3 if UNIT else 1):
+            tl.store(measure_ptr + (kind * tl.num_programs(1) + tile) * M + latents, 0.0, mask=idle)
         tl.store(weights_ptr + latents, 0.0, mask=idle)
     if SUMS:
         work |= idle

@@ -168,5 +168,5 @@ def sign_rows(
 def _tiling(rows_ND: Tensor, whole: bool) -> dict[str, int]:
     """Width of a program's tile, 256 or (`whole`) all of a row, and its warps."""
     tile = triton.next_power_of_2(rows_ND.shape[1])
-    warps = min(8, num_warps(tile, rows_ND.element_size())) if whole else 1
+    warps = min(16, num_warps(tile, rows_ND.element_size())) if whole else 1
     return {"AT_ONCE": gpu.AT_ONCE, "BLOCK_D": tile if whole else min(256, tile), "num_warps": warps}

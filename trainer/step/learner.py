@@ -132,7 +132,8 @@ class Learner:
         )
         make = partial(self._move, x, y, batch_tokens)
         if graphed and self.graphs is not None and self.step_number > 0:
-            results = self.graphs.run((len(x), self.coder.search.mode, self.has_dead), make)
+            key = len(x), self.coder.search.mode, self.has_dead, bool(self.halves)
+            results = self.graphs.run(key, make)
         else:
             results = make()
         self.step_number += 1
