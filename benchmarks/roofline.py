@@ -37,7 +37,7 @@ def operations(shape: Shape) -> list[Operation]:
     row, table, gathered = 4 * d, 4 * m * d, 4 * n * k * d
     product, pre = 2 * n * m * d, 2 * n * m
     return [
-        Operation("encoder weights to bf16", 0, 1.5 * table),
+        Operation("encoder weights in bf16, written by the optimiser", 0, 0.5 * table),
         Operation("encoder product, pre-activations written", product, table / 2 + n * row / 2 + pre),
         Operation("(instead: weights to fp8)", 0, 1.25 * table),
         Operation("(and the product in fp8)", product, table / 4 + n * row / 4 + pre, FP8_FLOPS),
@@ -87,10 +87,10 @@ ANCHORS = """
 - The encoder's product is nearly all of the FLOPs. Writing its result to memory and reading it once costs less than
   reading the encoder's weights again for every chunk that would fit the L2 cache: on an H200 a step of 131,072 latents
   took 45.6 ms with chunks of 2^24 elements and 21.5 ms with 2^30. So `encode.chunk_bytes` is 2 GiB there.
-- Everything else is bound by memory. Rows are gathered six times in a step; the last two, in the optimiser, because
-  gradients are never written: forming the sums of a latent's few tokens a second time moves fewer bytes than writing a
-  matrix of gradients, reading it for its norm, and reading it again. Four of the six gather rows of inputs or errors,
-  tables of N rows that mostly stay in the L2 cache; two gather rows of weights.
+- Everything else is bound by memory. Rows are gathered six times in a step; the last two, in the optimiser, where
+  latents have fewer than nine tokens: forming their sums a second time then moves fewer bytes than writing and reading
+  a matrix. Four of the six gather rows of inputs or errors, tables of N rows that mostly stay in the L2 cache; two
+  gather rows of weights.
 - One list of entries by latent serves all sums, so nothing needs atomics.
 
 ## Public anchors
@@ -113,8 +113,9 @@ latter against a dense decoder (RTX 4070).
 ## Choices that stand in the code
 
 There is no autotuner: which configuration wins would depend on the machine's noise, and the width of `gather_dot`'s
-tiles changes the order of a sum, so results would differ from run to run. Tiles and warps follow from one rule, every
-thread loads 16 bytes at a time (`gpu.num_warps`); `benchmarks/compile_report.md` shows that it holds.
+tiles changes the order of a sum, so results would differ from run to run. Tiles and warps were chosen once, on an H100:
+one warp takes 512 or 1,024 bytes of a row, and programs of one tile follow each other, so that a tile of all rows stays
+in the L2 cache. Every thread loads 16 bytes at a time, as `benchmarks/compile_report.md` shows.
 """
 
 

@@ -14,14 +14,16 @@ from skipcoder.kernels import backend
 from skipcoder.kernels.rows import ByLatent, by_latent, gather_dot
 from skipcoder.kernels.unsummed import RowSums
 from skipcoder.kernels.update import adam_rows, sign_rows, sign_step
-from tests.kernels.test_gpu import DEVICE, SHAPES, assert_close, problem
+from tests.kernels.test_gpu import DEVICE, assert_close, problem
 
 pytestmark = pytest.mark.slow
 
 gpu = pytest.importorskip("skipcoder.kernels.gpu.latents")
 
+SHAPES = [(5, 3, 7, 20), (1, 1, 1, 1), (3, 9, 33, 12), (4, 3, 300, 6)]  # N, K, D, M; 300 is wider than a tile
 
-@pytest.fixture(autouse=True, params=[1, 2, 3, 256])
+
+@pytest.fixture(autouse=True, params=[1, 3, 256])
 def segments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """So short that most latents are split, and so long that none is; some latents never fire."""
     monkeypatch.setattr(gpu, "SEGMENT", request.param)
@@ -92,9 +94,9 @@ def across(grad: Tensor, W: Tensor) -> Tensor:
 
 
 def steps(n: int, k: int, d: int, m: int) -> Iterator[tuple[ByLatent, Tensor, Tensor]]:
-    """Three batches of entries and rows."""
+    """Two batches of entries and rows."""
     g = torch.Generator().manual_seed(d)
-    for _ in range(3):
+    for _ in range(2):
         indices = torch.stack([torch.randperm(m, generator=g)[:k] for _ in range(n)]).to(DEVICE)
         yield (
             by_latent(indices, m),

@@ -26,7 +26,7 @@ from skipcoder.trainer.step.learner import Learner
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("triton")
-N, D, M, K = 12, 16, 48, 3
+N, D, M, K = 8, 16, 30, 3
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "equal", "is_nonzero"}
 
 
@@ -68,7 +68,7 @@ CASES: dict[str, dict[str, Any]] = {
     "batchtopk": {"coder": {"activation": "batchtopk"}},
     "batchtopk, bfloat16": {
         "coder": {"activation": "batchtopk"},
-        "encode": EncodeConfig(mode=EncodeMode.bfloat16, nominated=4.0, chunk_bytes=5 * 2 * 48),
+        "encode": EncodeConfig(mode=EncodeMode.bfloat16, nominated=4.0, chunk_bytes=5 * 2 * M),
     },
     "jumprelu": {"coder": {"activation": "jumprelu"}},
     "matryoshka": {"coder": {"prefixes": [10, 25]}},
