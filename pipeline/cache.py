@@ -120,11 +120,13 @@ def _lay_out(
     new attributes."""
     tokenizer = load.load_tokenizer(cfg.model)
     if attrs is None or not attrs["rows"]:
-        hookpoints, widths, _ = load.describe(cfg.model, cfg.hookpoints, cfg.data.context)
-        facts: dict[str, HookpointFacts] = {
-            h.name: {"read": h.read, "write": h.write, "d_in": widths[h.name][0], "d_out": widths[h.name][1]}
-            for h in hookpoints
-        }
+        found = load.describe(cfg.model, cfg.hookpoints, cfg.data.context)
+        facts: dict[str, HookpointFacts] = {}
+        for h in found.hookpoints:
+            d_in, d_out = found.widths[h.name]
+            gained = found.gained[h.name]
+            facts[h.name] = {"read": h.read, "write": h.write, "d_in": d_in, "d_out": d_out, "gained": gained}
+        _say_what_is_gained(facts)
         software = ("skipcoder", "torch", "transformers", "zarr", "numcodecs", "numpy")
         described: Described = {
             "identity": identity,
@@ -149,6 +151,18 @@ def _lay_out(
     now = read_attrs(place)
     assert now is not None
     return now
+
+
+def _say_what_is_gained(hookpoints: dict[str, HookpointFacts]) -> None:
+    """Say where y is not the hooked module's own output, or may not be what the residual stream gains."""
+    for name, facts in hookpoints.items():
+        if facts["gained"] == facts["write"]:
+            if facts["write"] != facts["read"]:
+                print(f"{name}: y is the output of {facts['write']}, which is what the residual stream gains")
+        elif facts["gained"] is None:
+            print(f"{name}: whether the output of {facts['write']} is what the residual stream gains is not known")
+        else:
+            print(f"{name}: y is the output of {facts['write']}; the residual stream gains that of {facts['gained']}")
 
 
 def _plain(value: Any) -> Any:

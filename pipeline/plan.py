@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 
 def make(cfg: CacheConfig) -> Plan:
     """Estimate what a capture costs."""
-    hookpoints, widths, flops = describe(cfg.model, cfg.hookpoints, cfg.data.context, count_flops=True)
+    hookpoints, widths, flops, _ = describe(cfg.model, cfg.hookpoints, cfg.data.context, count_flops=True)
     rows = -(-cfg.data.tokens // cfg.data.context)
     tokens = rows * cfg.data.context
     unit_rows = cfg.store.unit_rows or layout.auto_unit_rows(rows, cfg.data.context)

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired
 
@@ -96,10 +97,13 @@ class Description(NamedTuple):
     """Hookpoint -> (d_in, d_out)."""
     flops: float
     """FLOP per token of the captured forward pass over a whole row; 0 unless `count_flops` was set."""
+    gained: dict[str, str | None]
+    """Hookpoint -> the module whose output the residual stream gains, None where that cannot be shown (gains.py)."""
 
 
 def describe(cfg: ModelConfig, patterns: Iterable[str], context: int, count_flops: bool = False) -> Description:
-    """Resolve hookpoints and find their widths without loading weights; refuse a context the model cannot take.
+    """Resolve hookpoints and find their widths without loading weights; refuse a context the model cannot take. Unless
+    `write_modules` says otherwise, y is what the residual stream gains.
 
     The widths come from a forward pass of a model of fake tensors, which hold shapes and no data.
     """
@@ -108,6 +112,7 @@ def describe(cfg: ModelConfig, patterns: Iterable[str], context: int, count_flop
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModel
 
+    from skipcoder.pipeline.model.gains import gaining_modules
     from skipcoder.pipeline.model.hooks import capture
 
     length, flops = (context if count_flops else 2), 0.0
@@ -116,12 +121,17 @@ def describe(cfg: ModelConfig, patterns: Iterable[str], context: int, count_flop
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None and context > longest:
             raise UserError(f"data.context={context}: {cfg.name} takes at most {longest} tokens")
-        with FakeTensorMode(), torch.no_grad():
+        fake = FakeTensorMode()
+        with fake, torch.no_grad():
             # torch counts no FLOP for the fused attention of CPUs.
             attention = "eager" if count_flops else cfg.attention
             model = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
             names = [name for name, _ in model.named_modules()]
-            hookpoints = resolve(patterns, cfg.write_modules, names)
+            asked = resolve(patterns, cfg.write_modules, names)
+        gained = gaining_modules(config, [h.write for h in asked])
+        # A module that the user named stays.
+        hookpoints = [replace(h, write=(h.write == h.read and gained[h.write]) or h.write) for h in asked]
+        with fake, torch.no_grad():
             with FlopCounterMode(display=False) if count_flops else contextlib.nullcontext() as counter:
                 pairs = capture(model, hookpoints, torch.zeros(1, length, dtype=torch.long))
             if counter is not None:
@@ -130,7 +140,7 @@ def describe(cfg: ModelConfig, patterns: Iterable[str], context: int, count_flop
         if len(x) != length or len(y) != length or not x.is_floating_point():
             raise UserError(f"hookpoint {name!r} does not map one vector per token; hook the whole MLP instead")
     widths = {name: (x.shape[-1], y.shape[-1]) for name, (x, y) in pairs.items()}
-    return Description(hookpoints, widths, flops)
+    return Description(hookpoints, widths, flops, {h.name: gained[h.write] for h in asked})
 
 
 def load_trunk(cfg: ModelConfig, hookpoints: Iterable[Hookpoint], device: str) -> "torch.nn.Module":

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, NotRequired
 
 from omegaconf import OmegaConf
 from typing_extensions import TypedDict
@@ -44,6 +44,8 @@ class HookpointFacts(TypedDict):
     write: str
     d_in: int
     d_out: int
+    gained: NotRequired[str | None]
+    """The module whose output the residual stream gains, None if it could not be shown; mostly `write`."""
 
 
 class Described(TypedDict):
