@@ -52,6 +52,10 @@ def capture(cfg: CacheConfig) -> None:
 
 def _capture(cfg: CacheConfig, place: Place, alone: bool) -> None:
     attrs = read_attrs(place)
+    if cfg.model.attention is None:  # a store keeps what it was made with
+        cfg.model.attention = attrs["identity"]["model"]["attention"] if attrs else load.attention_of(cfg.model)
+        if cfg.model.attention != "sdpa":
+            print(f"model.attention={cfg.model.attention}: this architecture has no sdpa")
     rows = -(-cfg.data.tokens // cfg.data.context)
     unit_rows = cfg.store.unit_rows or layout.auto_unit_rows(rows, cfg.data.context)
     if attrs is not None and attrs["rows"] and cfg.store.unit_rows is None:

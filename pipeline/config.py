@@ -47,8 +47,8 @@ class ModelConfig:
     """Name of the GGUF file inside `id`, when the weights are not safetensors."""
     dtype: Dtype = Dtype.bfloat16
     """Type in which the model runs: bfloat16, float16, float32."""
-    attention: str = "sdpa"
-    """transformers' `attn_implementation`."""
+    attention: str | None = None
+    """transformers' `attn_implementation`; null: sdpa, or eager where the model has no sdpa."""
     shuffle: int | None = None
     """Seed for permuting the entries of every weight matrix: a control, a model that has learned nothing but whose
     weights keep their distribution."""

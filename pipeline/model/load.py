@@ -74,11 +74,21 @@ def identity(cfg: ModelConfig) -> ModelIdentity:
         "gguf_file": cfg.gguf_file,
         "fingerprint": content,
         "dtype": cfg.dtype.value,
-        "attention": cfg.attention,
+        "attention": cfg.attention or attention_of(cfg),
     }
     if cfg.shuffle is not None:
         found["shuffle"] = cfg.shuffle
     return found
+
+
+def attention_of(cfg: ModelConfig) -> str:
+    """sdpa, or eager for a model that has no sdpa."""
+    from transformers import MODEL_MAPPING
+
+    with _explained(cfg):
+        found: Any = MODEL_MAPPING[type(_config(cfg))]
+    classes = found if isinstance(found, tuple) else (found,)
+    return "sdpa" if all(getattr(model, "_supports_sdpa", False) for model in classes) else "eager"
 
 
 def load_tokenizer(cfg: ModelConfig) -> Any:

@@ -1,5 +1,6 @@
 """Captured activations are, bit for bit, what plain PyTorch hooks give; on every architecture."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from skipcoder.errors import UserError
 from skipcoder.pipeline.capture.worker import Worker
-from skipcoder.pipeline.config import CacheConfig
+from skipcoder.pipeline.config import CacheConfig, ModelConfig
 from skipcoder.pipeline.model.hookpoints import Hookpoint, layers_needed, resolve
 from skipcoder.pipeline.model.hooks import argument, capture
 from skipcoder.pipeline.store import commit
@@ -148,3 +149,23 @@ def test_memory_of_a_worker_does_not_grow_with_its_units(
         assert worker({"item": np.array([1])})["error"] == [""]
         sizes.append(psutil.Process().memory_info().rss)
     assert max(sizes[100:]) - max(sizes[:100]) < 10e6
+
+
+def test_a_model_without_sdpa_runs_with_eager_attention(
+    tiny_model: Path, cache_config: Any, capture_here: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gemma-2 needs no setting: eager attention, and y behind its norm; the store remembers both."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    torch.manual_seed(0)
+    gemma: Any = tf.Gemma2ForCausalLM(tf.Gemma2Config(**SMALL | {"vocab_size": 400}))
+    gemma.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    cfg = cache_config(tmp_path / "gemma.zarr", rows=8)
+    cfg.model = ModelConfig(name="gemma", id=str(tmp_path / "model"))
+    store = capture_here(cfg)
+    assert store.attrs["identity"]["model"]["attention"] == store.attrs["model"]["attention"] == "eager"
+    assert store.attrs["hookpoints"]["layers.1.mlp"]["write"] == "layers.1.post_feedforward_layernorm"
+    said = capsys.readouterr().out
+    assert "no sdpa" in said and "layers.1.mlp: y is the output of layers.1.post_feedforward_layernorm" in said
+    cfg.model.attention = None
+    capture_here(cfg)
+    assert "complete, nothing to do" in capsys.readouterr().out

@@ -14,12 +14,12 @@ from skipcoder.pipeline.model.gains import gaining_modules
 from skipcoder.pipeline.model.hooks import capture, first_tensor
 from skipcoder.pipeline.model.load import describe
 
-COMMON = {
+COMMON: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 64, "vocab_size": 50,
 }  # fmt: skip
-GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 50}
-WIDE_HEADS = {**COMMON, "head_dim": 8}
+GPT: dict[str, Any] = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 50}
+WIDE_HEADS: dict[str, Any] = {**COMMON, "head_dim": 8}
 NORM = "post_feedforward_layernorm"
 FAMILIES: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "bloom": ({"hidden_size": 32, "n_layer": 3, "n_head": 4, "vocab_size": 50}, "h.1.mlp", "h.1.mlp.dense_4h_to_h"),
