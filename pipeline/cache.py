@@ -28,7 +28,7 @@ from skipcoder.pipeline.store.attrs import (
 )
 from skipcoder.pipeline.store.codec import CODECS, REVISION
 from skipcoder.pipeline.store.place import Place
-from skipcoder.pipeline.store.places import place_at
+from skipcoder.pipeline.store.places import beside, place_at
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.text import sources
 from skipcoder.pipeline.text.rows import bos_of, rows_of
@@ -69,6 +69,7 @@ def _capture(cfg: CacheConfig, place: Place, alone: bool) -> None:
     if alone and attrs is not None:
         place.sweep()
     if attrs is None or attrs["rows"] < rows:
+        commit.forget_index(beside(place))
         attrs = _lay_out(cfg, place, None if stale else attrs, identity, rows, stale)
 
     every = range(layout.num_units(rows, unit_rows))
@@ -78,6 +79,7 @@ def _capture(cfg: CacheConfig, place: Place, alone: bool) -> None:
         print(f"{where}: complete, nothing to do")
         return _say_loss(place)
     print(f"{where}: {len(missing)} units to capture")
+    commit.forget_index(beside(place))
     from skipcoder.pipeline.capture import job
 
     job.run(place, attrs, missing, cfg.model, cfg.ray)

@@ -5,8 +5,10 @@ so the same unit always has the same record.
 """
 
 import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Annotated
 
 from annotated_types import Len
@@ -18,6 +20,9 @@ from skipcoder.errors import UserError
 from skipcoder.pipeline.store.place import Place
 from skipcoder.pipeline.store.stats import Moments, unpack
 from skipcoder.records import checked
+
+INDEX, INDEXED_FROM = "commits.json", 256
+"""Name of the index of records, and the number of units from which there is one."""
 
 SIDES = ("input", "output")
 POSITIONS = ("first", "special", "other")
@@ -77,8 +82,15 @@ def read_statistics(place: Place, hookpoint: str, record: Commit) -> dict[str, M
 
 def committed_units(place: Place) -> set[int]:
     """Units that have a record, judged by file names alone."""
-    stems = (PurePosixPath(name).stem for name in place.sizes("commits"))
-    return {int(stem) for stem in stems if stem.isdigit()}  # not zarr.json or a partial file
+    return {int(stem) for stem, _ in _records(place)}
+
+
+def _records(place: Place) -> Iterator[tuple[str, int]]:
+    """Stem and size of every record."""
+    for name, size in place.sizes("commits").items():
+        stem = name.removeprefix("commits/").removesuffix(".json")
+        if stem.isdigit():  # not zarr.json or a partial file
+            yield stem, size
 
 
 def read(place: Place, unit: int) -> Commit:
@@ -92,6 +104,39 @@ def read(place: Place, unit: int) -> Commit:
     record = checked(Record, found, file, remedy)
     start, stop = record["rows"]
     return Commit(record["identity"], record["unit"], (start, stop), record["tokens_crc32c"], record["shards"])
+
+
+def read_all(place: Place, derived: Place) -> dict[int, Commit]:
+    """Read the record of every unit, in unit order. Of a store with many they are kept in one file beside it, an index,
+    and then only those are read that the index lacks or knows with another size; a damaged index is ignored."""
+    sizes = {int(stem): size for stem, size in _records(place)}
+    known = _read_index(derived) if len(sizes) >= INDEXED_FROM else {}
+    found = {unit: known[unit][1] for unit, size in sizes.items() if unit in known and known[unit][0] == size}
+    others = sorted(sizes.keys() - found.keys())
+    with ThreadPoolExecutor(place.parallel) as pool:
+        found |= dict(zip(others, pool.map(lambda unit: read(place, unit), others), strict=True))
+    if others and len(sizes) >= INDEXED_FROM:
+        content = json.dumps([[sizes[unit], vars(record)] for unit, record in sorted(found.items())]).encode()
+        with suppress(OSError, UserError):  # not writable, as beside a shared store
+            derived.write(INDEX, b"%d\n" % crc32c(content) + content)
+    return dict(sorted(found.items()))
+
+
+def _read_index(derived: Place) -> dict[int, tuple[int, Commit]]:
+    """Unit -> the size of its record, and the record."""
+    with suppress(OSError, ValueError):
+        check, _, content = derived.read(INDEX).partition(b"\n")
+        if int(check) == crc32c(content):
+            return {
+                facts["unit"]: (size, Commit(**facts | {"rows": tuple(facts["rows"])}))
+                for size, facts in json.loads(content)
+            }
+    return {}
+
+
+def forget_index(derived: Place) -> None:
+    """Remove the index before records are replaced: a new one may have the size of the old."""
+    derived.delete(INDEX)
 
 
 def write(place: Place, record: Commit) -> None:

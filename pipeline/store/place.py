@@ -156,10 +156,11 @@ class Directory(Place):
     def sizes(self, folder: str = "") -> dict[str, int]:
         found = {}
         for at, _, names in os.walk(self.path / folder):
+            inside = os.path.relpath(at, self.path)
+            prefix = "" if inside == "." else f"{inside}/"
             for name in names:
-                file = os.path.join(at, name)
                 with contextlib.suppress(FileNotFoundError):
-                    found[os.path.relpath(file, self.path)] = os.stat(file).st_size
+                    found[prefix + name] = os.stat(f"{at}/{name}").st_size
         return found
 
     def is_empty(self) -> bool:

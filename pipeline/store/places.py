@@ -23,3 +23,8 @@ def place_at(path: str | Path | Place) -> Place:
     if "/" not in address.split("://")[1]:
         raise UserError(f"{path}: a store needs a name inside the bucket, as {address}/name.zarr")
     return Bucket(address)
+
+
+def beside(store: Place) -> Place:
+    """Return the place beside a store for what can be recomputed from it (`NAME.derived/`)."""
+    return place_at(f"{store.parent}/{store.stem}.derived")

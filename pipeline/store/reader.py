@@ -21,7 +21,7 @@ from skipcoder.pipeline.store import commit, layout
 from skipcoder.pipeline.store.attrs import Attributes, HookpointFacts, read_attrs
 from skipcoder.pipeline.store.codec import CODECS
 from skipcoder.pipeline.store.place import Directory, Place
-from skipcoder.pipeline.store.places import place_at
+from skipcoder.pipeline.store.places import beside, place_at
 from skipcoder.pipeline.store.shards import ShardReader
 from skipcoder.pipeline.store.stats import Moments, merge_all, pack, unpack
 
@@ -90,9 +90,7 @@ class ActivationStore:
     @cached_property
     def commits(self) -> dict[int, commit.Commit]:
         """Record of every finished unit, in unit order."""
-        units = sorted(commit.committed_units(self.place))
-        with ThreadPoolExecutor(self.place.parallel) as pool:
-            records = dict(zip(units, pool.map(lambda unit: commit.read(self.place, unit), units), strict=True))
+        records = commit.read_all(self.place, self.derived)
         for unit, record in records.items():
             if record.identity != self.attrs["identity_hash"]:
                 raise UserError(
@@ -166,7 +164,7 @@ class ActivationStore:
     @property
     def derived(self) -> Place:
         """Place beside the store for what can be recomputed from it (`NAME.derived/`)."""
-        return place_at(f"{self.place.parent}/{self.place.stem}.derived")
+        return beside(self.place)
 
     # ---- what is in it ----------------------------------------------------------------------------
 
