@@ -14,6 +14,8 @@ from skipcoder.pipeline.model.gains import gaining_modules
 from skipcoder.pipeline.model.hooks import capture, first_tensor
 from skipcoder.pipeline.model.load import describe
 
+pytestmark = pytest.mark.slow
+
 COMMON: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 64, "vocab_size": 50,
