@@ -76,6 +76,7 @@ def launches(call: Callable[[], object], warp: int) -> list[Launch]:
 
     with ExitStack() as patches:
         patches.enter_context(patch.object(triton.JITFunction, "run", record))
+        patches.enter_context(patch.object(rows, "row_tile", partial(rows.row_tile, warp=warp)))
         for module in (candidates, rows, quantise, update):
             patches.enter_context(patch.object(module, "num_warps", partial(module.num_warps, warp=warp)))
         call()

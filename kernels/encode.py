@@ -90,11 +90,10 @@ def encode_above(
     threshold_M: Tensor,
     b_pre_D: Tensor | None = None,
     search: Search = EXACT,
-    most: int | None = None,
 ) -> Codes:
-    """Flat codes: every latent that exceeds both 0 and its threshold; for `most` see `select.above`."""
+    """Flat codes: every latent that exceeds both 0 and its threshold; see `select.above`."""
     centred_ND, search = _centred(x_ND, b_pre_D, search)
-    chosen = select.above(centred_ND, W_enc_MD.detach(), b_enc_M.detach(), threshold_M, search, most)
+    chosen = select.above(centred_ND, W_enc_MD.detach(), b_enc_M.detach(), threshold_M, search)
     return _codes(x_ND, W_enc_MD, b_enc_M, b_pre_D, centred_ND, chosen)
 
 

@@ -47,8 +47,7 @@ class _PerEntry(Function):
 
 
 def _window(pre_L: Tensor, theta_L: Tensor, bandwidth: float) -> Tensor:
-    inside = ((pre_L - theta_L).abs() < bandwidth / 2) & (pre_L > 0)  # 0: an entry that only fills up
-    return inside.to(pre_L.dtype) / bandwidth
+    return ((pre_L - theta_L).abs() < bandwidth / 2).to(pre_L.dtype) / bandwidth
 
 
 class _JumpReLU(Function):

@@ -76,8 +76,10 @@ def fp8_type(device: torch.device) -> torch.dtype | None:
     if device.type != "cuda":
         return torch.float8_e4m3fn
     if torch.version.hip:
-        is_mi300 = "gfx94" in torch.cuda.get_device_properties(device).gcnArchName
-        return torch.float8_e4m3fnuz if is_mi300 else torch.float8_e4m3fn
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        if "gfx94" in name:
+            return torch.float8_e4m3fnuz
+        return torch.float8_e4m3fn if "gfx95" in name else None
     return torch.float8_e4m3fn if torch.cuda.get_device_capability(device) >= (8, 9) else None
 
 

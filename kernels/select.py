@@ -62,16 +62,9 @@ def batchtopk(
     return Chosen(*_batchtopk(x_ND, W_MD, b_M, k, hint, *search))
 
 
-def above(
-    x_ND: Tensor, W_MD: Tensor, b_M: Tensor, threshold_M: Tensor, search: Search = EXACT, most: int | None = None
-) -> Chosen:
+def above(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, threshold_M: Tensor, search: Search = EXACT) -> Chosen:
     """All values above both 0 and their latent's threshold: flat, by token, then latent. On CPUs exact in every mode;
-    on GPUs estimates nominate, with a margin, in the modes that have them. `most`: on GPUs, only the N `most` that
-    exceed theirs by most, and as many entries whatever the values, with value 0 if they do not; then nothing waits."""
-    if most is not None and in_triton(x_ND):
-        bound_M = threshold_M.clamp_min(0)
-        excess, indices, offsets = _batchtopk(x_ND, W_MD, b_M - bound_M, min(most, len(W_MD)), None, *search)
-        return Chosen(torch.where(excess > 0, excess + bound_M[indices], 0), indices, offsets)
+    on GPUs estimates nominate, with a margin, in the modes that have them."""
     if not in_triton(x_ND):
         search = search._replace(mode="float32")
     return Chosen(*_above(x_ND, W_MD, b_M, threshold_M, *search))

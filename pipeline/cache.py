@@ -52,8 +52,10 @@ def capture(cfg: CacheConfig) -> None:
 
 def _capture(cfg: CacheConfig, place: Place, alone: bool) -> None:
     attrs = read_attrs(place)
-    if cfg.model.attention is None:  # a store keeps what it was made with
-        cfg.model.attention = attrs["identity"]["model"]["attention"] if attrs else load.attention_of(cfg.model)
+    if cfg.model.attention is None and attrs is not None and attrs["rows"]:
+        cfg.model.attention = attrs["identity"]["model"]["attention"]  # a store keeps what it was made with
+    elif cfg.model.attention is None:
+        cfg.model.attention = load.attention_of(cfg.model)
         if cfg.model.attention != "sdpa":
             print(f"model.attention={cfg.model.attention}: this architecture has no sdpa")
     rows = -(-cfg.data.tokens // cfg.data.context)
@@ -61,6 +63,8 @@ def _capture(cfg: CacheConfig, place: Place, alone: bool) -> None:
     if attrs is not None and attrs["rows"] and cfg.store.unit_rows is None:
         unit_rows = attrs["identity"]["unit_rows"]  # chosen when the store was made, kept as it grows
     identity = _identity(cfg, unit_rows)
+    if attrs is not None and "found_writing" in attrs["identity"]:
+        identity["found_writing"] = attrs["identity"]["found_writing"]
     # A capture killed before its tokens were written left nothing to keep; `alone` rules out that it still runs.
     stale = alone and attrs is not None and not attrs["rows"] and attrs["identity"] != identity
     if attrs is not None and not stale:
@@ -132,7 +136,10 @@ def _lay_out(
             d_in, d_out = found.widths[h.name]
             gained = found.gained[h.name]
             facts[h.name] = {"read": h.read, "write": h.write, "d_in": d_in, "d_out": d_out, "gained": gained}
-        _say_what_is_gained(facts)
+        writing = {h.name: h.write for h in found.hookpoints if h.write != h.read and not h.is_named}
+        identity.pop("found_writing", None)
+        if writing:
+            identity["found_writing"] = writing
         software = ("skipcoder", "torch", "transformers", "zarr", "numcodecs", "numpy")
         described: Described = {
             "identity": identity,
@@ -146,6 +153,7 @@ def _lay_out(
         if stale:
             place.clear()
         attrs = writer.create(place, described)
+        _say_what_is_gained(attrs["hookpoints"])
     source = neighbour_with(place, identity, rows)
     if source is not None:
         print(f"taking the token rows of {source.place}")

@@ -29,7 +29,7 @@ def test_every_kernel_compiles_for_three_gpus_without_spills_and_with_wide_loads
         ("quantise", dtype, "sm_80") for dtype in ("fp32", "bf16")
     }  # which has no 8-bit floats
     assert {row[4] for row in rows} == {"0"}
-    assert {row[0] for row in rows if row[6] != "yes"} <= {"rank"}  # it moves a few numbers a token
+    assert {row[0] for row in rows if row[6] != "yes"} <= {"rank", "two"}  # a few numbers a token; groups of a few
 
 
 @pytest.mark.cli
@@ -41,6 +41,6 @@ def test_gpu_check_is_complete() -> None:
         "| bare bf16 product |",
         "| jumprelu |",
         "Eight coders:",
-        "Device busy",
+        "An eager step, ",
     ):
         assert line in text

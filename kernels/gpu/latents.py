@@ -1,10 +1,10 @@
 """Sums over each latent's tokens in Triton, by the list of entries sorted by latent.
 
-The list of a latent is cut into segments of SEGMENT entries, and one program adds up one segment. The sums of a latent
-with several are kept apart as partial sums and added up in order. No float atomics: every sum has a fixed order, so
-results are bitwise equal from run to run. Accumulation is float32 whatever the dtype of the rows. The number of
-segments is bounded, not counted, so that nothing waits for the device. Index arithmetic on rows is 64-bit: a decoder of
-2^20 latents by 4096 needs more than 32.
+The list of a latent is cut into segments of SEGMENT entries, and one program adds up a tile of one segment. The sums
+of a latent with several are kept apart as partial sums and added up in order. No float atomics: every sum has a fixed
+order, so results are bitwise equal from run to run. Accumulation is float32 whatever the dtype of the rows. The number
+of segments is bounded, not counted, so that nothing waits for the device. Index arithmetic on rows is 64-bit: a decoder
+of 2^20 latents by 4096 needs more than 32.
 
 Legend: N tokens, L entries (token, latent) in all, M latents, D row width, S segments, P partial sums.
 """
@@ -235,4 +235,4 @@ def _launch(
 def row_tile(rows_ND: Tensor) -> int:
     """Width of the tile of a row that one warp takes. Programs of one tile follow each other, so that the rows' columns
     of that tile stay in the cache however often they are read."""
-    return rows.row_tile(rows_ND.shape[1], rows_ND.element_size(), 1024)
+    return rows.row_tile(rows_ND.shape[1], rows_ND.element_size(), of_thread=32)

@@ -99,13 +99,17 @@ def gather_dot_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + entry, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def row_tile(d: int, item_bytes: int, most: int = 512) -> int:
-    """Elements of a row that one warp takes at a time: `most` bytes, or the next power of two for narrower rows."""
-    result: int = min(most // item_bytes, triton.next_power_of_2(d))
+WARP = 64 if torch.version.hip else 32
+
+
+def row_tile(d: int, item_bytes: int, of_thread: int = 16, warp: int = WARP) -> int:
+    """Elements of a row that one warp takes at a time: so many bytes for each thread, or the next power of two for
+    narrower rows."""
+    result: int = min(of_thread * warp // item_bytes, triton.next_power_of_2(d))
     return result
 
 
-def num_warps(tile: int, item_bytes: int, warp: int = 64 if torch.version.hip else 32) -> int:
+def num_warps(tile: int, item_bytes: int, warp: int = WARP) -> int:
     """Warps with which each thread loads 16 bytes of a tile, the widest load there is."""
     return max(1, tile * item_bytes // (16 * warp))
 
@@ -154,7 +158,7 @@ def gather_dot(
     d, entries = W_MD.shape[1], indices.numel()
     out = rows_ND.new_empty(indices.shape)
     if entries:
-        tile, some, flat = row_tile(d, W_MD.element_size(), 256), 8, token_L is not None
+        tile, some, flat = row_tile(d, W_MD.element_size(), of_thread=8), 8, token_L is not None
         k = 0 if flat else indices.shape[1]
         grid = (triton.cdiv(entries, some),) if flat else (len(indices), triton.cdiv(k, some))
         gather_dot_kernel[grid](

@@ -18,37 +18,40 @@ from skipcoder.pipeline.model.hooks import first_tensor
 
 POSITIONS = 5
 INNER_WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-LARGEST = 2**30
+LARGEST = 2**29
 """Parameters of a layer that is still built."""
 
 
 def gaining_modules(config: Any, names: Iterable[str]) -> dict[str, str | None]:
-    """For each module, return the one whose output the stream gains where the module contributes to it: itself, or one
-    inside or after it in its layer; None if it cannot be shown for any. All layers count as the first of them does."""
+    """For each module, return the one whose output the stream gains where the module contributes to it, None if that
+    cannot be shown: itself or, for an immediate part of a layer, a norm after it or, if it adds the residual itself, a
+    module inside it. All layers count as the first of them does."""
     found: dict[str, str | None] = {}
     seen: dict[str, str | None] = {}
-    model = None
+    model: nn.Module | None = None
     for name in names:
         numbered = re.match(r"(.*?\.)(\d+)(?=\.)", name)
         found[name] = None
         if numbered is None:
             continue
-        layer, rest = numbered[1] + "0", name[numbered.end() :]
-        if rest not in seen:
+        part = name[numbered.end() :]
+        if part not in seen:
+            seen[part] = None
             try:
                 model = model or _one_layer(config)
-                seen[rest] = _gaining(model, layer, layer + rest)
-            except Exception:  # an architecture that cannot be built small, or does not run like others
-                seen[rest] = None
-        gaining = seen[rest]
-        found[name] = None if gaining is None else numbered[0] + gaining.removeprefix(layer)
+                layer = _first_layer(model, numbered[1])
+                gaining = _gaining(model, layer, layer + part)
+                seen[part] = None if gaining is None else gaining.removeprefix(layer)
+            except Exception as error:  # an architecture that cannot be built small, or does not run like others
+                print(f"one layer of this architecture could not be tried ({type(error).__name__}: {error})")
+        found[name] = None if seen[part] is None else numbered[0] + str(seen[part])
     return found
 
 
 def _one_layer(config: Any) -> nn.Module:
     from transformers import AutoModel
 
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(config.get_text_config())
     config.num_hidden_layers = 1
     if "layer_types" in vars(config) and config.layer_types:
         config.layer_types = config.layer_types[:1]
@@ -60,35 +63,54 @@ def _one_layer(config: Any) -> nn.Module:
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModel.from_config(config).parameters())
     if size > LARGEST:
-        raise ValueError(f"a layer has {size:,} parameters")
-    with torch.random.fork_rng(devices=[]):
+        raise ValueError(f"it has {size:,} parameters")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model: nn.Module = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="eager")
-        return model.eval()
+        model: nn.Module = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+        for p in model.parameters():  # some begin at 0
+            p.add_(torch.randn_like(p), alpha=0.02)
+        return model
+
+
+def _first_layer(model: nn.Module, before: str) -> str:
+    """Name of the first layer, where names in the whole model begin with `before` (`language_model.layers.`)."""
+    names = {name for name, _ in model.named_modules()}
+    parts = before.split(".")
+    return next(name for i in range(len(parts)) if (name := ".".join(parts[i:]) + "0") in names)
 
 
 @torch.no_grad()
 def _gaining(model: nn.Module, layer: str, name: str) -> str | None:
     outputs, silenced = _outputs(model, layer), _outputs(model, layer, name)
-    after = outputs[layer]
-    if outputs[name].numel() != after.numel():
-        return None
+    modules, after = dict(model.named_modules()), outputs[layer]
+
+    def is_gained(candidate: str, without: Tensor) -> bool:
+        # float32 keeps a contribution to a few parts in 10^4 of it even if the stream is a thousand times as long.
+        given = outputs[candidate].view_as(after)
+        same = torch.allclose(after - without, given, rtol=1e-2, atol=1e-2 * float(given.abs().mean()))
+        return same and bool(given.any()) and bool(without.any())
 
     def passes_on(other: str) -> bool:
-        """Whether a module outside gives what it was given by `name`: then it gives the same everywhere without it."""
-        return torch.allclose(silenced[other], silenced[other][:, :1], atol=1e-6)
+        """Whether a part of the layer has no matrix, and gives the same everywhere without `name`: a norm behind it."""
+        is_norm = is_part(other) and all(p.ndim < 2 for p in modules[other].parameters())
+        return is_norm and torch.allclose(silenced[other], silenced[other][:, :1], atol=1e-6)
 
-    inside = [other for other in outputs if other.startswith(f"{name}.")]
-    later = list(outputs)[list(outputs).index(name) + 1 :]
-    for candidate in [name, *inside, *filter(passes_on, later)]:
-        if candidate == layer or outputs[candidate].numel() != after.numel():
-            continue
-        given = outputs[candidate].view_as(after)
-        without = _outputs(model, layer, candidate)[layer]
-        # float32 keeps a contribution to a few parts in 10^4 of it even if the stream is a thousand times as long.
-        is_gained = torch.allclose(after - without, given, rtol=1e-2, atol=1e-2 * float(given.abs().mean()))
-        if is_gained and without.any():
-            return candidate
+    def is_part(module: str) -> bool:
+        return "." not in module.removeprefix(f"{layer}.") and module != layer
+
+    if outputs[name].numel() != after.numel():
+        return None
+    if is_gained(name, silenced[layer]):
+        return name
+    if not is_part(name):
+        return None
+    if not silenced[layer].any():  # the stream goes through the module
+        others = [other for other in outputs if other.startswith(f"{name}.")]
+    else:
+        others = [other for other in list(outputs)[list(outputs).index(name) + 1 :] if passes_on(other)]
+    for other in others:
+        if outputs[other].numel() == after.numel() and is_gained(other, _outputs(model, layer, other)[layer]):
+            return other
     return None
 
 

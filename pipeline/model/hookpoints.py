@@ -4,7 +4,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from natsort import natsorted
 
@@ -18,6 +18,8 @@ class Hookpoint:
     name: str
     read: str
     write: str
+    is_named: bool = field(default=False, compare=False)
+    """Whether the user named the module that is written."""
 
 
 def resolve(patterns: Iterable[str], write_modules: Mapping[str, str], modules: Iterable[str]) -> list[Hookpoint]:
@@ -32,10 +34,11 @@ def resolve(patterns: Iterable[str], write_modules: Mapping[str, str], modules: 
         if not matches:
             raise UserError(f"hookpoint {pattern!r} matches no module of this model; {_hint(pattern, names)}")
         found.update(matches)
-    return [Hookpoint(name, name, _write_module(name, write_modules, names)) for name in natsorted(found)]
+    written = {name: _write_module(name, write_modules, names) for name in natsorted(found)}
+    return [Hookpoint(name, name, write or name, write is not None) for name, write in written.items()]
 
 
-def _write_module(name: str, write_modules: Mapping[str, str], names: list[str]) -> str:
+def _write_module(name: str, write_modules: Mapping[str, str], names: list[str]) -> str | None:
     for pattern, target in write_modules.items():
         match = re.fullmatch(re.escape(pattern).replace(r"\*", "(.*)"), name)
         if match:
@@ -46,7 +49,7 @@ def _write_module(name: str, write_modules: Mapping[str, str], names: list[str])
                     f"model.write_modules: {pattern!r} leads from {name!r} to {target!r}, which does not exist"
                 )
             return target
-    return name
+    return None
 
 
 def _hint(pattern: str, names: list[str]) -> str:

@@ -138,9 +138,9 @@ def describe(cfg: ModelConfig, patterns: Iterable[str], context: int, count_flop
             model = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
             names = [name for name, _ in model.named_modules()]
             asked = resolve(patterns, cfg.write_modules, names)
-        gained = gaining_modules(config, [h.write for h in asked])
-        # A module that the user named stays.
-        hookpoints = [replace(h, write=(h.write == h.read and gained[h.write]) or h.write) for h in asked]
+        gained = {} if count_flops else gaining_modules(config, [h.write for h in asked])
+        known = {write: module for write, module in gained.items() if module in names}
+        hookpoints = [h if h.is_named else replace(h, write=known.get(h.write) or h.write) for h in asked]
         with fake, torch.no_grad():
             with FlopCounterMode(display=False) if count_flops else contextlib.nullcontext() as counter:
                 pairs = capture(model, hookpoints, torch.zeros(1, length, dtype=torch.long))
@@ -150,7 +150,7 @@ def describe(cfg: ModelConfig, patterns: Iterable[str], context: int, count_flop
         if len(x) != length or len(y) != length or not x.is_floating_point():
             raise UserError(f"hookpoint {name!r} does not map one vector per token; hook the whole MLP instead")
     widths = {name: (x.shape[-1], y.shape[-1]) for name, (x, y) in pairs.items()}
-    return Description(hookpoints, widths, flops, {h.name: gained[h.write] for h in asked})
+    return Description(hookpoints, widths, flops, {h.name: known.get(h.write) for h in asked})
 
 
 def load_trunk(cfg: ModelConfig, hookpoints: Iterable[Hookpoint], device: str) -> "torch.nn.Module":

@@ -29,6 +29,8 @@ class Identity(TypedDict):
     hookpoints: list[str]
     """Patterns, as requested."""
     write_modules: dict[str, str]
+    found_writing: NotRequired[dict[str, str]]
+    """Hookpoint -> the module that writes, where it is neither the hooked one nor named in write_modules."""
     codec: str
     codec_revision: int
     compression: str

@@ -106,11 +106,12 @@ def read(place: Place, unit: int) -> Commit:
     return Commit(record["identity"], record["unit"], (start, stop), record["tokens_crc32c"], record["shards"])
 
 
-def read_all(place: Place, derived: Place) -> dict[int, Commit]:
+def read_all(place: Place, derived: Place, identity: str) -> dict[int, Commit]:
     """Read the record of every unit, in unit order. Of a store with many they are kept in one file beside it, an index,
-    and then only those are read that the index lacks or knows with another size; a damaged index is ignored."""
+    and then only those are read that the index lacks or knows with another size; an index that is damaged or of another
+    identity is ignored."""
     sizes = {int(stem): size for stem, size in _records(place)}
-    known = _read_index(derived) if len(sizes) >= INDEXED_FROM else {}
+    known = _read_index(derived, identity) if len(sizes) >= INDEXED_FROM else {}
     found = {unit: known[unit][1] for unit, size in sizes.items() if unit in known and known[unit][0] == size}
     others = sorted(sizes.keys() - found.keys())
     with ThreadPoolExecutor(place.parallel) as pool:
@@ -118,15 +119,15 @@ def read_all(place: Place, derived: Place) -> dict[int, Commit]:
     if others and len(sizes) >= INDEXED_FROM:
         content = json.dumps([[sizes[unit], vars(record)] for unit, record in sorted(found.items())]).encode()
         with suppress(OSError, UserError):  # not writable, as beside a shared store
-            derived.write(INDEX, b"%d\n" % crc32c(content) + content)
+            derived.write(INDEX, f"{crc32c(content)} {identity}\n".encode() + content)
     return dict(sorted(found.items()))
 
 
-def _read_index(derived: Place) -> dict[int, tuple[int, Commit]]:
+def _read_index(derived: Place, identity: str) -> dict[int, tuple[int, Commit]]:
     """Unit -> the size of its record, and the record."""
     with suppress(OSError, ValueError):
-        check, _, content = derived.read(INDEX).partition(b"\n")
-        if int(check) == crc32c(content):
+        head, _, content = derived.read(INDEX).partition(b"\n")
+        if head == f"{crc32c(content)} {identity}".encode():
             return {
                 facts["unit"]: (size, Commit(**facts | {"rows": tuple(facts["rows"])}))
                 for size, facts in json.loads(content)
@@ -136,7 +137,8 @@ def _read_index(derived: Place) -> dict[int, tuple[int, Commit]]:
 
 def forget_index(derived: Place) -> None:
     """Remove the index before records are replaced: a new one may have the size of the old."""
-    derived.delete(INDEX)
+    with suppress(OSError, UserError):
+        derived.delete(INDEX)
 
 
 def write(place: Place, record: Commit) -> None:

@@ -90,7 +90,7 @@ class ActivationStore:
     @cached_property
     def commits(self) -> dict[int, commit.Commit]:
         """Record of every finished unit, in unit order."""
-        records = commit.read_all(self.place, self.derived)
+        records = commit.read_all(self.place, self.derived, self.attrs["identity_hash"])
         for unit, record in records.items():
             if record.identity != self.attrs["identity_hash"]:
                 raise UserError(

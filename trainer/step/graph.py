@@ -61,8 +61,9 @@ class Graphs:
 
     def _capture(self, step: Callable[[], Results]) -> tuple[torch.cuda.CUDAGraph, list[str], Tensor] | None:
         device = torch.device("cuda", torch.cuda.current_device())
-        graph, pool = torch.cuda.CUDAGraph(), _pool(device)
+        graph = torch.cuda.CUDAGraph()
         try:
+            pool = _pool(device)
             # Other threads may allocate meanwhile: the stream reads ahead.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 results = step()

@@ -99,7 +99,8 @@ class Learner:
         """How often each latent fires per token: the mean so far, later a moving average over DENSITY_TOKENS."""
         self.in_bfloat16 = in_bfloat16
         self.density_weight = torch.zeros((), device=device)
-        self.gradients = Gradients(self.coder, self.unit_norm, unsummed=ranks.size == 1 and self.optimiser.takes_sums)
+        unsummed = ranks.size == 1 and self.optimiser.takes_sums and cfg.train.micro_batches == 1
+        self.gradients = Gradients(self.coder, self.unit_norm, unsummed=unsummed)
         can = device.startswith("cuda") and ranks.size == 1 and cfg.train.graph and self.activation.is_static
         self.graphs = Graphs() if can else None
         self.halves: dict[nn.Parameter, Tensor] = {}
@@ -144,8 +145,7 @@ class Learner:
     def _move(self, x: Tensor, y: Tensor, batch_tokens: int) -> dict[str, Tensor]:
         """Move the parameters. On a GPU nothing here may wait for the device, nor depend on the number of the step."""
         self.coder.zero_grad(set_to_none=True)  # a capture that failed leaves gradients that were never computed
-        whole = self.cfg.train.micro_batches == 1
-        with self.gradients.collecting(x if self.in_bfloat16 and whole else None):
+        with self.gradients.collecting(x if self.in_bfloat16 else None):
             parts, fired_M = self._backward(x, y, batch_tokens)
         norm = self.gradients.clip(self.cfg.optim.clip)
         sums, W_dec = self.gradients.left, self.coder.W_dec

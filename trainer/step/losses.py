@@ -44,8 +44,8 @@ def losses(
     """Return the losses of some or all of the tokens of a global batch.
 
     `step`: what the coder's activation does in this step; `variance`: the denominator, the tokens of the global batch
-    times the variance of a token; `dead_M`: whether each latent is dead, None if none is; `lap` is called when a phase
-    ends.
+    times the variance of a token; `dead_M`: whether each latent is dead, None to leave AuxK out; `lap` is called when a
+    phase ends.
     """
     k, wide, prefixes = step.k, cfg.multi_topk, coder.cfg.prefixes or []
     codes = coder.encode(x_ND, min(MULTI_TOPK * k, coder.cfg.width)) if wide else step.encode(x_ND)

@@ -59,10 +59,15 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, str | None]] = {
 }  # fmt: skip
 
 
+def config_of(family: str, **options: Any) -> Any:
+    """A configuration of the family."""
+    return CONFIG_MAPPING[family](**options)
+
+
 def model_of(family: str, folder: Path) -> Any:
     """A random model of the family, saved in a folder."""
     torch.manual_seed(1)
-    model = AutoModel.from_config(CONFIG_MAPPING[family](**FAMILIES[family][0]), attn_implementation="eager").eval()
+    model = AutoModel.from_config(config_of(family, **FAMILIES[family][0]), attn_implementation="eager").eval()
     with torch.no_grad():
         for p in model.parameters():  # norms and biases, too, are no longer trivial
             p.add_(0.1 * torch.randn_like(p))
@@ -129,18 +134,39 @@ def test_y_is_the_mlp_of_x(family: str, tmp_path: Path) -> None:
 
 
 def test_what_is_no_contribution_is_left_as_it_is() -> None:
-    """Attention's output reaches the stream, but the MLP reads it there; parts of an MLP have other widths; a pattern
-    without layers is not understood."""
-    config = CONFIG_MAPPING["llama"](**COMMON)
-    asked = ["layers.1.self_attn", "layers.2.mlp.up_proj", "layers.2.mlp.down_proj", "norm"]
-    found = gaining_modules(config, asked)
-    assert found == dict.fromkeys(asked) | {"layers.2.mlp.down_proj": "layers.2.mlp.down_proj"}
+    """Attention's output reaches the stream, but the MLP reads it there; parts of an MLP have other widths or are not
+    what is hooked; norms before an MLP give nothing to the stream; a pattern without layers is not understood."""
+    config = config_of("llama", **COMMON | {"intermediate_size": 96})
+    asked = [
+        "layers.1.self_attn",
+        "layers.2.mlp.up_proj",
+        "layers.2.mlp.down_proj",
+        "layers.1.post_attention_layernorm",
+    ]
+    found = gaining_modules(config, [*asked, "norm"])
+    assert found == dict.fromkeys([*asked, "norm"]) | {"layers.2.mlp.down_proj": "layers.2.mlp.down_proj"}
     assert config.num_hidden_layers == 3 and config.vocab_size == 50
+    parallel = config_of("gptj", **FAMILIES["gptj"][0])
+    assert gaining_modules(parallel, ["h.1.ln_1", "h.1.attn"]) == {"h.1.ln_1": None, "h.1.attn": "h.1.attn"}
+    sandwich = config_of("gemma2", **WIDE_HEADS)
+    assert gaining_modules(sandwich, ["layers.1.mlp.down_proj"]) == {"layers.1.mlp.down_proj": None}
 
 
-def test_a_named_module_stays(tmp_path: Path) -> None:
+def test_the_text_part_of_a_larger_model() -> None:
+    config = config_of("gemma3", text_config=WIDE_HEADS)
+    found = gaining_modules(config, ["language_model.layers.2.mlp"])
+    assert found == {"language_model.layers.2.mlp": f"language_model.layers.2.{NORM}"}
+
+
+def test_what_cannot_be_tried_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_of("bloom", hidden_size=8192, n_head=64)
+    assert gaining_modules(config, ["h.1.mlp"]) == {"h.1.mlp": None}
+    assert "could not be tried (ValueError: it has" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("written", ["post_attention_layernorm", "mlp"])
+def test_a_named_module_stays(written: str, tmp_path: Path) -> None:
     model_of("olmo2", tmp_path)
-    cfg = ModelConfig(name="o", id=str(tmp_path), write_modules={"layers.*.mlp": "layers.*.post_attention_layernorm"})
+    cfg = ModelConfig(name="o", id=str(tmp_path), write_modules={"layers.*.mlp": f"layers.*.{written}"})
     found = describe(cfg, ["layers.1.mlp"], 8)
-    assert found.hookpoints[0].write == "layers.1.post_attention_layernorm"
-    assert found.gained["layers.1.mlp"] != found.hookpoints[0].write
+    assert found.hookpoints[0].write == f"layers.1.{written}" != found.gained["layers.1.mlp"]

@@ -1,8 +1,6 @@
 """JumpReLU: every latent above its own learned threshold fires (Rajamanoharan et al., arXiv 2407.14435).
 
-A penalty, weight * (latents per token / k - 1)^2, holds the number of latents at k. On a GPU a batch in training has
-at most MOST k latents per token, those that exceed their thresholds by most: a step there must not depend on how many
-there are. Legend: N tokens, M latents.
+A penalty, weight * (latents per token / k - 1)^2, holds the number of latents at k. Legend: N tokens, M latents.
 """
 
 import torch
@@ -17,14 +15,12 @@ from skipcoder.trainer.data.ranks import Ranks
 BANDWIDTH = 1e-3
 """Width of the window in which a threshold learns, relative to the length of an input (the paper scales inputs to
 length 1; here their elements are about 1)."""
-MOST = 2
 
 
 class JumpReLU(Activation):
     """Chooses all latents above learned thresholds."""
 
     name = "jumprelu"
-    is_static = True
 
     def attach(self, coder: Encoder) -> None:
         """Add a parameter `threshold` [M]."""
@@ -53,8 +49,8 @@ def encode_and_count(coder: Encoder, x_ND: Tensor) -> tuple[Codes, Tensor]:
     assert coder.threshold is not None
     bandwidth = BANDWIDTH * coder.d_in**0.5
     lowest_M = coder.threshold.detach() - bandwidth / 2  # entries below the threshold but in its window also learn
-    x_ND, most = x_ND.to(coder.W_enc.dtype), MOST * coder.cfg.k if coder.training else None
-    codes = encode_above(x_ND, coder.W_enc, coder.b_enc, lowest_M, coder.b_pre, coder.search, most)
+    x_ND = x_ND.to(coder.W_enc.dtype)
+    codes = encode_above(x_ND, coder.W_enc, coder.b_enc, lowest_M, coder.b_pre, coder.search)
     theta_L = per_entry(coder.threshold, codes.indices, codes.by_latent)
     fired = fires(codes.values, theta_L, bandwidth).sum()
     return codes._replace(values=jumprelu(codes.values, theta_L, bandwidth)), fired
