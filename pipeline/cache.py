@@ -170,13 +170,14 @@ def _lay_out(
 def _say_what_is_gained(hookpoints: dict[str, HookpointFacts]) -> None:
     """Say where y is not the hooked module's own output, or may not be what the residual stream gains."""
     for name, facts in hookpoints.items():
-        if facts["gained"] == facts["write"]:
+        gained = facts.get("gained", facts["write"])  # an earlier version may have begun the store
+        if gained == facts["write"]:
             if facts["write"] != facts["read"]:
                 print(f"{name}: y is the output of {facts['write']}, which is what the residual stream gains")
-        elif facts["gained"] is None:
+        elif gained is None:
             print(f"{name}: whether the output of {facts['write']} is what the residual stream gains is not known")
         else:
-            print(f"{name}: y is the output of {facts['write']}; the residual stream gains that of {facts['gained']}")
+            print(f"{name}: y is the output of {facts['write']}; the residual stream gains that of {gained}")
 
 
 def _plain(value: Any) -> Any:

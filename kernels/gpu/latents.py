@@ -187,7 +187,7 @@ def measure(
     and those of their entries' tokens; `unit`: lengths of what is left of the sums across the rows of W_MD; `keep`:
     also write the sums."""
     (m, d), length = (len(latents.starts_M), rows_ND.shape[1]), len(latents.entry_L)
-    tiles = triton.cdiv(d, row_tile(rows_ND))
+    tiles = triton.cdiv(d, tile_of(rows_ND))
     new = partial(rows_ND.new_empty, dtype=torch.float32)
     dots = None if W_MD is None else new(tiles, length)
     measures, weights_M, sums = new(3 if unit else 1, tiles, m), new(m), new(m, d) if keep else None
@@ -215,7 +215,7 @@ def _launch(
     W, scale, sums, dot, found, sum_ = (
         partial_PD if t is None else t for t in (W_MD, scale, out, dots, measures, weights_M)
     )
-    tile = row_tile(rows_ND)
+    tile = tile_of(rows_ND)
     tiles = triton.cdiv(d, tile)
     asked = {"SUMS": out is not None, "MEASURE": measures is not None}
     asked["UNIT"] = measures is not None and len(measures) > 1
@@ -232,7 +232,7 @@ def _launch(
     return partial_PD
 
 
-def row_tile(rows_ND: Tensor) -> int:
+def tile_of(rows_ND: Tensor) -> int:
     """Width of the tile of a row that one warp takes. Programs of one tile follow each other, so that the rows' columns
     of that tile stay in the cache however often they are read."""
     return rows.row_tile(rows_ND.shape[1], rows_ND.element_size(), of_thread=32)

@@ -68,7 +68,7 @@ def test_a_damaged_index_is_made_anew(copy: Path, damage: str, read_from_files: 
     assert len(read_from_files) == len(wanted) and index.read_bytes() == whole
 
 
-def test_where_nothing_can_be_written_records_are_read(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_can_be_written_records_are_read(copy: Path) -> None:
     (copy.parent / f"{copy.stem}.derived").write_text("in the way")
     assert len(ActivationStore.open(copy).commits) > 20
 
