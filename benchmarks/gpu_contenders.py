@@ -34,7 +34,7 @@ class Pairs:
         self.x = torch.randn(shape.n, shape.d, generator=g, device=device).bfloat16().float()
         mixing = torch.randn(shape.d, shape.d, generator=g, device=device) / shape.d**0.5
         self.y = torch.relu(self.x @ mixing)
-        self.moments = Moments.of(self.x.cpu().numpy()), Moments.of(self.y.cpu().numpy())
+        self.moments = Moments.of(self.x.cpu()), Moments.of(self.y.cpu())
 
 
 def learner(pairs: Pairs, *, steps: int = 10_000, loss: Any = None, encode: Any = None, **coder: Any) -> Learner:

@@ -29,7 +29,7 @@ def measure(mode: str, n: int, d: int, m: int, k: int) -> dict[str, int]:
     torch.set_num_threads(2)
     x, y = (torch.randn(n, d, generator=torch.Generator().manual_seed(i)) for i in range(2))
     cfg = TrainConfig(coder=CoderConfig(kind=Kind.transcoder, k=k, width=m), encode=EncodeConfig(mode=EncodeMode(mode)))
-    moments = Moments.of(x.numpy()), Moments.of(y.numpy())
+    moments = Moments.of(x), Moments.of(y)
     before = resident()
     learner = Learner(cfg, *moments, 1000, "cpu")
     must = 4 * sum(p.numel() * p.element_size() for p in learner.coder.parameters())

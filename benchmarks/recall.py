@@ -30,7 +30,7 @@ def problems(store: Path | None, runs: list[Path]) -> list[tuple[str, SparseCode
     g = torch.Generator().manual_seed(0)
     random = SparseCoder(CoderConfig(kind=Kind.transcoder, k=32, width=18432), 576, 576)
     x = torch.randn(TOKENS, 576, generator=g)
-    random.search = make_search(EncodeConfig(), Moments.of(x.numpy()), 1.0, "cpu", 18432)._replace(mode="float32")
+    random.search = make_search(EncodeConfig(), Moments.of(x), 1.0, "cpu", 18432)._replace(mode="float32")
     found = [("random", random, x)]
     for run in runs:
         assert store is not None

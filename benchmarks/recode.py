@@ -1,26 +1,36 @@
 """Activations of a store in another codec, written by the writer that captures use."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from skipcoder.pipeline.capture.unit import code
 from skipcoder.pipeline.store import writer
-from skipcoder.pipeline.store.attrs import read_attrs
+from skipcoder.pipeline.store.attrs import VERSION, Attributes, compression_of, identity_hash, read_attrs
 from skipcoder.pipeline.store.places import place_at
 from skipcoder.pipeline.store.reader import ActivationStore
 
 
-def recoded(store: ActivationStore, path: Path, units: int, **identity: str) -> tuple[ActivationStore, float]:
-    """The first `units` units of `store` at `path`, with another `codec` or `compression`; seconds that writing took
-    (encoding, compression, statistics, checksums, fsync)."""
-    own = ("format", "version", "identity_hash", "rows")
-    described: Any = {key: value for key, value in store.attrs.items() if key not in own}
-    described["identity"] = {**store.attrs["identity"], **identity}
+def recoded(
+    store: ActivationStore,
+    path: Path,
+    units: int,
+    codec: str | None = None,
+    compression: str | None = None,
+    version: int = VERSION,
+    threads: int = 1,
+) -> tuple[ActivationStore, float]:
+    """The first `units` units of `store` at `path`, with another codec, compression or format; seconds that writing
+    took (encoding, compression, statistics, checksums, fsync)."""
+    attrs: Attributes = {**store.attrs, "version": version, "rows": 0}
+    attrs["compression"] = compression or compression_of(store.attrs)
+    attrs["identity"] = {**store.attrs["identity"], "codec": codec or store.attrs["identity"]["codec"]}
+    attrs["identity_hash"] = identity_hash(attrs["identity"])
     place, seconds = place_at(path), 0.0
-    empty = writer.create(place, described)
+    empty = writer.create(place, attrs)
     rows = min(units * store.unit_rows, store.rows)
     writer.write_tokens(place, empty, rows, (row for unit in range(units) for row in store.tokens(unit)))
     now = read_attrs(place)
@@ -33,6 +43,8 @@ def recoded(store: ActivationStore, path: Path, units: int, **identity: str) -> 
             for h in store.hookpoints
         }
         begun = time.perf_counter()
-        writer.write_unit(place, now, unit, pairs, store.tokens(unit))
+        with ThreadPoolExecutor(threads) as pool:
+            coded = code(now, unit, store.tokens(unit), pairs.items()).finished()
+            writer.write_unit(place, now, coded, pool.map)
         seconds += time.perf_counter() - begun
     return ActivationStore.open(path), seconds

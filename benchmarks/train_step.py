@@ -52,7 +52,7 @@ def ours(n: int, d: int, m: int, k: int, mode: str) -> Callable[[], float]:
 
     x, y = pair(n, d)
     cfg = TrainConfig(coder=CoderConfig(kind=Kind.transcoder, k=k, width=m), encode=EncodeConfig(mode=EncodeMode(mode)))
-    learner = Learner(cfg, Moments.of(x.numpy()), Moments.of(y.numpy()), 1000, "cpu")
+    learner = Learner(cfg, Moments.of(x), Moments.of(y), 1000, "cpu")
     return lambda: float(learner.step(x, y, n)["fvu"])
 
 

@@ -14,8 +14,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from skipcoder import cli
+from skipcoder.errors import UserError
 from skipcoder.pipeline.capture.neighbour import neighbour_with, stored_rows
-from skipcoder.pipeline.config import CacheConfig
+from skipcoder.pipeline.config import CacheConfig, Compression
 from skipcoder.pipeline.model import load
 from skipcoder.pipeline.store import commit, layout, writer
 from skipcoder.pipeline.store.attrs import (
@@ -23,10 +24,12 @@ from skipcoder.pipeline.store.attrs import (
     Described,
     HookpointFacts,
     Identity,
+    compression_of,
+    new_attrs,
     read_attrs,
     refuse_other_identity,
 )
-from skipcoder.pipeline.store.codec import CODECS, REVISION
+from skipcoder.pipeline.store.codecs import CODECS, REVISION
 from skipcoder.pipeline.store.place import Place
 from skipcoder.pipeline.store.places import beside, place_at
 from skipcoder.pipeline.store.reader import ActivationStore
@@ -52,19 +55,15 @@ def capture(cfg: CacheConfig) -> None:
 
 def _capture(cfg: CacheConfig, place: Place, alone: bool) -> None:
     attrs = read_attrs(place)
-    if cfg.model.attention is None and attrs is not None and attrs["rows"]:
-        cfg.model.attention = attrs["identity"]["model"]["attention"]  # a store keeps what it was made with
-    elif cfg.model.attention is None:
-        cfg.model.attention = load.attention_of(cfg.model)
-        if cfg.model.attention != "sdpa":
-            print(f"model.attention={cfg.model.attention}: this architecture has no sdpa")
     rows = -(-cfg.data.tokens // cfg.data.context)
-    unit_rows = cfg.store.unit_rows or layout.auto_unit_rows(rows, cfg.data.context)
-    if attrs is not None and attrs["rows"] and cfg.store.unit_rows is None:
-        unit_rows = attrs["identity"]["unit_rows"]  # chosen when the store was made, kept as it grows
-    identity = _identity(cfg, unit_rows)
-    if attrs is not None and "found_writing" in attrs["identity"]:
-        identity["found_writing"] = attrs["identity"]["found_writing"]
+    _choose(cfg, rows, attrs)
+    identity = _identity(cfg)
+    unit_rows = identity["unit_rows"]
+    if attrs is not None:
+        for key in ("found_writing", "compression"):
+            if key in attrs["identity"]:
+                identity[key] = attrs["identity"][key]
+        _refuse_other_compression(cfg, place, attrs)
     # A capture killed before its tokens were written left nothing to keep; `alone` rules out that it still runs.
     stale = alone and attrs is not None and not attrs["rows"] and attrs["identity"] != identity
     if attrs is not None and not stale:
@@ -93,6 +92,36 @@ def _capture(cfg: CacheConfig, place: Place, alone: bool) -> None:
     _say_loss(place)
 
 
+def _choose(cfg: CacheConfig, rows: int, attrs: Attributes | None) -> None:
+    """Fill in what was left to choose: what the store was made with, or what suits a new one."""
+    model = cfg.model
+    if attrs is not None and attrs["rows"]:
+        made = attrs["identity"]
+        model.attention = model.attention or made["model"]["attention"]
+        cfg.store.unit_rows = cfg.store.unit_rows or made["unit_rows"]
+        cfg.micro_batch_tokens = cfg.micro_batch_tokens or made["micro_batch_tokens"]
+    if model.attention is None:
+        model.attention = load.attention_of(model)
+        if model.attention != "sdpa":
+            print(f"model.attention={model.attention}: this architecture has no sdpa")
+    cfg.store.unit_rows = cfg.store.unit_rows or layout.auto_unit_rows(rows, cfg.data.context)
+    if cfg.micro_batch_tokens is None:
+        import torch
+
+        gpus = cfg.ray.gpus_per_worker
+        has_gpu = torch.cuda.is_available() if gpus is None else gpus > 0
+        cfg.micro_batch_tokens = 16384 if has_gpu else 4096
+
+
+def _refuse_other_compression(cfg: CacheConfig, place: Place, attrs: Attributes) -> None:
+    asked, has = cfg.store.compression, compression_of(attrs)
+    if asked is not None and asked.value != has:
+        raise UserError(
+            f"{place} is compressed with {has}, not store.compression={asked.value}; leave that out, or make another "
+            f"store of it: skipcoder-store recode {place} NEW --compression {asked.value}"
+        )
+
+
 def _say_loss(place: Place) -> None:
     store = ActivationStore.open(place)
     identity = store.attrs["identity"]
@@ -105,8 +134,9 @@ def _say_loss(place: Place) -> None:
             print(f"{name}: lost to {store.attrs['identity']['codec']}, as a fraction of variance: {facts}")
 
 
-def _identity(cfg: CacheConfig, unit_rows: int) -> Identity:
-    """Everything that decides the store's bytes, except how many tokens it holds."""
+def _identity(cfg: CacheConfig) -> Identity:
+    """Everything that decides the store's content, except how many tokens it holds."""
+    assert cfg.store.unit_rows is not None and cfg.micro_batch_tokens is not None
     return {
         "model": load.identity(cfg.model),
         "data": sources.identity(cfg.data),
@@ -116,8 +146,7 @@ def _identity(cfg: CacheConfig, unit_rows: int) -> Identity:
         "write_modules": dict(cfg.model.write_modules),
         "codec": cfg.store.codec,
         "codec_revision": REVISION,
-        "compression": cfg.store.compression.value,
-        "unit_rows": unit_rows,
+        "unit_rows": cfg.store.unit_rows,
         "micro_batch_tokens": cfg.micro_batch_tokens,
         "seed": cfg.seed,
     }
@@ -152,7 +181,7 @@ def _lay_out(
         }
         if stale:
             place.clear()
-        attrs = writer.create(place, described)
+        attrs = writer.create(place, new_attrs(described, (cfg.store.compression or Compression.zstd).value))
         _say_what_is_gained(attrs["hookpoints"])
     source = neighbour_with(place, identity, rows)
     if source is not None:

@@ -99,8 +99,8 @@ class StoreConfig:
     codec: str = "bf16"
     """bf16: 2 bytes per activation before compression, lossless for a model in bfloat16; int8, fp8: 1 byte; or one of
     your own (docs/extending.md)."""
-    compression: Compression = Compression.zstd
-    """zstd: smaller; lz4: about 1.5 times as fast to read."""
+    compression: Compression | None = None
+    """zstd: smaller; lz4: faster to read. null: what the store has, zstd if it is new."""
     unit_rows: int | None = None
     """Token rows in one unit of work (= one shard of every array). null: min(16384/context, rows/64)."""
 
@@ -123,13 +123,15 @@ class RayConfig:
     """null: one if Ray has GPUs, else none."""
     resources: dict[str, float] = field(default_factory=dict)
     """Custom Ray resources that a worker requires, to place workers on the machines that offer them."""
-    overlap: bool | None = None
-    """Let a worker run the model on the next unit while it encodes and writes the previous one; null: if it has a GPU.
-    Takes memory for two units; gains nothing on CPUs, which the model alone keeps busy."""
+    writers: int | None = None
+    """Units that a worker has in hand at once: the model runs over one while the others are compressed and written.
+    Each takes memory for its activations. null: 4 with a GPU, else 1, as the model alone keeps CPUs busy."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise UserError(f"ray.workers={self.workers}: must be at least 1")
+        if self.writers is not None and self.writers < 1:
+            raise UserError(f"ray.writers={self.writers}: must be at least 1, or null")
         if self.cpus_per_worker is not None and self.cpus_per_worker < 1:
             raise UserError(f"ray.cpus_per_worker={self.cpus_per_worker}: must be at least 1, or null")
 
@@ -144,8 +146,9 @@ class CacheConfig:
     ray: RayConfig = field(default_factory=RayConfig)
     hookpoints: list[str] = field(default_factory=list)
     """Names of modules of the model without its head, globs allowed; the default is the model preset's."""
-    micro_batch_tokens: int = 4096
-    """Tokens per forward pass. Part of the store's identity: a different value may change low bits."""
+    micro_batch_tokens: int | None = None
+    """Tokens per forward pass. Part of the store's identity: a different value may change low bits. null: what the
+    store has; if it is new, 4,096, or 16,384 where workers have a GPU."""
     plan: bool = False
     """Only print tokens, bytes, time and the number of coders from which caching pays off."""
     seed: int = 0
@@ -156,5 +159,5 @@ class CacheConfig:
             raise UserError("hookpoints is empty: name modules, for example hookpoints='[layers.10.mlp]'")
         if self.seed < 0:
             raise UserError(f"seed={self.seed}: must not be negative")
-        if self.micro_batch_tokens < 1:
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
             raise UserError(f"micro_batch_tokens={self.micro_batch_tokens}: must be at least 1")

@@ -8,16 +8,15 @@ like real ones.
 import time
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numcodecs import blosc
 
-from skipcoder.pipeline.config import CacheConfig
+from skipcoder.pipeline.config import CacheConfig, Compression
 from skipcoder.pipeline.model import half_precision
 from skipcoder.pipeline.model.load import describe
 from skipcoder.pipeline.store import layout
-from skipcoder.pipeline.store.codec import CODECS, compress
-from skipcoder.pipeline.store.stats import Moments
+from skipcoder.pipeline.store.codecs import CODECS
+from skipcoder.pipeline.store.codecs.base import blosc_of
+from skipcoder.pipeline.store.stats import sums
 
 _SECONDS = 0.3
 """Seconds for which a matrix product is timed."""
@@ -86,17 +85,21 @@ def show(cfg: CacheConfig) -> None:
 
 def _codec(cfg: CacheConfig, chunk: int, d: int) -> tuple[float, float, float]:
     """(stored bytes, seconds to write, seconds to read) of one token of width d."""
+    from numcodecs import blosc
+
     codec, z_ND = CODECS[cfg.store.codec], torch.randn(chunk, d).bfloat16()
+    compression = (cfg.store.compression or Compression.zstd).value
+    how = {suffix: blosc_of(spec, compression) for suffix, spec in codec.arrays.items()}
     write = read = float("inf")
     for _ in range(3):  # the first warms up
         begun = time.perf_counter()
         coded = codec.encode(z_ND)
-        packed = {suffix: compress(array, cfg.store.compression.value) for suffix, array in coded.items()}
-        Moments.of(codec.decode(coded).float().numpy())
+        packed = {s: blosc.compress(z.numpy(), *h) if (h := how[s]) else z.numpy().tobytes() for s, z in coded.items()}
+        sums(z_ND)
         written = time.perf_counter()
-        for suffix, array in coded.items():
-            blosc.decompress(packed[suffix], np.empty_like(array))
-        codec.decode(coded)
+        for suffix in filter(how.get, packed):
+            blosc.decompress(packed[suffix], coded[suffix].numpy())
+        codec.decode(coded, z_ND)
         write, read = min(write, written - begun), min(read, time.perf_counter() - written)
     size = sum(len(packed[suffix]) for suffix, spec in codec.arrays.items() if not spec.per_unit)
     return size / chunk, write / chunk, read / chunk

@@ -1,14 +1,25 @@
-"""Look into a store: `python pipeline/store_cli.py info PATH`, or `verify PATH`, which re-reads everything."""
+"""Look into a store and make another of it.
+
+python pipeline/store_cli.py info PATH
+python pipeline/store_cli.py verify PATH                            re-reads everything
+python pipeline/store_cli.py recode PATH NEW [--compression lz4]    in the newest format; run again to go on
+"""
 
 import argparse
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from skipcoder import cli
+from skipcoder.pipeline.config import Compression
 from skipcoder.pipeline.store import layout
+from skipcoder.pipeline.store import recode as recoding
+from skipcoder.pipeline.store.attrs import compression_of
 from skipcoder.pipeline.store.place import Place
 from skipcoder.pipeline.store.places import place_at
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.store.verify import problems
+from skipcoder.progress import progress
 
 
 def info(place: Place) -> int:
@@ -23,7 +34,7 @@ def info(place: Place) -> int:
         "data": f"{attrs['data']['kind']} {attrs['data']['path'] or ''}".strip(),
         "tokens": f"{store.rows * store.context:,} in {store.rows:,} rows of {store.context}",
         "units": f"{done} of {units}, {store.unit_rows} rows each" + ("" if done == units else ": unfinished"),
-        "codec": f"{identity['codec']}, {identity['compression']}",
+        "codec": f"{identity['codec']}, {compression_of(attrs)}, format {attrs['version']}",
         "bytes": f"{sum(shards.values()):,}, {sum(shards.values()) / stored:,.0f} per token",
         "software": ", ".join(f"{name} {version}" for name, version in attrs["software"].items()),
         "identity": attrs["identity_hash"],
@@ -50,17 +61,42 @@ def verify(place: Place) -> int:
     return cli.FAILED if found else cli.DONE
 
 
+def recode(place: Place, new: Place, compression: Compression) -> int:
+    """Write the store anew at another place, and say what to do with it."""
+    store = ActivationStore.open(place)
+    with (
+        new.only_writer() as alone,
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+        progress("recode", len(store.units), "units") as advance,
+    ):
+        if alone and not new.is_empty():
+            new.sweep()
+        for _ in recoding.recode(store, new, compression.value, threads.map):
+            advance(1)
+    print(f"{new} holds what {place} holds; verify it, then move it to {place}, where runs go on with it")
+    return cli.DONE
+
+
 def cli_main() -> None:
     """Console script `skipcoder-store`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=("info", "verify"))
-    parser.add_argument("path", help="directory, or s3://bucket/name.zarr")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, task in (("info", info), ("verify", verify), ("recode", recode)):
+        command = commands.add_parser(name, help=task.__doc__)
+        command.add_argument("path", help="directory, or s3://bucket/name.zarr")
+        if task is recode:
+            command.add_argument("new", help="directory or address of the store to make")
+            command.add_argument("--compression", choices=[c.value for c in Compression], default="zstd")
     args = parser.parse_args()
     outcome = cli.DONE
 
     def run() -> None:
         nonlocal outcome
-        outcome = {"info": info, "verify": verify}[args.command](place_at(args.path))
+        place = place_at(args.path)
+        if args.command == "recode":
+            outcome = recode(place, place_at(args.new), Compression(args.compression))
+        else:
+            outcome = {"info": info, "verify": verify}[args.command](place)
 
     sys.exit(cli.run(run) or outcome)
 

@@ -168,6 +168,9 @@ class StreamConfig:
     """Seed of the order of training tokens."""
     pool_chunks: int | None = None
     """Chunks shuffled together; null: as many as hold 512 MiB of pairs."""
+    readers: int | None = None
+    """Threads that read and decompress; null: as many as there are cores for a GPU, 2 for a CPU, 32 or more from an
+    object store. They do not change the order."""
     first_positions: int = 1
     """Leave out this many positions at the start of each row (attention sinks, BOS)."""
     special_tokens: bool = True
@@ -180,6 +183,8 @@ class StreamConfig:
             )
         if self.pool_chunks is not None and self.pool_chunks < 1:
             raise UserError(f"stream.pool_chunks={self.pool_chunks}: must be at least 1, or null")
+        if self.readers is not None and self.readers < 1:
+            raise UserError(f"stream.readers={self.readers}: must be at least 1, or null")
 
 
 @dataclass

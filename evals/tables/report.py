@@ -10,6 +10,7 @@ from matplotlib import pyplot as plt
 from skipcoder.evals.tables import figures
 from skipcoder.evals.tables.metrics import BEST, METRICS, Row, interval_of
 from skipcoder.pipeline.capture.job import runs as capture_runs
+from skipcoder.pipeline.store.attrs import compression_of
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.run.run import METRICS as METRICS_FILE
 
@@ -98,7 +99,7 @@ def _describe(store: ActivationStore) -> dict[str, Any]:
         "text": " ".join(filter(None, (identity["data"]["kind"], identity["data"]["place"]))),
         "tokens": f"{tokens:,} in rows of {store.context}; every sixteenth unit held out",
         "disk": f"{size / 1e6:,.0f} MB, {size / tokens:,.0f} bytes per token "
-        f"({identity['codec']}, {identity['compression']})",
+        f"({identity['codec']}, {compression_of(store.attrs)})",
         "capture": f"{sum(c['seconds'] for c in captured):,.0f} s" if captured else "not recorded",
         "identity": store.attrs["identity_hash"],
     }

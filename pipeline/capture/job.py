@@ -103,8 +103,7 @@ def _results(store: Place, units: list[int], model: ModelConfig, cfg: RayConfig)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    overlap = bool(gpus) if cfg.overlap is None else cfg.overlap
-    calls = 2 if overlap else 1
+    calls = cfg.writers or (4 if gpus else 1)
     # from_items, not range: range's read operator needs a core of its own and hangs beside an actor
     # that takes the whole machine.
     results = ray.data.from_items(units).map_batches(
@@ -115,9 +114,9 @@ def _results(store: Place, units: list[int], model: ModelConfig, cfg: RayConfig)
             min_size=1,  # begin when the first is up
             max_size=cfg.workers,
             initial_size=cfg.workers,
-            max_tasks_in_flight_per_actor=2,  # the next unit's number arrives before it is needed
+            max_tasks_in_flight_per_actor=calls + 1,  # the next unit's number arrives before it is needed
             max_concurrent_calls_per_actor=calls,
-            enable_true_multi_threading=overlap,
+            enable_true_multi_threading=calls > 1,
         ),
         num_cpus=cpus,
         num_gpus=gpus,

@@ -1,6 +1,7 @@
 """One capture worker: holds the model, turns units of token rows into committed units of the store."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,25 +10,23 @@ import torch
 from torch import Tensor
 
 from skipcoder.files import DISK_FULL
+from skipcoder.pipeline.capture.unit import NonFiniteError, code
 from skipcoder.pipeline.config import ModelConfig
 from skipcoder.pipeline.model.hookpoints import Hookpoint
 from skipcoder.pipeline.model.hooks import capture
 from skipcoder.pipeline.model.load import load_trunk
-from skipcoder.pipeline.store import commit, layout, writer
+from skipcoder.pipeline.store import commit, writer
 from skipcoder.pipeline.store.attrs import Attributes, read_attrs
 from skipcoder.pipeline.store.places import place_at
 from skipcoder.pipeline.store.reader import ActivationStore
-
-
-class NonFiniteError(ValueError):
-    """An activation is NaN or infinite; the message says where."""
+from skipcoder.pipeline.store.shards import Map
 
 
 class Worker:
     """A Ray Data actor: batches of unit numbers in, one row of facts per unit out.
 
-    With `ray.overlap` Ray makes two calls at once: while one encodes and writes, the other runs the model. Memory
-    besides the model's: for each call the unit in bfloat16, and what encoding takes for one side, 12 bytes a number.
+    Ray makes several calls at once (`ray.writers`): while some compress and write, another runs the model. Each call
+    takes memory for its unit in bfloat16, on a GPU pinned.
     """
 
     def __init__(self, store: str, model: ModelConfig, threads: int, device: str) -> None:
@@ -39,6 +38,7 @@ class Worker:
         self.hookpoints = hookpoints_of(attrs)
         self.device = device
         self._forward = threading.Lock()
+        self._compressing = ThreadPoolExecutor(threads, thread_name_prefix="compress")
         self.model = load_trunk(model, self.hookpoints, device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
@@ -46,9 +46,10 @@ class Worker:
         units = [int(unit) for unit in batch["item"]]
         # Errors are returned as text: Ray would report an exception as a worker's failure, with a traceback.
         errors = []
+        each = self._compressing.map
         for unit in units:
             try:
-                capture_unit(self.model, self.store, self.hookpoints, unit, self.device, self._forward)
+                capture_unit(self.model, self.store, self.hookpoints, unit, self.device, self._forward, each)
                 errors.append("")
             except NonFiniteError as error:
                 errors.append(str(error))
@@ -71,8 +72,10 @@ def capture_unit(
     unit: int,
     device: str,
     alone: AbstractContextManager[Any] | None = None,
+    each: Map = map,
 ) -> None:
-    """Run the model over a unit's rows (holding `alone`), then write and commit the unit; skip it if committed."""
+    """Run the model over a unit's rows and encode them (holding `alone`), then write and commit the unit; skip it if it
+    is committed. `each`: the `map` of the threads that compress."""
     if store.place.exists(commit.record_file(unit)):
         commit.refuse_other_rows(store.place, commit.read(store.place, unit), store.rows_of(unit))
         return
@@ -80,35 +83,30 @@ def capture_unit(
     rows = micro_batch_rows(store.attrs["identity"]["micro_batch_tokens"], store.context)
     sides: dict[str, list[list[Tensor]]] = {h.name: [[], []] for h in hookpoints}
     with alone or nullcontext():
+        held = _where_to_hold(store, device)
         for i in range(0, len(tokens), rows):
             part = capture(model, hookpoints, torch.from_numpy(tokens[i : i + rows]).long().to(device))
             for name, pair in part.items():
                 for taken, z in zip(sides[name], pair, strict=True):
-                    taken.append(z.cpu())  # now, so that a GPU holds one micro-batch, not the unit
-    first_row = layout.unit_token_rows(unit, store.rows, store.unit_rows).start
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for name in list(sides):
-        x, y = (torch.cat(parts) for parts in sides.pop(name))
-        for side, z in zip(commit.SIDES, (x, y), strict=True):
-            _check_finite(z, f"{name}/{side}", first_row, store.context)
-        pairs[name] = (x, y)
-    writer.write_unit(store.place, store.attrs, unit, pairs, tokens)
+                    taken.append(z.to(held))
+        whole = ((name, _joined(sides.pop(name), device)) for name in list(sides))
+        coding = code(store.attrs, unit, tokens, whole)
+    writer.write_unit(store.place, store.attrs, coding.finished(), each)
+
+
+def _joined(sides: list[list[Tensor]], device: str) -> tuple[Tensor, Tensor]:
+    x, y = (torch.cat(parts).to(device) for parts in sides)
+    return x, y
+
+
+def _where_to_hold(store: ActivationStore, device: str) -> str:
+    """Where a unit's activations are kept while the model runs over it: on its device, unless they would take more than
+    a quarter of it, as those of all layers of a large model."""
+    unit_tokens = store.unit_rows * store.context
+    size = sum(2 * (h["d_in"] + h["d_out"]) for h in store.hookpoints.values()) * unit_tokens
+    return device if device == "cpu" or size < torch.cuda.mem_get_info(device)[1] / 4 else "cpu"
 
 
 def micro_batch_rows(micro_batch_tokens: int, context: int) -> int:
     """Rows in one forward pass. They follow from the store's identity alone, as bits may depend on them."""
     return max(1, micro_batch_tokens // context)
-
-
-def _check_finite(z_ND: Tensor, name: str, first_row: int, context: int) -> None:
-    # A sum is finite unless an element is not (or the sum overflows): cheaper than testing each.
-    if torch.isfinite(z_ND.sum(dtype=torch.float64)):
-        return
-    bad = (~torch.isfinite(z_ND)).any(dim=1).nonzero()
-    if len(bad):
-        row, position = divmod(int(bad[0]), context)
-        raise NonFiniteError(
-            f"{name}: activation at row {first_row + row}, position {position} is NaN or infinite "
-            f"({len(bad)} such tokens in this unit); nothing of the unit was stored. "
-            f"Try model.dtype=float32 or bfloat16, or leave this text out"
-        )

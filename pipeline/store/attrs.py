@@ -15,7 +15,9 @@ from skipcoder.pipeline.text.sources import DataIdentity
 from skipcoder.records import checked
 from skipcoder.settings import differences, typed
 
-FORMAT, VERSION = "skipcoder.activations", 2
+FORMAT = "skipcoder.activations"
+VERSION, READ = 3, (2, 3)
+"""The version of new stores, and those that can be read and extended."""
 FILE = "zarr.json"
 
 
@@ -33,7 +35,8 @@ class Identity(TypedDict):
     """Hookpoint -> the module that writes, where it is neither the hooked one nor named in write_modules."""
     codec: str
     codec_revision: int
-    compression: str
+    compression: NotRequired[str]
+    """In stores that began in format 2. It says nothing of a store recoded since."""
     unit_rows: int
     micro_batch_tokens: int
     seed: int
@@ -70,6 +73,8 @@ class Attributes(Described):
 
     format: str
     version: int
+    compression: NotRequired[str]
+    """From format 3 on."""
     identity_hash: str
     rows: int
     """Token rows that the store has or, while it is captured, will have; 0 until the tokens are written."""
@@ -89,19 +94,25 @@ def read_attrs(place: Place) -> Attributes | None:
         raise UserError(f"{place}/{FILE} is damaged ({error}); restore it or delete the store") from None
     if not isinstance(attrs, dict) or attrs.get("format") != FORMAT:
         raise UserError(f"{place} is a Zarr group, but not an activation store; choose another store.path")
-    if attrs.get("version") != VERSION:
+    if attrs.get("version") not in READ:
         raise UserError(
-            f"{place} has format version {attrs.get('version')}, this skipcoder reads {VERSION}; "
+            f"{place} has format version {attrs.get('version')}, this skipcoder reads {' and '.join(map(str, READ))}; "
             f"use the version of skipcoder that wrote it"
         )
     return checked(Attributes, attrs, f"{place}/{FILE}: attributes", "restore it or delete the store")
 
 
-def new_attrs(described: Described) -> Attributes:
+def compression_of(attrs: Attributes) -> str:
+    """What the activations of a store are compressed with."""
+    return attrs["compression"] if "compression" in attrs else attrs["identity"]["compression"]
+
+
+def new_attrs(described: Described, compression: str) -> Attributes:
     """The attributes of an empty store."""
     return {
         "format": FORMAT,
         "version": VERSION,
+        "compression": compression,
         "identity_hash": identity_hash(described["identity"]),
         **described,
         "rows": 0,

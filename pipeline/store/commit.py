@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from annotated_types import Len
-from google_crc32c import value as crc32c
+from crc32c import crc32c
 from safetensors import SafetensorError
 from typing_extensions import TypedDict
 
@@ -165,6 +165,9 @@ def withdraw(place: Place, unit: int) -> None:
     place.delete(record_file(unit))
 
 
-def checksum(content: bytes) -> FileFacts:
-    """Size and CRC32C of a file."""
-    return {"bytes": len(content), "crc32c": crc32c(content)}
+def checksum(*pieces: bytes | memoryview) -> FileFacts:
+    """Size and CRC32C of a file made of these pieces."""
+    value = 0
+    for piece in pieces:
+        value = crc32c(piece, value)
+    return {"bytes": sum(map(len, pieces)), "crc32c": value}

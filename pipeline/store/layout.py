@@ -1,11 +1,12 @@
 """Pure functions of a store's layout: units, splits, permutations, arrays and their chunks. No I/O."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from skipcoder.pipeline.store.attrs import Attributes
-from skipcoder.pipeline.store.codec import CODECS, compressors
+from skipcoder.pipeline.store.attrs import Attributes, compression_of
+from skipcoder.pipeline.store.codecs import Spec, codec_of
+from skipcoder.pipeline.store.codecs.base import Blosc, blosc_of
 
 HELD_OUT_EVERY = 16
 MAX_CHUNK_ROWS = 2048
@@ -56,37 +57,57 @@ def chunk_rows(unit_tokens: int) -> int:
     return min(d for d in divisors if d > MAX_CHUNK_ROWS)
 
 
-def arrays(attrs: Attributes) -> dict[str, dict[str, Any]]:
-    """Arguments of zarr's `create_array` for each of a store's arrays, except its length."""
-    identity = attrs["identity"]
+class ArrayLayout(NamedTuple):
+    """How one array is cut and stored. Rows run along the first dimension; a shard holds one unit."""
+
+    shard: tuple[int, ...]
+    chunk: tuple[int, ...]
+    spec: Spec
+    blosc: Blosc | None
+
+    @property
+    def create(self) -> dict[str, Any]:
+        """Arguments of zarr's `create_array`, except the length.
+
+        Holes must be visible: every fill value is impossible as data, and chunks that consist of it are still written.
+        Each chunk has a checksum: zarr's own guards only the shard's index, and a flipped byte would go unnoticed.
+        """
+        from zarr.codecs import BloscCname, BloscCodec, BloscShuffle, Crc32cCodec
+
+        codecs: list[Any] = [Crc32cCodec()]
+        if self.blosc is not None:
+            name, level, shuffle, block = self.blosc
+            size, cname = np.dtype(self.spec.dtype).itemsize, BloscCname(name.decode())
+            shuffling = list(BloscShuffle)[shuffle]
+            codecs.insert(0, BloscCodec(typesize=size, cname=cname, clevel=level, shuffle=shuffling, blocksize=block))
+        return {
+            "shards": self.shard,
+            "chunks": self.chunk,
+            "dtype": self.spec.dtype,
+            "fill_value": self.spec.fill_value,
+            "compressors": codecs,
+            "config": {"write_empty_chunks": True},
+        }
+
+
+def arrays(attrs: Attributes) -> dict[str, ArrayLayout]:
+    """The layout of each of a store's arrays."""
+    identity, compression = attrs["identity"], compression_of(attrs)
     context, unit_rows = identity["context"], identity["unit_rows"]
     unit_tokens = unit_rows * context
     chunk = chunk_rows(unit_tokens)
 
-    def array(
-        shard: tuple[int, ...], rows: int, dtype: str, fill_value: Any, compression: str = "zstd"
-    ) -> dict[str, Any]:
-        # Holes must be visible: every array's fill value is impossible as data, and chunks that consist of it are
-        # still written.
-        return {
-            "shards": shard,
-            "chunks": (rows, *shard[1:]),
-            "dtype": dtype,
-            "fill_value": fill_value,
-            "compressors": compressors(compression, np.dtype(dtype).itemsize),
-            "config": {"write_empty_chunks": True},
-        }
+    def array(shard: tuple[int, ...], rows: int, spec: Spec, compression: str = "zstd") -> ArrayLayout:
+        return ArrayLayout(shard, (rows, *shard[1:]), spec, blosc_of(spec, compression))
 
     found = {
-        "tokens": array((unit_rows, context), unit_rows, "int32", -1),
-        "index": array((unit_tokens,), chunk, "uint64", 2**64 - 1),
+        "tokens": array((unit_rows, context), unit_rows, Spec("int32", -1)),
+        "index": array((unit_tokens,), chunk, Spec("uint64", 2**64 - 1)),
     }
     for name, facts in attrs["hookpoints"].items():
         for side, d in (("input", facts["d_in"]), ("output", facts["d_out"])):
-            for suffix, spec in CODECS[identity["codec"]].arrays.items():
+            for suffix, spec in codec_of(identity["codec"], attrs["version"]).arrays.items():
                 shard, rows = (1, 1) if spec.per_unit else (unit_tokens, chunk)
-                wide = (d,) if spec.wide else ()
-                found[f"{name}/{side}{suffix}"] = array(
-                    (shard, *wide), rows, spec.dtype, spec.fill_value, identity["compression"]
-                )
+                wide = () if spec.width is None else (spec.width(d),)
+                found[f"{name}/{side}{suffix}"] = array((shard, *wide), rows, spec, compression)
     return found

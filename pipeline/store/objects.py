@@ -53,11 +53,11 @@ class Bucket(Place):
                 return np.empty(0, np.uint8)  # beyond the end of a file, which servers refuse
             return np.frombuffer(memoryview(content), np.uint8)[:length]
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, *pieces: bytes | memoryview) -> None:
         import obstore
 
         with _explained(self.address):
-            obstore.put(self._store, name, content)
+            obstore.put(self._store, name, pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
     def create(self, name: str, content: bytes) -> bool:
         import obstore

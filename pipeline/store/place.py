@@ -45,9 +45,19 @@ class Place(ABC):
         """Read bytes of a file, fewer if it ends before; a negative `start` counts from the end. The array is read-only
         and valid until this thread's next call."""
 
+    def read_into(self, name: str, start: int, *buffers: memoryview) -> bool:
+        """Fill one buffer of bytes after another; False if the file ends before they are full."""
+        found = self.read_range(name, start, sum(map(len, buffers)))
+        at = 0
+        for buffer in buffers:
+            part = found[at : at + len(buffer)].data
+            buffer[: len(part)] = part
+            at += len(buffer)
+        return len(found) == at
+
     @abstractmethod
-    def write(self, name: str, content: bytes) -> None:
-        """Create or replace a file."""
+    def write(self, name: str, *pieces: bytes | memoryview) -> None:
+        """Create or replace a file, of these pieces."""
 
     @abstractmethod
     def create(self, name: str, content: bytes) -> bool:
@@ -129,8 +139,12 @@ class Directory(Place):
         result: np.ndarray = self._local.memory[:size]
         return result
 
-    def write(self, name: str, content: bytes) -> None:
-        files.write_atomically(self.path / name, content)
+    def read_into(self, name: str, start: int, *buffers: memoryview) -> bool:
+        with (self.path / name).open("rb", buffering=0) as file:
+            return os.preadv(file.fileno(), buffers, start) == sum(map(len, buffers))
+
+    def write(self, name: str, *pieces: bytes | memoryview) -> None:
+        files.write_atomically(self.path / name, lambda file: file.writelines(pieces))
 
     def create(self, name: str, content: bytes) -> bool:
         files.make_folder((self.path / name).parent)

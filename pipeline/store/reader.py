@@ -1,12 +1,14 @@
 """The activation store, for readers: open it, see what is in it, read units and chunks.
 
-On disk (Zarr v3 group): `tokens` [rows, context], `index` [n], `<hookpoint>/input` and `/output` [n, d], `commits/` and
-`statistics/`. A unit is a range of token rows and one shard of every array; it exists only if it has a commit record.
-int8 and fp8 codes have scales beside them (`codec.py`). Only reading activations as tensors needs torch.
+On disk (Zarr v3 group): `tokens` [rows, context], `index` [n], `<hookpoint>/input` and `/output` [n, d] with what their
+codec adds (`codecs/`), `commits/` and `statistics/`. A unit is a range of token rows and one shard of every array; it
+exists only if it has a commit record. Only reading activations as tensors needs torch.
 """
 
 import hashlib
 import json
+import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
@@ -19,13 +21,14 @@ from safetensors import SafetensorError
 from skipcoder.errors import UserError
 from skipcoder.pipeline.store import commit, layout
 from skipcoder.pipeline.store.attrs import Attributes, HookpointFacts, read_attrs
-from skipcoder.pipeline.store.codec import CODECS
+from skipcoder.pipeline.store.codecs import codec_of
 from skipcoder.pipeline.store.place import Directory, Place
 from skipcoder.pipeline.store.places import beside, place_at
 from skipcoder.pipeline.store.shards import ShardReader
 from skipcoder.pipeline.store.stats import Moments, merge_all, pack, unpack
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -36,7 +39,10 @@ class ActivationStore:
         self.place = place
         self.attrs = attrs
         self._arrays: dict[str, Any] = {}
-        self._readers: dict[str, ShardReader | None] = {}
+        self._layouts = layout.arrays(attrs)
+        self._readers: dict[str, ShardReader] = {}
+        self._codec = codec_of(attrs["identity"]["codec"], attrs["version"])
+        self._scratch = Scratch()
 
     @classmethod
     def open(cls, path: str | Path | Place) -> "ActivationStore":
@@ -183,7 +189,7 @@ class ActivationStore:
     @property
     def chunk_rows(self) -> int:
         """Stored tokens per compressed chunk."""
-        return int(self.array("index").chunks[0])
+        return self._layouts["index"].chunk[0]
 
     def rows_of(self, unit: int) -> tuple[int, int]:
         """Token rows [start, stop) of a unit."""
@@ -203,16 +209,9 @@ class ActivationStore:
     def read(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Rows [start, stop) of an array as stored, in `out` if that is given. UserError names a damaged chunk."""
         if name not in self._readers:
-            self._readers[name] = ShardReader.of(self.place, name, self.array(name))
-        reader = self._readers[name]
+            self._readers[name] = ShardReader(self.place, name, self._layouts[name])
         try:
-            rows = reader.read(start, stop, out) if reader is not None else None
-            if rows is None:
-                rows = np.ascontiguousarray(self.array(name)[start:stop])
-            if out is None or rows is out:
-                return rows
-            out[:] = rows
-            return out
+            return self._readers[name].read(start, stop, out)
         except UserError:
             raise
         except (ValueError, RuntimeError, OSError) as error:
@@ -223,7 +222,7 @@ class ActivationStore:
             ) from error
 
     def _unit_of(self, array: str, row: int) -> int:
-        if array.endswith("_channel_scale"):
+        if self._layouts[array].spec.per_unit:
             return row
         return row // (self.unit_rows * (1 if array == "tokens" else self.context))
 
@@ -234,7 +233,8 @@ class ActivationStore:
         return f"delete {self.place}/{commit.record_file(unit)} and re-run the capture to mend it"
 
     def activations(self, hookpoint: str, side: str, start: int, stop: int, out: "Tensor | None" = None) -> "Tensor":
-        """Stored tokens [start, stop) of one side: a bfloat16 tensor [stop - start, d], `out` if that is given."""
+        """Stored tokens [start, stop) of one side: a bfloat16 tensor [stop - start, d], `out` if that is given. It may
+        lie on a GPU: then the codes travel, and the GPU decodes them (in its current stream, which is waited for)."""
         import torch
 
         if out is None:
@@ -249,11 +249,31 @@ class ActivationStore:
         return out
 
     def _decode(self, name: str, unit: int, start: int, stop: int, out: "Tensor") -> None:
-        codec = CODECS[self.attrs["identity"]["codec"]]
-        in_place = codec.codes_of(out)
-        coded = {
-            suffix: self.read(name + suffix, *((unit, unit + 1) if spec.per_unit else (start, stop)), out=in_place)
-            for suffix, spec in codec.arrays.items()
-        }
-        if in_place is None:
-            out.copy_(codec.decode(coded))
+        import torch
+
+        coded, on_gpu = {}, out.device.type == "cuda"
+        for suffix, spec in self._codec.arrays.items():
+            first, last = (unit, unit + 1) if spec.per_unit else (start, stop)
+            shape = (last - first, *self._layouts[name + suffix].chunk[1:])
+            rows = self._scratch.array(suffix, shape, getattr(torch, spec.dtype), on_gpu)
+            self.read(name + suffix, first, last, rows.numpy())
+            coded[suffix] = rows.to(out.device, non_blocking=True)
+        self._codec.decode(coded, out)
+        if on_gpu:
+            torch.cuda.current_stream(out.device).synchronize()  # before this thread's memory is used again
+
+
+class Scratch(threading.local):
+    """Memory of a thread that is used again and again: the first touch of fresh memory costs as much as reading."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[Any, ...], Tensor] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: "torch.dtype", pinned: bool) -> "Tensor":
+        """A tensor of this shape; its content is whatever was last written to it under this name."""
+        import torch
+
+        key, size = (name, dtype, pinned), math.prod(shape)
+        if key not in self._held or len(self._held[key]) < size:
+            self._held[key] = torch.empty(size, dtype=dtype, pin_memory=pinned)
+        return self._held[key][:size].view(shape)

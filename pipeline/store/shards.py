@@ -1,84 +1,104 @@
 """Make shards of a store's arrays in memory, as whole files, and read them chunk by chunk.
 
-zarr-python makes every byte in memory (`encode`): a shard is thus written in one step wherever the store lies, and an
-existing one, perhaps torn, is never read. Reading bypasses zarr-python, which makes two requests and a trip through an
-event loop for each chunk: `ShardReader` remembers the shards' indices and decodes straight into place
-(benchmarks/storage.py). Arrays that are coded differently are left to zarr.
+The bytes are those that zarr-python would write, and zarr-python reads them; a test holds the two together. It is not
+used for either because it works through an event loop, chunk after chunk (benchmarks/storage.py). A shard is written in
+one step wherever the store lies; an existing one, perhaps torn, is never read.
 """
 
 import struct
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from google_crc32c import value as crc32c
+from crc32c import crc32c  # unlike google_crc32c it lets other threads run
 from numcodecs import blosc
 
+from skipcoder.pipeline.store.layout import ArrayLayout
 from skipcoder.pipeline.store.place import Place
 
 _MISSING = 2**64 - 1
 
+Map = Callable[..., Iterator[Any]]
+"""`map`, or that of an executor."""
 
-def encode(array: dict[str, Any], rows: np.ndarray) -> bytes:
-    """The shard that begins with `rows` (no more than one holds). `array`: arguments of zarr's `create_array`."""
-    import zarr
-    from zarr.storage import MemoryStore
 
-    files: dict[str, Any] = {}
-    scratch = zarr.create_array(MemoryStore(files), **{**array, "shape": rows.shape})
-    scratch[:] = rows
-    result: bytes = files["/".join(["c", *["0"] * rows.ndim])].to_bytes()
-    return result
+def encode(array: ArrayLayout, rows: np.ndarray, each: Map = map) -> list[bytes | memoryview]:
+    """The shard that begins with `rows` (no more than one holds), in pieces; `each` may compress in several threads."""
+    length, chunks = array.chunk[0], array.shard[0] // array.chunk[0]
+    pieces, entries, at = [], [], 0
+    for chunk in each(lambda i: _chunk(array, rows[i : i + length]), range(0, len(rows), length)):
+        size = sum(map(len, chunk))
+        pieces += chunk
+        entries.append((at, size))
+        at += size
+    entries += [(_MISSING, _MISSING)] * (chunks - len(entries))
+    index = np.array(entries, "<u8").tobytes()
+    return [*pieces, index, struct.pack("<I", crc32c(index))]
+
+
+def _chunk(array: ArrayLayout, rows: np.ndarray) -> list[bytes | memoryview]:
+    """One chunk's bytes and their checksum; a short one is filled up."""
+    if len(rows) < array.chunk[0]:
+        filled = np.full(array.chunk, array.spec.fill_value, array.spec.dtype)
+        filled[: len(rows)] = rows
+        rows = filled
+    rows = np.ascontiguousarray(rows)
+    coded = rows.data.cast("B") if array.blosc is None else blosc.compress(rows, *array.blosc)
+    return [coded, struct.pack("<I", crc32c(coded))]
 
 
 class ShardReader:
-    """Reader of one array's chunks in a Zarr v3 store, rows along the first dimension."""
+    """Reader of one array's chunks, rows along the first dimension."""
 
-    def __init__(
-        self, place: Place, name: str, shard_rows: int, chunk_shape: tuple[int, ...], dtype: np.dtype[Any]
-    ) -> None:
-        self.place, self.name = place, name
-        self.shard_rows, self.chunk_shape, self.dtype = shard_rows, chunk_shape, dtype
+    def __init__(self, place: Place, name: str, array: ArrayLayout) -> None:
+        self.place, self.name, self.array = place, name, array
         self._index: dict[int, np.ndarray] = {}
 
-    @classmethod
-    def of(cls, place: Place, name: str, array: Any) -> "ShardReader | None":
-        """A reader for a zarr array of a store; None if it is coded differently."""
-        (outer, *rest) = array.metadata.codecs
-        inner = [type(codec).__name__ for codec in getattr(outer, "codecs", ())]
-        known = inner == ["BytesCodec", "BloscCodec", "Crc32cCodec"] and not rest and array.shards is not None
-        little = np.dtype(array.dtype).newbyteorder("<") == array.dtype
-        if not known or not little or array.shards[1:] != array.chunks[1:] or array.chunks[1:] != array.shape[1:]:
-            return None
-        return cls(place, name, array.shards[0], array.chunks, np.dtype(array.dtype))
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows [start, stop), in `out` if that is given. ValueError if a chunk is damaged or missing."""
+        rows = self.array.chunk[0]
+        if out is None:
+            out = np.empty((stop - start, *self.array.chunk[1:]), self.array.spec.dtype)
+        for begin in range(start - start % rows, stop, rows):
+            first, last = max(start, begin), min(stop, begin + rows)
+            part = out[first - start : last - start]
+            if part.shape == self.array.chunk and part.flags.c_contiguous:
+                self._decode(begin, part)
+            else:
+                whole = np.empty(self.array.chunk, self.array.spec.dtype)
+                self._decode(begin, whole)
+                part[:] = whole[first - begin : last - begin]
+        return out
 
-    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray | None:
-        """Rows [start, stop) if they are the beginning of one chunk, else None. ValueError if the chunk is damaged. If
-        `out` is contiguous and of a whole chunk's shape, the chunk is decoded into it and `out` is returned."""
-        rows = self.chunk_shape[0]
-        if start % rows or not 0 < stop - start <= rows:
-            return None
-        shard, chunk = start // self.shard_rows, start % self.shard_rows // rows
-        file = "/".join([self.name, "c", str(shard), *["0"] * (len(self.chunk_shape) - 1)])
+    def _decode(self, start: int, out: np.ndarray) -> None:
+        """Decode the chunk that begins at row `start` into an array of its shape."""
+        shard, row = divmod(start, self.array.shard[0])
+        file = "/".join([self.name, "c", str(shard), *["0"] * (out.ndim - 1)])
         if shard not in self._index:
             self._index[shard] = self._read_index(file)
-        offset, size = self._index[shard][chunk].tolist()
+        offset, size = self._index[shard][row // self.array.chunk[0]].tolist()
         if offset == _MISSING:
             raise ValueError("the chunk is missing from its shard")
-        coded = self.place.read_range(file, offset, size)
-        content, checksum = coded[:-4], coded[-4:].tobytes()
-        if len(coded) < size or crc32c(content) != struct.unpack("<I", checksum)[0]:
+        if self.array.blosc is not None:
+            coded = self.place.read_range(file, offset, size)
+            if len(coded) < size or not _is_checksum(coded[-4:].tobytes(), coded[:-4].data):
+                raise ValueError("its checksum does not match")
+            blosc.decompress(coded[:-4], out)
+            return
+        content, checksum = out.data.cast("B"), memoryview(bytearray(4))  # straight into place
+        if size != len(content) + 4:
+            raise ValueError("its shard's index does not fit")
+        if not self.place.read_into(file, offset, content, checksum) or not _is_checksum(checksum, content):
             raise ValueError("its checksum does not match")
-        if out is None or out.shape != self.chunk_shape or not out.flags.c_contiguous:
-            fresh = np.empty(self.chunk_shape, self.dtype)
-            blosc.decompress(content, fresh)
-            return fresh[: stop - start]
-        blosc.decompress(content, out)
-        return out
 
     def _read_index(self, file: str) -> np.ndarray:
         """uint64 [chunks, 2]: where each chunk of a shard begins, and its size in bytes."""
-        size = 16 * (self.shard_rows // self.chunk_shape[0]) + 4
+        size = 16 * (self.array.shard[0] // self.array.chunk[0]) + 4
         index = self.place.read_range(file, -size, size)
-        if len(index) < size or crc32c(index[:-4]) != struct.unpack("<I", index[-4:].tobytes())[0]:
+        if len(index) < size or not _is_checksum(index[-4:].tobytes(), index[:-4].data):
             raise ValueError("the checksum of its shard's index does not match")
         return index[:-4].copy().view("<u8").reshape(-1, 2)
+
+
+def _is_checksum(checksum: bytes | memoryview, content: memoryview) -> bool:
+    return struct.pack("<I", crc32c(content)) == checksum

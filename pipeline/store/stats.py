@@ -5,9 +5,13 @@ Legend: N tokens, D dimensions.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors.numpy import load, save
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -29,17 +33,18 @@ class Moments:
         return cls(0, np.zeros(d), np.zeros(d), np.zeros(d))
 
     @classmethod
-    def of(cls, z_ND: np.ndarray, error: float = 0.0) -> "Moments":
-        """Two-pass moments of rows. numpy sums axis 0 in one thread, so the bits depend on the rows alone."""
-        if not len(z_ND):
-            return cls.empty(z_ND.shape[1])
-        mean = z_ND.mean(axis=0, dtype=np.float64)
-        m2, norms = np.zeros_like(mean), 0.0
-        for start in range(0, len(z_ND), 1024):  # 1024 rows keep the float64 copy small
-            rows = z_ND[start : start + 1024].astype(np.float64)
-            norms += float(np.sqrt((rows**2).sum(axis=1)).sum())
-            m2 += ((rows - mean) ** 2).sum(axis=0)
-        return cls(len(z_ND), mean, m2, np.abs(z_ND).max(axis=0).astype(np.float64), norms, error)
+    def of(cls, z_ND: "Tensor", error: float = 0.0) -> "Moments":
+        """Moments of rows; `error`: what the codec lost of them."""
+        return cls.of_sums(len(z_ND), sums(z_ND).cpu().numpy(), error)
+
+    @classmethod
+    def of_sums(cls, count: int, found: np.ndarray, error: float = 0.0) -> "Moments":
+        """Moments of `count` rows from their `sums`."""
+        shift, total, squares, absmax = found[:-1].reshape(4, -1)
+        if not count:
+            return cls.empty(len(shift))
+        m2 = np.maximum(squares - total**2 / count, 0.0)
+        return cls(count, shift + total / count, m2, absmax, float(found[-1]), error)
 
     def merge(self, other: "Moments") -> "Moments":
         """Merge by Chan's update, as if both sets of rows had been seen at once."""
@@ -101,3 +106,47 @@ def merge_all(parts: Iterable[Moments], total: Moments) -> Moments:
     for part in parts:
         total = total.merge(part)
     return total
+
+
+def sums(z_ND: "Tensor") -> "Tensor":
+    """float64 [4 D + 1] on the device of the rows: the first row, the sums of all rows' differences from it and of
+    their squares, the largest magnitudes; and the sum of the rows' lengths.
+
+    One pass. The differences are exact, and so small that nothing is lost where a mean is large. In a fixed order, so
+    that the bits depend on the rows and the kind of device alone.
+    """
+    import torch
+
+    d = z_ND.shape[1]
+    if not len(z_ND):
+        return torch.zeros(4 * d + 1, dtype=torch.float64, device=z_ND.device)
+    if z_ND.device.type == "cpu":
+        return torch.from_numpy(_sums_on_cpu(z_ND))
+    found = torch.zeros(4 * d + 1, dtype=torch.float64, device=z_ND.device)
+    shift, total, squares, absmax = found[:-1].view(4, d)
+    shift.copy_(z_ND[0])
+    for rows in z_ND.split(4096):  # the float64 copy stays small
+        exact = rows.double()
+        found[-1] += torch.linalg.vector_norm(exact, dim=1).sum()
+        torch.maximum(absmax, exact.abs().amax(dim=0), out=absmax)
+        exact -= shift
+        total += exact.sum(dim=0)
+        squares += exact.square_().sum(dim=0)
+    return found
+
+
+def _sums_on_cpu(z_ND: "Tensor") -> np.ndarray:
+    """By numpy, which sums in one thread."""
+    d = z_ND.shape[1]
+    found = np.zeros(4 * d + 1)
+    shift, total, squares, absmax = found[:-1].reshape(4, d)
+    shift[:] = z_ND[0].double().numpy()
+    scratch = np.empty((256, d))
+    for some in z_ND.split(len(scratch)):  # they stay in a core's cache
+        rows, exact = some.float().numpy(), scratch[: len(some)]
+        np.maximum(absmax, np.maximum(rows.max(axis=0), -rows.min(axis=0)), out=absmax)
+        np.subtract(rows, shift, out=exact)
+        total += exact.sum(axis=0)
+        squares += np.square(exact, out=exact).sum(axis=0)
+        found[-1] += np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64)).sum()
+    return found

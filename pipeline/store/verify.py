@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 
 import numpy as np
-from google_crc32c import value as crc32c
+from crc32c import crc32c
 
 from skipcoder.errors import UserError
 from skipcoder.pipeline.store import commit, layout
@@ -68,14 +68,16 @@ def _of_unit(store: ActivationStore, unit: int) -> Iterator[str]:
 
 def _content(store: ActivationStore, unit: int, record: commit.Commit) -> Iterator[str]:
     """Check values against checksums and statistics; yield every chunk that cannot be decoded."""
+    import torch
+
     tokens = store.tokens(unit)
     if crc32c(np.ascontiguousarray(tokens, dtype="<i4").tobytes()) != record.tokens_crc32c:
         yield "tokens: other ids than those that were captured"
     start, stop = store.unit_range(unit)
     chunks = [(a, min(a + store.chunk_rows, stop)) for a in range(start, stop, store.chunk_rows)]
     bad = set()
-    for name in ("index", *(f"{h}/{side}" for h in store.hookpoints for side in commit.SIDES)):
-        for a, b in chunks:
+    for name, array in layout.arrays(store.attrs).items():
+        for a, b in [(unit, unit + 1)] if array.spec.per_unit else chunks if name != "tokens" else []:
             try:
                 store.read(name, a, b)
             except UserError as error:
@@ -90,14 +92,14 @@ def _content(store: ActivationStore, unit: int, record: commit.Commit) -> Iterat
     for hookpoint in store.hookpoints:
         recorded = commit.read_statistics(store.place, hookpoint, record)
         for side in commit.SIDES:
-            if f"{hookpoint}/{side}" in bad:
+            if any(name.startswith(f"{hookpoint}/{side}") for name in bad):
                 continue
-            values = store.activations(hookpoint, side, start, stop).float().numpy()
-            if not np.isfinite(values).all():
+            values = store.activations(hookpoint, side, start, stop)
+            if not values.isfinite().all():
                 yield f"{hookpoint}/{side}: NaN or infinity"
             chosen = classes_of(store.attrs, index, tokens.ravel()[index - start])
             for where in commit.POSITIONS:
-                if not _equal(Moments.of(values[chosen[where]]), recorded[f"{side}/{where}"]):
+                if not _equal(Moments.of(values[torch.from_numpy(chosen[where])]), recorded[f"{side}/{where}"]):
                     yield f"{hookpoint}/{side}: statistics of `{where}` positions differ from the record"
 
 

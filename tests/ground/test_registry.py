@@ -54,7 +54,7 @@ def test_an_entry_point_of_a_package(table: Registry[int], tmp_path: Path) -> No
 @pytest.mark.ray
 def test_workers_of_ray_find_them(tiny_model: Path, text_file: Path, tmp_path: Path, store: ActivationStore) -> None:
     (tmp_path / "of_workers.py").write_text(
-        "from skipcoder.pipeline.store.codec import CODECS, Bf16\nCODECS['mine'] = type('Mine', (Bf16,), {})\n"
+        "from skipcoder.pipeline.store.codecs import CODECS, Bf16\nCODECS['mine'] = type('Mine', (Bf16,), {})\n"
     )
     run = command(tiny_model, text_file, tmp_path / "s.zarr", "store.codec=mine")
     environment = os.environ | {"SKIPCODER_PLUGINS": "of_workers", "PYTHONPATH": str(tmp_path)}

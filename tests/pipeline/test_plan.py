@@ -8,7 +8,7 @@ import pytest
 from skipcoder.pipeline import cache, plan
 from skipcoder.pipeline.config import CacheConfig
 from skipcoder.pipeline.model import load as model
-from skipcoder.pipeline.store.codec import CODECS
+from skipcoder.pipeline.store.codecs import CODECS
 from tests.conftest import CONTEXT, D_MODEL
 
 pytestmark = pytest.mark.slow

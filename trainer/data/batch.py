@@ -50,31 +50,27 @@ class BatchLayout(NamedTuple):
 
 
 class Assembly:
-    """A batch in the making: collects this rank's rows of what `add` is given, and moves them to the stream's device
-    and dtype."""
+    """A batch in the making: collects this rank's rows of what `add` is given, all on the stream's device, in its
+    dtype."""
 
     def __init__(self, layout: BatchLayout) -> None:
         self.layout, self.tokens, self.mine = layout, 0, 0
-        self.on_gpu = layout.device.type == "cuda"  # the GPU converts, so that half the bytes travel
-        dtype = torch.bfloat16 if self.on_gpu else layout.dtype
-        sides = [torch.empty(layout.most, d, dtype=dtype, pin_memory=self.on_gpu) for d in layout.widths]
+        sides = [torch.empty(layout.most, d, dtype=layout.dtype, device=layout.device) for d in layout.widths]
         self.columns = (*sides, torch.empty(layout.most, dtype=torch.int64))
 
     def add(self, columns: tuple[Tensor, ...], rows: Tensor) -> None:
-        """Add the next tokens of the global batch."""
+        """Add the next tokens of the global batch: rows of the columns, the last of which, positions, is in memory."""
         first = (self.layout.rank - self.tokens) % self.layout.world_size
         rows_of_mine = rows[first :: self.layout.world_size]
-        for some in rows_of_mine.split(GATHER_ROWS):
+        for some in rows_of_mine.split(GATHER_ROWS if self.layout.device.type == "cpu" else self.layout.most):
+            there = some.to(self.layout.device, non_blocking=True)
             for out, z in zip(self.columns, columns, strict=True):
-                out[self.mine : self.mine + len(some)] = z.index_select(0, some)
+                out[self.mine : self.mine + len(some)] = z.index_select(0, there if z.device == there.device else some)
             self.mine += len(some)
         self.tokens += len(rows)
 
     def done(self) -> Batch:
         """Return the finished batch."""
         *sides, position = (z[: self.mine] for z in self.columns)
-        if self.on_gpu:
-            sides = [z.to(self.layout.device, non_blocking=True) for z in sides]
-        sides = [z.to(self.layout.device, self.layout.dtype) for z in sides]
         pairs = zip(sides[::2], sides[1::2], strict=True)
         return Batch(dict(zip(self.layout.hookpoints, pairs, strict=True)), position, self.tokens)

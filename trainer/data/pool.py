@@ -1,4 +1,4 @@
-"""The chunks that are shuffled together, decoded in memory."""
+"""The chunks that are shuffled together, decoded where the coders are trained: in memory or on a GPU."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +13,14 @@ from torch import Tensor
 from skipcoder.pipeline.store.commit import SIDES
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.data.filter import TokenFilter
+from skipcoder.trainer.data.lane import Lane
 
 KEEP_BYTES = 2**30
-"""A split of at most this size is kept decoded in memory after its first epoch."""
+"""A split of at most this size is kept decoded after its first epoch."""
 
 Columns = tuple[Tensor, ...]
-"""Both sides of each hookpoint in turn, then the positions; a slot of `chunk_rows` rows for each chunk."""
+"""Both sides of each hookpoint in turn, then, always in memory, the positions; a slot of `chunk_rows` rows for each
+chunk."""
 
 
 class Chunk(NamedTuple):
@@ -30,7 +32,7 @@ class Chunk(NamedTuple):
 
 
 class Pool:
-    """Reads chunks of a store into columns of memory, which are reused."""
+    """Reads chunks of a store into columns, which are reused."""
 
     def __init__(
         self,
@@ -40,10 +42,11 @@ class Pool:
         filter: TokenFilter,
         at_once: int,
         keep: bool,
+        lane: Lane,
     ) -> None:
         """`at_once`: chunks that are shuffled together; `keep`: whether to keep every chunk once it has been read."""
         self.store, self.hookpoints, self.chunks, self.filter = store, hookpoints, chunks, filter
-        self.at_once = min(at_once, len(chunks))
+        self.at_once, self.lane = min(at_once, len(chunks)), lane
         self._free: list[Columns] = []
         self._whole = self._allocate(len(chunks)) if keep else None
         self._kept_rows: dict[int, np.ndarray] = {}
@@ -66,7 +69,9 @@ class Pool:
     def _allocate(self, chunks: int) -> Columns:
         rows = chunks * self.store.chunk_rows
         widths = [self.store.width(name, side) for name in self.hookpoints for side in SIDES]
-        return *(torch.empty(rows, d, dtype=torch.bfloat16) for d in widths), torch.empty(rows, dtype=torch.int64)
+        with self.lane():
+            sides = [torch.empty(rows, d, dtype=torch.bfloat16, device=self.lane.device) for d in widths]
+        return *sides, torch.empty(rows, dtype=torch.int64)
 
     def _decode(self, chunk: int, columns: Columns, slot: int) -> np.ndarray:
         """Decode a chunk into its slot; return the rows of the columns that the filter keeps."""
@@ -76,9 +81,10 @@ class Pool:
         keep = self.filter.keep(position, tokens, self.store.context, self.store.attrs["special_tokens"])
         place = slice(slot * self.store.chunk_rows, slot * self.store.chunk_rows + stop - start)
         columns[-1][place] = torch.from_numpy(position)
-        for i, z in enumerate(columns[:-1]):
-            name, side = self.hookpoints[i // 2], SIDES[i % 2]
-            self.store.activations(name, side, start, stop, out=z[place])
+        with self.lane():
+            for i, z in enumerate(columns[:-1]):
+                name, side = self.hookpoints[i // 2], SIDES[i % 2]
+                self.store.activations(name, side, start, stop, out=z[place])
         rows: np.ndarray = keep.nonzero()[0] + place.start
         return rows
 

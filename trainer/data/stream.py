@@ -4,14 +4,15 @@ The mental model: an epoch is a list of chunks (`order.epoch_order`); every `poo
 block is read, filtered, permuted as a whole and drained into batches. A batch may span two blocks, never two
 epochs. Three integers, (epoch, block, offset), say where the next token is; resuming reads one block.
 
-Two threads run ahead: one decodes the next block, straight into its place in memory, and one gathers the next batch and
-sends it to the device.
+Threads run ahead: some read the next block and decode it straight into its place, in memory or, from the codes that
+were read, on the GPU; one gathers the next batch there. The order is computed here, so that it is the same everywhere.
 
 Legend: B tokens of a batch, D input width, E output width.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -27,12 +28,13 @@ from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.data.ahead import ahead
 from skipcoder.trainer.data.batch import Assembly, Batch, BatchLayout
 from skipcoder.trainer.data.filter import USUAL, TokenFilter
+from skipcoder.trainer.data.lane import Lane
 from skipcoder.trainer.data.order import block_permutation, epoch_order
 from skipcoder.trainer.data.pool import KEEP_BYTES, Chunk, Columns, Pool
 
 POOL_BYTES = 2**29
-"""Bytes of pairs that are shuffled together by default. A reader holds three times as much. A larger pool would mix
-batches better; benchmarks/README.md says by how much."""
+"""Bytes of pairs shuffled together by default. A stream holds three times as much, in memory or on the GPU, and, for
+each reader, a chunk of one side. A larger pool would mix batches better; benchmarks/README.md says by how much."""
 
 
 class Position(TypedDict):
@@ -74,6 +76,7 @@ class ActivationStream:
         world_size: int = 1,
         pool_chunks: int | None = None,
         epochs: int | None = None,
+        readers: int | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -104,8 +107,11 @@ class ActivationStream:
         self.pool_chunks = pool_chunks or max(1, POOL_BYTES // (pair_bytes * store.chunk_rows))
         keep = epochs != 1 and self.tokens * pair_bytes <= KEEP_BYTES
         most = -(-min(batch_tokens, self.tokens) // world_size)
+        cores = (os.cpu_count() or 1) if self.device.type == "cuda" else 1
+        self.readers = readers or max(store.place.parallel, cores)
         self._batch_layout = BatchLayout(self.hookpoints, self.widths, rank, world_size, most, self.device, dtype)
-        self._pool = Pool(store, self.hookpoints, self.chunks, filter, self.pool_chunks, keep)
+        self._lane = Lane(self.device)
+        self._pool = Pool(store, self.hookpoints, self.chunks, filter, self.pool_chunks, keep, self._lane)
 
     # ---- position ---------------------------------------------------------------------------------
 
@@ -142,15 +148,18 @@ class ActivationStream:
     def __iter__(self) -> Generator[Batch]:
         batches = ahead(self._batches())
         try:
-            for batch, (self.epoch, self.block, self.offset) in batches:
+            for batch, mark, (self.epoch, self.block, self.offset) in batches:
+                self._lane.hand_over(mark, (z for pair in batch.pairs.values() for z in pair))
                 yield batch
         finally:
             batches.close()
 
-    def _batches(self) -> Generator[tuple[Batch, tuple[int, int, int]]]:
-        """Yield batches, each with the position after it."""
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+    def _batches(self) -> Generator[tuple[Batch, torch.cuda.Event | None, tuple[int, int, int]]]:
+        """Yield batches, each with the mark of its end in the lane and the position after it."""
+        with self._lane():
+            yield from self._assembled()
+
+    def _assembled(self) -> Generator[tuple[Batch, torch.cuda.Event | None, tuple[int, int, int]]]:
         epoch, number, offset = self.epoch, self.block, self.offset
         batch, seen = Assembly(self._batch_layout), False
         blocks = ahead(self._blocks())
@@ -164,10 +173,11 @@ class ActivationStream:
                     batch.add(block.columns, block.shuffle[offset:stop])
                     offset = stop
                     if batch.tokens == self.batch_tokens:
-                        yield batch.done(), ((*after, 0) if stop == size else (epoch, number, stop))
+                        position = (*after, 0) if stop == size else (epoch, number, stop)
+                        yield batch.done(), self._lane.mark(), position
                         batch = Assembly(self._batch_layout)
                 if block.is_last and batch.tokens:
-                    yield batch.done(), (*after, 0)
+                    yield batch.done(), self._lane.mark(), (*after, 0)
                     batch = Assembly(self._batch_layout)
                 (epoch, number), offset = after, 0
                 self._pool.release(block.columns)
@@ -178,7 +188,7 @@ class ActivationStream:
 
     def _blocks(self) -> Generator[_Block]:
         epoch, number = self.epoch, self.block
-        with ThreadPoolExecutor(self.store.place.parallel) as threads:
+        with ThreadPoolExecutor(self.readers, thread_name_prefix="reader") as threads:
             while self.epochs is None or epoch < self.epochs:
                 order = epoch_order(self.seed, epoch, [chunk.unit for chunk in self.chunks])
                 last = -(-len(order) // self.pool_chunks) - 1
@@ -186,5 +196,8 @@ class ActivationStream:
                     chosen = order[block * self.pool_chunks : (block + 1) * self.pool_chunks].tolist()
                     columns, rows = self._pool.read(chosen, threads)
                     shuffle = torch.from_numpy(rows[block_permutation(self.seed, epoch, block, len(rows))])
+                    if self.device.type == "cuda":
+                        with self._lane():
+                            shuffle = shuffle.pin_memory()
                     yield _Block(epoch, block, block == last, columns, shuffle)
                 epoch, number = epoch + 1, 0

@@ -49,6 +49,7 @@ def make_stream(cfg: TrainConfig, store: ActivationStore, device: str, ranks: Ra
         rank=ranks.rank,
         world_size=ranks.size,
         pool_chunks=cfg.stream.pool_chunks,
+        readers=cfg.stream.readers,
         device=device,
     )
 

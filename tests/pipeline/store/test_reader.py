@@ -79,9 +79,14 @@ def test_splits(store: ActivationStore) -> None:
 
 
 def test_plain_zarr_reads_it(store: ActivationStore) -> None:
-    """No skipcoder needed: bf16 bits are the upper half of a float32."""
+    """No skipcoder needed: the planes make bf16 bits, which are the upper half of a float32."""
     group: Any = zarr.open_group(store.path, mode="r")
-    bits = group["layers.1.mlp/output"][:5].astype("uint32") << 16
+    output = "layers.1.mlp/output"
+    byte, low, high = (
+        group[f"{output}{suffix}"][:5].astype("uint32") for suffix in ("", "_exponent", "_exponent_high")
+    )
+    below = np.concatenate([low & 15 | (high & 15) << 4, low >> 4 | high & 0xF0], axis=1)[:, : byte.shape[1]]
+    bits = byte >> 7 << 31 | (group[f"{output}_exponent_top"][0] - below) << 23 | (byte & 0x7F) << 16
     mine = store.activations("layers.1.mlp", "output", 0, 5).float().numpy()
     np.testing.assert_array_equal(bits.view("float32"), mine)
     assert group["tokens"].shape == (UNITS * UNIT_ROWS, CONTEXT)
@@ -172,7 +177,7 @@ def test_what_was_derived_from_other_bytes_is_not_used(copy: Path) -> None:
     record = json.loads((copy / commit.record_file(0)).read_text())
     name = commit.statistics_file("layers.1.mlp", 0)
     moments = unpack((copy / name).read_bytes())
-    moments["output/other"] = Moments.of(np.full((9, D_MODEL), 7.0, np.float32))
+    moments["output/other"] = Moments.of(torch.full((9, D_MODEL), 7.0))
     (copy / name).write_bytes(pack(moments))
     record["shards"][name] = commit.checksum((copy / name).read_bytes())
     (copy / commit.record_file(0)).write_text(json.dumps(record))

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from skipcoder.errors import UserError
 from skipcoder.pipeline import cache
 from skipcoder.pipeline.capture import worker
+from skipcoder.pipeline.capture.unit import NonFiniteError, code
 from skipcoder.pipeline.model.hookpoints import Hookpoint
 from skipcoder.pipeline.store import commit, layout, writer
 from skipcoder.pipeline.store.places import place_at
@@ -94,12 +95,12 @@ def test_a_record_of_a_shorter_capture_does_not_count(tmp_path: Path, cache_conf
 
 def test_a_worker_of_a_shorter_capture_commits_nothing(tmp_path: Path, cache_config: Any, capture_here: Any) -> None:
     short = capture_here(cache_config(tmp_path / "s.zarr", rows=70))
-    pairs = {"layers.1.mlp": (torch.zeros(32, D_MODEL), torch.zeros(32, D_MODEL))}
-    block = short.tokens(17)
+    pairs = [("layers.1.mlp", (torch.zeros(32, D_MODEL), torch.zeros(32, D_MODEL)))]
+    coded = code(short.attrs, 17, short.tokens(17), pairs).finished()
     store = capture_here(cache_config(tmp_path / "s.zarr", rows=100))
     commit.withdraw(store.place, 17)
     with pytest.raises(UserError, match="has grown while it was captured"):
-        writer.write_unit(store.place, short.attrs, 17, pairs, block)
+        writer.write_unit(store.place, short.attrs, coded)
     assert 17 not in commit.committed_units(store.place)
 
 
@@ -188,7 +189,7 @@ def test_nan_fails_its_unit_with_its_place_and_commits_nothing(
             return self.mlp(z)
 
     hookpoint = Hookpoint("layers.1.mlp", "mlp", "mlp")
-    with pytest.raises(worker.NonFiniteError, match=r"layers.1.mlp/input: activation at row 9, position 5"):
+    with pytest.raises(NonFiniteError, match=r"layers.1.mlp/input: activation at row 9, position 5"):
         worker.capture_unit(Poisoned(), store, [hookpoint], 2, "cpu")
     assert 2 not in commit.committed_units(place_at(store.path))
     assert layout.num_units(store.rows, UNIT_ROWS) == UNITS

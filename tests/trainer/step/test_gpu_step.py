@@ -53,7 +53,7 @@ def in_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def learner(**options: Any) -> tuple[Learner, list[Any]]:
     g = torch.Generator().manual_seed(0)
     batches = [(torch.randn(N, D, generator=g), torch.randn(N, D, generator=g)) for _ in range(2)]
-    x, y = (Moments.of(torch.cat(side).numpy()) for side in zip(*batches, strict=True))
+    x, y = (Moments.of(torch.cat(side)) for side in zip(*batches, strict=True))
     coder: dict[str, Any] = {"kind": Kind.transcoder, "k": K, "width": M, **options.pop("coder", {})}
     loop = LoopConfig(tokens=3 * N, batch_tokens=N, dead_tokens=N, **options.pop("train", {}))
     cfg = TrainConfig(coder=CoderConfig(**coder), train=loop, **options)

@@ -1,0 +1,132 @@
+"""Stores of earlier formats open, grow and are recoded; a recoded store is the old one to everything but the disk."""
+
+import hashlib
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from skipcoder.errors import UserError
+from skipcoder.pipeline import cache
+from skipcoder.pipeline.config import Compression
+from skipcoder.pipeline.store import commit, writer
+from skipcoder.pipeline.store.places import place_at
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.pipeline.store.recode import recode
+from skipcoder.pipeline.store.verify import problems
+from skipcoder.trainer.data.stream import ActivationStream
+from tests.conftest import REPO
+from tests.pipeline.store.test_writer import files
+
+HERE, MLP = Path(__file__).parent, "layers.1.mlp"
+CONTENT = {
+    "format-2-bf16": {"index": "4126e85c8be617c4", "input": "f93d3636c1da175d", "output": "cf422f238c7c171f"},
+    "format-2-int8": {"index": "4126e85c8be617c4", "input": "9f569e84c6cd9bae", "output": "4cfe80aa314042ce"},
+}
+"""Hashes of what the version that wrote the store read in it."""
+
+
+def unpacked(name: str, folder: Path) -> ActivationStore:
+    with tarfile.open(HERE / f"{name}.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return ActivationStore.open(folder / f"{name}.zarr")
+
+
+def content(store: ActivationStore) -> dict[str, str]:
+    n = store.rows * store.context
+    arrays = {"index": store.read("index", 0, n)}
+    arrays |= {side: store.activations(MLP, side, 0, n).view(torch.int16).numpy() for side in commit.SIDES}
+    return {name: hashlib.sha256(np.ascontiguousarray(a).tobytes()).hexdigest()[:16] for name, a in arrays.items()}
+
+
+@pytest.mark.parametrize("name", CONTENT)
+def test_released_formats_are_read(name: str, tmp_path: Path) -> None:
+    store = unpacked(name, tmp_path)
+    assert content(store) == CONTENT[name]
+    assert list(problems(store.place)) == []
+
+
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+@pytest.mark.parametrize("name", CONTENT)
+def test_a_recoded_store_is_the_old_one(name: str, compression: str, tmp_path: Path) -> None:
+    """Values, statistics, order; interrupted after every unit."""
+    old, new = unpacked(name, tmp_path), place_at(tmp_path / "new.zarr")
+    for done in range(len(old.units)):
+        for _ in recode(old, new, compression):
+            if len(commit.committed_units(new)) > done:
+                break  # one more than before
+        assert len(commit.committed_units(new)) == done + 1
+    list(recode(old, new, compression))
+    store = ActivationStore.open(new)
+    assert content(store) == CONTENT[name] and store.attrs["version"] == 3
+    assert list(problems(new)) == []
+    for side in commit.SIDES:
+        for field, value in vars(old.moments(MLP, side)).items():
+            np.testing.assert_array_equal(getattr(store.moments(MLP, side), field), value)
+    before, after = (ActivationStream(s, MLP, 100, epochs=1) for s in (old, store))
+    assert before.layout_hash() == after.layout_hash()  # what a checkpoint of a run asks for
+    assert all(torch.equal(a.x, b.x) for a, b in zip(before, after, strict=True))
+
+
+def test_what_cannot_be_recoded(tmp_path: Path) -> None:
+    store = unpacked("format-2-bf16", tmp_path)
+    with pytest.raises(UserError, match="onto itself"):
+        list(recode(store, store.place, "zstd"))
+    list(recode(store, place_at(tmp_path / "new.zarr"), "zstd"))
+    with pytest.raises(UserError, match="another store, or has another compression"):
+        list(recode(store, place_at(tmp_path / "new.zarr"), "lz4"))
+    commit.withdraw(store.place, 3)
+    with pytest.raises(UserError, match="is unfinished"):
+        list(recode(ActivationStore.open(store.place), place_at(tmp_path / "more.zarr"), "zstd"))
+
+
+@pytest.mark.slow
+def test_a_store_of_format_2_grows_as_it_is(
+    tmp_path: Path, cache_config: Any, capture_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes as captured at once; recoded, it grows as format 3 does."""
+
+    def as_before(described: Any, compression: str) -> Any:
+        attrs = new_attrs(described, compression)
+        del attrs["compression"]
+        attrs["identity"]["compression"] = compression
+        return {**attrs, "version": 2, "identity_hash": attrs_module.identity_hash(attrs["identity"])}
+
+    from skipcoder.pipeline.store import attrs as attrs_module
+
+    new_attrs = attrs_module.new_attrs
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "new_attrs", as_before)
+        patch.setattr(writer, "refuse_other_identity", lambda *_: None)
+        capture_here(cache_config(tmp_path / "grown.zarr", rows=70))
+        capture_here(cache_config(tmp_path / "whole.zarr", rows=100))
+    list(recode(ActivationStore.open(tmp_path / "grown.zarr"), place_at(tmp_path / "new.zarr"), "zstd"))
+    for path in ("grown.zarr", "new.zarr"):
+        capture_here(cache_config(tmp_path / path, rows=100))
+    assert files(tmp_path / "grown.zarr") == files(tmp_path / "whole.zarr")
+    grown, recoded = (ActivationStore.open(tmp_path / f"{name}.zarr") for name in ("grown", "new"))
+    assert content(grown) == content(recoded) and recoded.attrs["version"] == 3
+    with pytest.raises(UserError, match=r"compressed with zstd, not store.compression=lz4.*skipcoder-store recode"):
+        cache.capture(cache_config(tmp_path / "new.zarr", rows=100, compression=Compression.lz4))
+
+
+@pytest.mark.parametrize("plane", ["", "_exponent"])
+def test_a_plane_without_the_other_is_named(copy: Path, plane: str) -> None:
+    (copy / f"layers.2.mlp/input{plane}/c/4/0").unlink()
+    with pytest.raises(UserError, match=rf"layers.2.mlp/input{plane}/c/4/0: expected \d+ bytes, found no such file"):
+        ActivationStore.open(copy)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    store = unpacked("format-2-bf16", tmp_path)
+    command = [sys.executable, str(REPO / "pipeline/store_cli.py"), "recode", str(store.path), "new.zarr"]
+    run = subprocess.run([*command, "--compression", "lz4"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and "new.zarr holds what" in run.stdout, run.stderr
+    assert content(ActivationStore.open(tmp_path / "new.zarr")) == CONTENT["format-2-bf16"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "has another compression" in run.stderr and "Traceback" not in run.stderr

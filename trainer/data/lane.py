@@ -1,0 +1,33 @@
+"""The work of a stream on a GPU: copies, decoding and gathering, in a queue of their own beside the training step's."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Lane:
+    """A queue on a device; on a CPU, nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._queue = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        """Context in which what this thread asks of the device goes into the queue."""
+        return nullcontext() if self._queue is None else torch.cuda.stream(self._queue)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """Mark the end of what has been asked so far."""
+        return None if self._queue is None else self._queue.record_event()
+
+    def hand_over(self, mark: torch.cuda.Event | None, tensors: Iterable[Tensor]) -> None:
+        """Let the caller's own queue use tensors that were made here, as soon as the device has come to the mark."""
+        if mark is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(mark)
+            for tensor in tensors:
+                if tensor.is_cuda:
+                    tensor.record_stream(current)  # their memory is not used again before the caller is done
