@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from skipcoder.pipeline.capture.unit import code
+from skipcoder.pipeline.capture.unit import code, plan
 from skipcoder.pipeline.store import writer
 from skipcoder.pipeline.store.attrs import VERSION, Attributes, compression_of, identity_hash, read_attrs
 from skipcoder.pipeline.store.places import place_at
@@ -44,7 +44,7 @@ def recoded(
         }
         begun = time.perf_counter()
         with ThreadPoolExecutor(threads) as pool:
-            coded = code(now, unit, store.tokens(unit), pairs.items()).finished()
+            coded = code(now, plan(now, unit, store.tokens(unit), "cpu"), pairs.items()).finished()
             writer.write_unit(place, now, coded, pool.map)
         seconds += time.perf_counter() - begun
     return ActivationStore.open(path), seconds

@@ -69,38 +69,53 @@ class Coding(NamedTuple):
         )
 
 
-def code(
-    attrs: Attributes, unit: int, tokens: np.ndarray, pairs: Iterable[tuple[str, tuple[Tensor, Tensor]]]
-) -> Coding:
-    """Permute, encode and measure a unit.
+class Plan(NamedTuple):
+    """What is known of a unit before the model has run over it."""
 
-    `pairs`: (hookpoint, (input [N, D], output [N, D'])), in token order; `tokens`: the unit's rows.
+    unit: int
+    tokens: np.ndarray
+    order: np.ndarray
+    order_N: Tensor
+    """The same on the device."""
+    classes: dict[str, Tensor]
+    """Stored tokens of each class of positions, on the device."""
+
+
+def plan(attrs: Attributes, unit: int, tokens: np.ndarray, device: str) -> Plan:
+    """Make the plan, and send it to the device before the model keeps that busy: a copy from ordinary memory waits.
+
+    `tokens`: the unit's rows.
     """
-    identity, codec = attrs["identity"], _codec(attrs)
+    identity = attrs["identity"]
     start = layout.unit_token_rows(unit, attrs["rows"], identity["unit_rows"]).start * identity["context"]
     order = layout.permutation(identity["seed"], unit, tokens.size)
-    classes = {w: c.nonzero()[0] for w, c in classes_of(attrs, start + order, tokens.ravel()[order]).items()}
+    classes = classes_of(attrs, start + order, tokens.ravel()[order])
+    there = {where: torch.from_numpy(c.nonzero()[0]).to(device) for where, c in classes.items()}
+    return Plan(unit, tokens, order, torch.from_numpy(order).to(device), there)
+
+
+def code(attrs: Attributes, plan: Plan, pairs: Iterable[tuple[str, tuple[Tensor, Tensor]]]) -> Coding:
+    """Permute, encode and measure a unit. `pairs`: (hookpoint, (input [N, D], output [N, D'])), in token order."""
+    codec = _codec(attrs)
     arrays: dict[str, Tensor] = {}
     measured: dict[str, tuple[int, Tensor, Tensor]] = {}
     copied = None
     for name, sides in pairs:
-        device = sides[0].device
-        order_N, *rows_of_classes = (torch.from_numpy(rows).to(device) for rows in (order, *classes.values()))
         for side, z in zip(commit.SIDES, sides, strict=True):
-            z = z[order_N]
+            z = z[plan.order_N]
             coded = codec.encode(z)
             arrays |= {f"{name}/{side}{suffix}": _host(rows) for suffix, rows in coded.items()}
             values = z
             if not (codec.exact and z.dtype == torch.bfloat16):
-                values = torch.empty(z.shape, dtype=torch.bfloat16, device=device)
+                values = torch.empty_like(z, dtype=torch.bfloat16)
                 codec.decode(coded, values)
-            for where, rows in zip(classes, rows_of_classes, strict=True):
+            for where, rows in plan.classes.items():
                 lost = _squared_distance(values, z, rows)
                 measured[f"{name}/{side}/{where}"] = len(rows), _host(sums(values[rows])), _host(lost)
-        if device.type == "cuda":
-            copied = torch.cuda.Event()
-            copied.record()
-    return Coding(attrs, unit, tokens, order, arrays, measured, copied)
+    if plan.order_N.is_cuda:
+        copied = torch.cuda.Event()
+        copied.record()
+    return Coding(attrs, plan.unit, plan.tokens, plan.order, arrays, measured, copied)
 
 
 def _codec(attrs: Attributes) -> type[Codec]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skipcoder.files import DISK_FULL
-from skipcoder.pipeline.capture.unit import NonFiniteError, code
+from skipcoder.pipeline.capture.unit import NonFiniteError, code, plan
 from skipcoder.pipeline.config import ModelConfig
 from skipcoder.pipeline.model.hookpoints import Hookpoint
 from skipcoder.pipeline.model.hooks import capture
@@ -82,15 +82,16 @@ def capture_unit(
     tokens = store.tokens(unit)
     rows = micro_batch_rows(store.attrs["identity"]["micro_batch_tokens"], store.context)
     sides: dict[str, list[list[Tensor]]] = {h.name: [[], []] for h in hookpoints}
+    ahead, held = plan(store.attrs, unit, tokens, device), _where_to_hold(store, device)
+    ids = torch.from_numpy(tokens).long().to(device)
     with alone or nullcontext():
-        held = _where_to_hold(store, device)
         for i in range(0, len(tokens), rows):
-            part = capture(model, hookpoints, torch.from_numpy(tokens[i : i + rows]).long().to(device))
+            part = capture(model, hookpoints, ids[i : i + rows])
             for name, pair in part.items():
                 for taken, z in zip(sides[name], pair, strict=True):
                     taken.append(z.to(held))
         whole = ((name, _joined(sides.pop(name), device)) for name in list(sides))
-        coding = code(store.attrs, unit, tokens, whole)
+        coding = code(store.attrs, ahead, whole)
     writer.write_unit(store.place, store.attrs, coding.finished(), each)
 
 

@@ -126,9 +126,10 @@ class Directory(Place):
 
     def read_range(self, name: str, start: int, length: int) -> np.ndarray:
         scratch = self._scratch(length)
-        with (self.path / name).open("rb") as file:
-            file.seek(max(os.fstat(file.fileno()).st_size + start, 0) if start < 0 else start)
-            read = file.readinto(scratch.data)
+        with self._opened(name) as file:
+            if start < 0:
+                start = max(os.fstat(file).st_size + start, 0)
+            read = os.preadv(file, [scratch.data], start)
         scratch.flags.writeable = False
         return scratch[:read]
 
@@ -140,8 +141,17 @@ class Directory(Place):
         return result
 
     def read_into(self, name: str, start: int, *buffers: memoryview) -> bool:
-        with (self.path / name).open("rb", buffering=0) as file:
-            return os.preadv(file.fileno(), buffers, start) == sum(map(len, buffers))
+        with self._opened(name) as file:
+            return os.preadv(file, buffers, start) == sum(map(len, buffers))
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[int]:
+        """Yield a file descriptor: each call into the system lets another thread run, and Python's files make many."""
+        file = os.open(f"{self.path}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield file
+        finally:
+            os.close(file)
 
     def write(self, name: str, *pieces: bytes | memoryview) -> None:
         files.write_atomically(self.path / name, lambda file: file.writelines(pieces))

@@ -7,7 +7,6 @@ exists only if it has a commit record. Only reading activations as tensors needs
 
 import hashlib
 import json
-import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -28,8 +27,9 @@ from skipcoder.pipeline.store.shards import ShardReader
 from skipcoder.pipeline.store.stats import Moments, merge_all, pack, unpack
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
+
+    from skipcoder.pipeline.store.codecs import Coded
 
 
 class ActivationStore:
@@ -41,8 +41,8 @@ class ActivationStore:
         self._arrays: dict[str, Any] = {}
         self._layouts = layout.arrays(attrs)
         self._readers: dict[str, ShardReader] = {}
-        self._codec = codec_of(attrs["identity"]["codec"], attrs["version"])
-        self._scratch = Scratch()
+        self.codec = codec_of(attrs["identity"]["codec"], attrs["version"])
+        self._held = threading.local()
 
     @classmethod
     def open(cls, path: str | Path | Place) -> "ActivationStore":
@@ -233,47 +233,38 @@ class ActivationStore:
         return f"delete {self.place}/{commit.record_file(unit)} and re-run the capture to mend it"
 
     def activations(self, hookpoint: str, side: str, start: int, stop: int, out: "Tensor | None" = None) -> "Tensor":
-        """Stored tokens [start, stop) of one side: a bfloat16 tensor [stop - start, d], `out` if that is given. It may
-        lie on a GPU: then the codes travel, and the GPU decodes them (in its current stream, which is waited for)."""
+        """Stored tokens [start, stop) of one side: a bfloat16 tensor [stop - start, d], `out` if that is given."""
         import torch
 
+        d = self.width(hookpoint, side)
         if out is None:
-            out = torch.empty(stop - start, self.width(hookpoint, side), dtype=torch.bfloat16)
-        unit_tokens = self.unit_rows * self.context
-        at = start
+            out = torch.empty(stop - start, d, dtype=torch.bfloat16)
+        # A thread uses its memory again and again: the first touch of fresh memory costs as much as reading.
+        held: dict[Any, Coded] = self._held.__dict__
+        if d not in held or len(held[d][""]) < min(stop - start, self.chunk_rows):
+            held[d] = self.buffers(hookpoint, side, min(stop - start, self.chunk_rows))
+        at, unit_tokens = start, self.unit_rows * self.context
         while at < stop:
-            unit = at // unit_tokens
-            end = min(stop, (unit + 1) * unit_tokens)
-            self._decode(f"{hookpoint}/{side}", unit, at, end, out[at - start : end - start])
+            end = min(stop, (at // unit_tokens + 1) * unit_tokens, at + len(held[d][""]))
+            self.codec.decode(self.codes(hookpoint, side, at, end, held[d]), out[at - start : end - start])
             at = end
         return out
 
-    def _decode(self, name: str, unit: int, start: int, stop: int, out: "Tensor") -> None:
+    def buffers(self, hookpoint: str, side: str, rows: int) -> "Coded":
+        """Memory for the codes of so many tokens of one side."""
         import torch
 
-        coded, on_gpu = {}, out.device.type == "cuda"
-        for suffix, spec in self._codec.arrays.items():
+        made = {}
+        for suffix, spec in self.codec.arrays.items():
+            shape = 1 if spec.per_unit else rows, *self._layouts[f"{hookpoint}/{side}{suffix}"].chunk[1:]
+            made[suffix] = torch.empty(shape, dtype=getattr(torch, spec.dtype))
+        return made
+
+    def codes(self, hookpoint: str, side: str, start: int, stop: int, buffers: "Coded") -> "Coded":
+        """Read the codes of stored tokens [start, stop) of one unit into `buffers`; return the parts that hold them."""
+        filled, unit = {}, start // (self.unit_rows * self.context)
+        for suffix, spec in self.codec.arrays.items():
             first, last = (unit, unit + 1) if spec.per_unit else (start, stop)
-            shape = (last - first, *self._layouts[name + suffix].chunk[1:])
-            rows = self._scratch.array(suffix, shape, getattr(torch, spec.dtype), on_gpu)
-            self.read(name + suffix, first, last, rows.numpy())
-            coded[suffix] = rows.to(out.device, non_blocking=True)
-        self._codec.decode(coded, out)
-        if on_gpu:
-            torch.cuda.current_stream(out.device).synchronize()  # before this thread's memory is used again
-
-
-class Scratch(threading.local):
-    """Memory of a thread that is used again and again: the first touch of fresh memory costs as much as reading."""
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[Any, ...], Tensor] = {}
-
-    def array(self, name: str, shape: tuple[int, ...], dtype: "torch.dtype", pinned: bool) -> "Tensor":
-        """A tensor of this shape; its content is whatever was last written to it under this name."""
-        import torch
-
-        key, size = (name, dtype, pinned), math.prod(shape)
-        if key not in self._held or len(self._held[key]) < size:
-            self._held[key] = torch.empty(size, dtype=dtype, pin_memory=pinned)
-        return self._held[key][:size].view(shape)
+            filled[suffix] = buffers[suffix][: last - first]
+            self.read(f"{hookpoint}/{side}{suffix}", first, last, filled[suffix].numpy())
+        return filled

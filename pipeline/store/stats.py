@@ -125,7 +125,7 @@ def sums(z_ND: "Tensor") -> "Tensor":
     found = torch.zeros(4 * d + 1, dtype=torch.float64, device=z_ND.device)
     shift, total, squares, absmax = found[:-1].view(4, d)
     shift.copy_(z_ND[0])
-    for rows in z_ND.split(4096):  # the float64 copy stays small
+    for rows in z_ND.split(16384):  # the float64 copy stays small
         exact = rows.double()
         found[-1] += torch.linalg.vector_norm(exact, dim=1).sum()
         torch.maximum(absmax, exact.abs().amax(dim=0), out=absmax)

@@ -59,13 +59,15 @@ class Assembly:
         self.columns = (*sides, torch.empty(layout.most, dtype=torch.int64))
 
     def add(self, columns: tuple[Tensor, ...], rows: Tensor) -> None:
-        """Add the next tokens of the global batch: rows of the columns, the last of which, positions, is in memory."""
+        """Add the next tokens of the global batch: rows of the columns [slots, rows of a slot, d], the last of which,
+        positions, is in memory."""
         first = (self.layout.rank - self.tokens) % self.layout.world_size
         rows_of_mine = rows[first :: self.layout.world_size]
         for some in rows_of_mine.split(GATHER_ROWS if self.layout.device.type == "cpu" else self.layout.most):
             there = some.to(self.layout.device, non_blocking=True)
             for out, z in zip(self.columns, columns, strict=True):
-                out[self.mine : self.mine + len(some)] = z.index_select(0, there if z.device == there.device else some)
+                at = there if z.device == there.device else some
+                out[self.mine : self.mine + len(some)] = z.flatten(0, 1).index_select(0, at)
             self.mine += len(some)
         self.tokens += len(rows)
 

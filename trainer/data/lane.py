@@ -19,6 +19,11 @@ class Lane:
         """Context in which what this thread asks of the device goes into the queue."""
         return nullcontext() if self._queue is None else torch.cuda.stream(self._queue)
 
+    def wait(self) -> None:
+        """Wait for the end of what has been asked so far."""
+        if self._queue is not None:
+            self._queue.synchronize()
+
     def mark(self) -> torch.cuda.Event | None:
         """Mark the end of what has been asked so far."""
         return None if self._queue is None else self._queue.record_event()

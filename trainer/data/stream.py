@@ -33,8 +33,8 @@ from skipcoder.trainer.data.order import block_permutation, epoch_order
 from skipcoder.trainer.data.pool import KEEP_BYTES, Chunk, Columns, Pool
 
 POOL_BYTES = 2**29
-"""Bytes of pairs shuffled together by default. A stream holds three times as much, in memory or on the GPU, and, for
-each reader, a chunk of one side. A larger pool would mix batches better; benchmarks/README.md says by how much."""
+"""Bytes of pairs shuffled together by default. A stream holds three times as much, in memory or on the GPU, with a GPU
+also once in pinned memory. A larger pool would mix batches better; benchmarks/README.md says by how much."""
 
 
 class Position(TypedDict):

@@ -80,4 +80,5 @@ class Codec(Protocol):
 
     @classmethod
     def decode(cls, coded: Coded, out_ND: "Tensor") -> None:
-        """Write the activations of any range of rows into `out_ND`, bfloat16 on the device of the codes."""
+        """Write the activations of any range of rows into `out_ND`, bfloat16 on the device of the codes. On a GPU there
+        may be a dimension more in front, of several such ranges."""

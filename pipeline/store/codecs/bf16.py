@@ -74,7 +74,7 @@ def decode_on_device(coded: Coded, out_ND: "Tensor") -> None:
     import torch
 
     low_NH, high_NH = coded["_exponent"], coded["_exponent_high"]
-    below_ND = torch.cat([low_NH & 15 | high_NH << 4, low_NH >> 4 | high_NH & 0xF0], dim=1)[:, : out_ND.shape[1]]
+    below_ND = torch.cat([low_NH & 15 | high_NH << 4, low_NH >> 4 | high_NH & 0xF0], dim=-1)[..., : out_ND.shape[-1]]
     bits_ND = out_ND.view(torch.int16).copy_(coded[""].view(torch.int8))  # the sign fills the upper byte
     bits_ND.bitwise_and_(SIGN_AND_MANTISSA - 2**16)
     bits_ND.bitwise_or_((coded["_exponent_top"] - below_ND).to(torch.int16) << 7)

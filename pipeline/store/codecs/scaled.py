@@ -54,7 +54,7 @@ class Int8:
     def decode(cls, coded: Coded, out_ND: "Tensor") -> None:
         """Write bfloat16, whose rounding (1e-6 of the variance) is far below that of the codes."""
         z_ND = cls._values(coded[""])
-        for scale in (coded["_scale"][:, None], coded["_channel_scale"]):
+        for scale in (coded["_scale"][..., None], coded["_channel_scale"]):
             z_ND *= scale
         out_ND.copy_(z_ND)
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from skipcoder.errors import UserError
 from skipcoder.pipeline import cache
 from skipcoder.pipeline.capture import worker
-from skipcoder.pipeline.capture.unit import NonFiniteError, code
+from skipcoder.pipeline.capture.unit import NonFiniteError, code, plan
 from skipcoder.pipeline.model.hookpoints import Hookpoint
 from skipcoder.pipeline.store import commit, layout, writer
 from skipcoder.pipeline.store.places import place_at
@@ -96,7 +96,7 @@ def test_a_record_of_a_shorter_capture_does_not_count(tmp_path: Path, cache_conf
 def test_a_worker_of_a_shorter_capture_commits_nothing(tmp_path: Path, cache_config: Any, capture_here: Any) -> None:
     short = capture_here(cache_config(tmp_path / "s.zarr", rows=70))
     pairs = [("layers.1.mlp", (torch.zeros(32, D_MODEL), torch.zeros(32, D_MODEL)))]
-    coded = code(short.attrs, 17, short.tokens(17), pairs).finished()
+    coded = code(short.attrs, plan(short.attrs, 17, short.tokens(17), "cpu"), pairs).finished()
     store = capture_here(cache_config(tmp_path / "s.zarr", rows=100))
     commit.withdraw(store.place, 17)
     with pytest.raises(UserError, match="has grown while it was captured"):

@@ -2,6 +2,8 @@
 
 import itertools
 import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,12 +11,14 @@ import pytest
 import torch
 
 from skipcoder.errors import UserError
+from skipcoder.pipeline.config import CacheConfig
+from skipcoder.pipeline.store.codecs.bf16 import Bf16, decode_on_device
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.data import stream as module
 from skipcoder.trainer.data.batch import Batch
 from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.data.stream import ActivationStream
-from tests.conftest import CONTEXT
+from tests.conftest import CONTEXT, UNIT_ROWS
 
 GOLDEN = [734, 500, 1400, 733, 505, 1958, 640, 463, 1974, 756]
 EVERYTHING = TokenFilter(first_positions=0, special_tokens=False)
@@ -163,3 +167,30 @@ def test_batch_larger_than_the_split(store: ActivationStore) -> None:
 def test_device_and_dtype(store: ActivationStore) -> None:
     batch = next(iter(open_stream(store, dtype=torch.bfloat16)))
     assert batch.x.dtype == batch.y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_way_to_a_gpu_gives_the_same_batches(
+    device: str,
+    codec: str,
+    kept: bool,
+    cache_config: Callable[..., CacheConfig],
+    capture_here: Callable[[CacheConfig], ActivationStore],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Codes through memory, several chunks decoded together by torch alone; where there is no GPU, on a CPU."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    store = capture_here(cache_config(tmp_path / "s.zarr", rows=35 * UNIT_ROWS - 1, codec=codec))
+    monkeypatch.setattr(module, "KEEP_BYTES", 2**30 if kept else -1)
+
+    plain = list(ActivationStream(store, "layers.1.mlp", 100, pool_chunks=19, epochs=2))
+    if device == "cpu":
+        monkeypatch.setattr(Bf16, "decode", staticmethod(decode_on_device))
+    stream = ActivationStream(store, "layers.1.mlp", 100, pool_chunks=19, epochs=2, device=device, readers=3)
+    stream._pool.through_memory = True
+    for a, b in zip(plain, stream, strict=True):
+        assert torch.equal(a.x, b.x.cpu()) and torch.equal(a.y, b.y.cpu()) and torch.equal(a.position, b.position)
