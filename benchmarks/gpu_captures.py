@@ -22,7 +22,14 @@ from skipcoder.pipeline.model.hooks import capture
 from skipcoder.pipeline.store.places import place_at
 
 REPO = Path(__file__).resolve().parent.parent
-Found = dict[str, Any]
+
+
+class Found(dict[str, Any]):
+    """What was measured, said at once: a run may be cut short."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        print(f"{time.strftime('%T')} {key}: {value}", flush=True)
+        super().__setitem__(key, value)
 
 
 def wait(device: str) -> None:
@@ -154,7 +161,7 @@ def capture_with_ray(args: argparse.Namespace, cfg: CacheConfig, found: Found) -
 def one_writer_gives_the_same(args: argparse.Namespace, folder: Path) -> bool:
     """Capture the first eighth again, one unit at a time, and compare every byte."""
     some = argparse.Namespace(**{**vars(args), "tokens": args.tokens // 8, "writers": [1]})
-    capture_here(some, configured(some, folder / "model", folder / "one.zarr"), {})
+    capture_here(some, configured(some, folder / "model", folder / "one.zarr"), Found())
     again = [p.relative_to(folder / "one.zarr") for p in (folder / "one.zarr").rglob("*") if p.is_file()]
     units = [name for name in again if name.name != "zarr.json"]
     return all((folder / "one.zarr" / name).read_bytes() == (folder / "s.zarr" / name).read_bytes() for name in units)

@@ -16,6 +16,7 @@ import json
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -55,13 +56,13 @@ def nothing_kept() -> Iterator[None]:
         module.KEEP_BYTES = before
 
 
-def streaming(store: ActivationStore, args: argparse.Namespace, readers: int | None = None) -> Found:
+def streaming(store: ActivationStore, args: argparse.Namespace, readers: int | None = None) -> dict[str, Any]:
     """Tokens a second of the stream alone, from the page cache, after a first round."""
     hookpoint = next(iter(store.hookpoints))
     with nothing_kept():
         stream = ActivationStream(store, hookpoint, args.batch, device=args.device, readers=readers)
     batches, rates, total = iter(stream), [], stream.tokens
-    for _ in range(4):
+    for _ in range(3):
         wait(args.device)
         begun, tokens = time.perf_counter(), 0
         while tokens < total * 0.9:
@@ -72,7 +73,26 @@ def streaming(store: ActivationStore, args: argparse.Namespace, readers: int | N
     return {"tokens/s": statistics.median(rates[1:]), "readers": stream.readers}
 
 
-def lone_coder(store: ActivationStore, args: argparse.Namespace) -> Found:
+def reading(store: ActivationStore, threads: int) -> float:
+    """Tokens a second of which threads read, check and decompress the codes of both sides, into memory used again."""
+    hookpoint, rows = next(iter(store.hookpoints)), store.chunk_rows
+    held = threading.local()
+
+    def read(start: int) -> None:
+        for side in ("input", "output"):
+            if not hasattr(held, side):
+                setattr(held, side, store.buffers(hookpoint, side, rows))
+            store.codes(hookpoint, side, start, start + rows, getattr(held, side))
+
+    starts = range(0, store.rows * store.context // rows * rows, rows)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(read, starts[: 4 * threads]))
+        begun = time.perf_counter()
+        list(pool.map(read, starts))
+        return len(starts) * rows / (time.perf_counter() - begun)
+
+
+def lone_coder(store: ActivationStore, args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of a step from the stream and on one batch, and the share spent waiting for data."""
     hookpoint = next(iter(store.hookpoints))
     with nothing_kept():
@@ -127,7 +147,7 @@ def as_on_a_cpu(store: ActivationStore, args: argparse.Namespace) -> bool:
 
 def measure(args: argparse.Namespace, folder: Path) -> Found:
     """Everything."""
-    found: Found = {}
+    found = Found()
     cfg = configured(args, make_model(folder / "model", args.tiny, args.device), folder / "s.zarr")
     wide = 2 * sum(2 * (64 if args.tiny else 2048) for _ in args.layers)
     rates = [disk(folder, 2**25 if args.tiny else 2**32)]
@@ -136,7 +156,6 @@ def measure(args: argparse.Namespace, folder: Path) -> Found:
         with_ray = configured(args, folder / "model", folder / "ray.zarr")
         capture_with_ray(args, with_ray, found)
     rates.append(disk(folder, 2**25 if args.tiny else 2**32))
-    found["one writer gives the same bytes"] = one_writer_gives_the_same(args, folder)
     store = ActivationStore.open(folder / "s.zarr")
     size = sum(facts["bytes"] for record in store.commits.values() for facts in record.shards.values())
     per_token = size / (store.rows * store.context)
@@ -146,16 +165,18 @@ def measure(args: argparse.Namespace, folder: Path) -> Found:
     best = max(found[f"capture, {writers} writers, tokens/s"] for writers in args.writers)
     found["capture / forward"] = best / found["bare forward, tokens/s"]
     found["capture / disk"] = best / found["disk, tokens/s"]
-    found["batches are those of a CPU"] = as_on_a_cpu(store, args)
     if len(args.layers) == 1:
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            list(recode.recode(store, place_at(folder / "lz4.zarr"), "lz4", threads.map))
+        list(recode.recode(store, place_at(folder / "lz4.zarr"), "lz4"))
         for name, path in (("zstd", "s.zarr"), ("lz4", "lz4.zarr")):
             one = ActivationStore.open(folder / path)
-            for readers in (None, 8, 4) if not args.tiny else (None,):
+            for threads in (1, 4, os.cpu_count() or 1):
+                found[f"codes read, {name}, {threads} threads, tokens/s"] = reading(one, threads)
+            for readers in (None, 6) if not args.tiny else (None,):
                 said = streaming(one, args, readers)
                 found[f"stream, {name}, {said['readers']} readers, tokens/s"] = said["tokens/s"]
             found[f"lone coder, {name}"] = lone_coder(one, args)
+    found["batches are those of a CPU"] = as_on_a_cpu(store, args)
+    found["one writer gives the same bytes"] = one_writer_gives_the_same(args, folder)
     return found
 
 

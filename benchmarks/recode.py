@@ -1,7 +1,6 @@
 """Activations of a store in another codec, written by the writer that captures use."""
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ def recoded(
     codec: str | None = None,
     compression: str | None = None,
     version: int = VERSION,
-    threads: int = 1,
 ) -> tuple[ActivationStore, float]:
     """The first `units` units of `store` at `path`, with another codec, compression or format; seconds that writing
     took (encoding, compression, statistics, checksums, fsync)."""
@@ -43,8 +41,7 @@ def recoded(
             for h in store.hookpoints
         }
         begun = time.perf_counter()
-        with ThreadPoolExecutor(threads) as pool:
-            coded = code(now, plan(now, unit, store.tokens(unit), "cpu"), pairs.items()).finished()
-            writer.write_unit(place, now, coded, pool.map)
+        coded = code(now, plan(now, unit, store.tokens(unit), "cpu"), pairs.items()).finished()
+        writer.write_unit(place, now, coded)
         seconds += time.perf_counter() - begun
     return ActivationStore.open(path), seconds

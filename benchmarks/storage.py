@@ -3,15 +3,13 @@
     python benchmarks/storage.py --store PATH [--units 8] [--readers DIR] [--json OUT]
 
 PATH: a bf16 store of real activations. Its first units are written anew with every codec and compressor, and as format
-2 had it, by the writer that a capture uses (statistics, checksums and fsync included; as many compressing threads as
-there are cores), and read back chunk by chunk, one thread, page cache warm. Writing and reading take turns over all
-ways, three times; medians.
+2 had it, by the writer that a capture uses (statistics, checksums and fsync included), and read back chunk by chunk, one
+thread, page cache warm. Writing and reading take turns over all ways, three times; medians.
 DIR: pip install --no-deps --target DIR zarrs tensorstore ml_dtypes
 """
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -105,7 +103,7 @@ def main() -> None:
         for codec, compression, version in ways:
             with tempfile.TemporaryDirectory() as folder:
                 how: Any = {"codec": codec, "compression": compression, "version": version}
-                new, seconds = recoded(store, Path(folder) / "s.zarr", args.units, threads=os.cpu_count() or 1, **how)
+                new, seconds = recoded(store, Path(folder) / "s.zarr", args.units, **how)
                 shards = (s for r in new.commits.values() for s in r.shards.items() if s[0].startswith(hookpoint))
                 found = results.setdefault(f"{codec} {compression}, format {version}", {"write": [], "read": []})
                 found["bytes"] = sum(facts["bytes"] for _, facts in shards) / tokens

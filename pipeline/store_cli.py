@@ -6,9 +6,7 @@ python pipeline/store_cli.py recode PATH NEW [--compression lz4]    in the newes
 """
 
 import argparse
-import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 from skipcoder import cli
 from skipcoder.pipeline.config import Compression
@@ -64,14 +62,10 @@ def verify(place: Place) -> int:
 def recode(place: Place, new: Place, compression: Compression) -> int:
     """Write the store anew at another place, and say what to do with it."""
     store = ActivationStore.open(place)
-    with (
-        new.only_writer() as alone,
-        ThreadPoolExecutor(os.cpu_count()) as threads,
-        progress("recode", len(store.units), "units") as advance,
-    ):
+    with new.only_writer() as alone, progress("recode", len(store.units), "units") as advance:
         if alone and not new.is_empty():
             new.sweep()
-        for _ in recoding.recode(store, new, compression.value, threads.map):
+        for _ in recoding.recode(store, new, compression.value):
             advance(1)
     print(f"{new} holds what {place} holds; verify it, then move it to {place}, where runs go on with it")
     return cli.DONE

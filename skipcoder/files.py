@@ -5,7 +5,7 @@ import errno
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +23,18 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) 
     with partial_file(path, content if callable(content) else lambda file: file.write(content)) as partial:
         partial.replace(path)
     sync(path.parent)
+
+
+def write_all(descriptor: int, pieces: Sequence[bytes | memoryview]) -> None:
+    """Write pieces one after another in as few system calls as will do: each lets another thread run, and comes back
+    only when that one lets go."""
+    left = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
+    while left:
+        written = os.writev(descriptor, left[:1024])
+        while left and written >= len(left[0]):
+            written -= len(left.pop(0))
+        if left:
+            left[0] = left[0][written:]
 
 
 def make_folder(path: Path) -> None:

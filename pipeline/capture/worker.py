@@ -1,7 +1,6 @@
 """One capture worker: holds the model, turns units of token rows into committed units of the store."""
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,7 +18,6 @@ from skipcoder.pipeline.store import commit, writer
 from skipcoder.pipeline.store.attrs import Attributes, read_attrs
 from skipcoder.pipeline.store.places import place_at
 from skipcoder.pipeline.store.reader import ActivationStore
-from skipcoder.pipeline.store.shards import Map
 
 
 class Worker:
@@ -38,7 +36,6 @@ class Worker:
         self.hookpoints = hookpoints_of(attrs)
         self.device = device
         self._forward = threading.Lock()
-        self._compressing = ThreadPoolExecutor(threads, thread_name_prefix="compress")
         self.model = load_trunk(model, self.hookpoints, device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
@@ -46,10 +43,9 @@ class Worker:
         units = [int(unit) for unit in batch["item"]]
         # Errors are returned as text: Ray would report an exception as a worker's failure, with a traceback.
         errors = []
-        each = self._compressing.map
         for unit in units:
             try:
-                capture_unit(self.model, self.store, self.hookpoints, unit, self.device, self._forward, each)
+                capture_unit(self.model, self.store, self.hookpoints, unit, self.device, self._forward)
                 errors.append("")
             except NonFiniteError as error:
                 errors.append(str(error))
@@ -72,10 +68,9 @@ def capture_unit(
     unit: int,
     device: str,
     alone: AbstractContextManager[Any] | None = None,
-    each: Map = map,
 ) -> None:
     """Run the model over a unit's rows and encode them (holding `alone`), then write and commit the unit; skip it if it
-    is committed. `each`: the `map` of the threads that compress."""
+    is committed."""
     if store.place.exists(commit.record_file(unit)):
         commit.refuse_other_rows(store.place, commit.read(store.place, unit), store.rows_of(unit))
         return
@@ -92,7 +87,7 @@ def capture_unit(
                     taken.append(z.to(held))
         whole = ((name, _joined(sides.pop(name), device)) for name in list(sides))
         coding = code(store.attrs, ahead, whole)
-    writer.write_unit(store.place, store.attrs, coding.finished(), each)
+    writer.write_unit(store.place, store.attrs, coding.finished())
 
 
 def _joined(sides: list[list[Tensor]], device: str) -> tuple[Tensor, Tensor]:

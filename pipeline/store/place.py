@@ -109,6 +109,22 @@ class Place(ABC):
         """Remove the partial files of writers that were killed; call only as the sole writer."""
 
 
+KEPT_OPEN = 256
+"""Files of a directory that are kept open for reading; a process may often have no more than 1,024."""
+
+
+class _OpenFile:
+    """A file descriptor that is closed when nobody holds it any more."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
 class Directory(Place):
     """A directory of a local or shared file system."""
 
@@ -117,6 +133,7 @@ class Directory(Place):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._open: dict[str, _OpenFile] = {}
 
     def __str__(self) -> str:
         return str(self.path)
@@ -126,10 +143,10 @@ class Directory(Place):
 
     def read_range(self, name: str, start: int, length: int) -> np.ndarray:
         scratch = self._scratch(length)
-        with self._opened(name) as file:
-            if start < 0:
-                start = max(os.fstat(file).st_size + start, 0)
-            read = os.preadv(file, [scratch.data], start)
+        file = self._opened(name)
+        if start < 0:
+            start = max(os.fstat(file.descriptor).st_size + start, 0)
+        read = os.preadv(file.descriptor, [scratch.data], start)
         scratch.flags.writeable = False
         return scratch[:read]
 
@@ -141,20 +158,22 @@ class Directory(Place):
         return result
 
     def read_into(self, name: str, start: int, *buffers: memoryview) -> bool:
-        with self._opened(name) as file:
-            return os.preadv(file, buffers, start) == sum(map(len, buffers))
+        file = self._opened(name)
+        return os.preadv(file.descriptor, buffers, start) == sum(map(len, buffers))
 
-    @contextlib.contextmanager
-    def _opened(self, name: str) -> Iterator[int]:
-        """Yield a file descriptor: each call into the system lets another thread run, and Python's files make many."""
-        file = os.open(f"{self.path}/{name}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            yield file
-        finally:
-            os.close(file)
+    def _opened(self, name: str) -> "_OpenFile":
+        """A file, kept open for the next reads of it: a shard is read in many pieces, and threads that read wait for
+        each other at every call into the system."""
+        file = self._open.get(name)
+        if file is None:
+            if len(self._open) >= KEPT_OPEN:
+                self._open.clear()  # those in use are closed when they are let go
+            file = self._open[name] = _OpenFile(f"{self.path}/{name}")
+        return file
 
     def write(self, name: str, *pieces: bytes | memoryview) -> None:
-        files.write_atomically(self.path / name, lambda file: file.writelines(pieces))
+        self._open.pop(name, None)
+        files.write_atomically(self.path / name, lambda file: files.write_all(file.fileno(), pieces))
 
     def create(self, name: str, content: bytes) -> bool:
         files.make_folder((self.path / name).parent)
@@ -173,6 +192,7 @@ class Directory(Place):
         return True
 
     def delete(self, name: str) -> None:
+        self._open.pop(name, None)
         with contextlib.suppress(FileNotFoundError):
             (self.path / name).unlink()
             files.sync((self.path / name).parent)

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from skipcoder.pipeline.store.codecs import Coded
 
 
+KEPT_UNIT_ROWS = 4096
+"""Rows of arrays with one for each unit that are kept in memory."""
+
+
 class ActivationStore:
     """A store of one model's MLP inputs and outputs over one token set; use `ActivationStore.open`."""
 
@@ -43,6 +47,7 @@ class ActivationStore:
         self._readers: dict[str, ShardReader] = {}
         self.codec = codec_of(attrs["identity"]["codec"], attrs["version"])
         self._held = threading.local()
+        self._unit_rows: dict[tuple[str, int], np.ndarray] = {}
 
     @classmethod
     def open(cls, path: str | Path | Place) -> "ActivationStore":
@@ -264,7 +269,19 @@ class ActivationStore:
         """Read the codes of stored tokens [start, stop) of one unit into `buffers`; return the parts that hold them."""
         filled, unit = {}, start // (self.unit_rows * self.context)
         for suffix, spec in self.codec.arrays.items():
-            first, last = (unit, unit + 1) if spec.per_unit else (start, stop)
-            filled[suffix] = buffers[suffix][: last - first]
-            self.read(f"{hookpoint}/{side}{suffix}", first, last, filled[suffix].numpy())
+            name = f"{hookpoint}/{side}{suffix}"
+            filled[suffix] = buffers[suffix][: 1 if spec.per_unit else stop - start]
+            if spec.per_unit:
+                filled[suffix].numpy()[:] = self._of_unit(name, unit)
+            else:
+                self.read(name, start, stop, filled[suffix].numpy())
         return filled
+
+    def _of_unit(self, name: str, unit: int) -> np.ndarray:
+        """A unit's row of an array that has one for each; the latest are kept."""
+        row = self._unit_rows.get((name, unit))
+        if row is None:
+            if len(self._unit_rows) >= KEPT_UNIT_ROWS:
+                self._unit_rows.clear()
+            row = self._unit_rows[name, unit] = self.read(name, unit, unit + 1)
+        return row

@@ -12,13 +12,12 @@ from skipcoder.pipeline.store.attrs import VERSION, Attributes, identity_hash, r
 from skipcoder.pipeline.store.codecs import codec_of
 from skipcoder.pipeline.store.place import Place
 from skipcoder.pipeline.store.reader import ActivationStore
-from skipcoder.pipeline.store.shards import Map
 from skipcoder.pipeline.store.writer import CodedUnit
 
 
-def recode(store: ActivationStore, place: Place, compression: str, each: Map = map) -> Iterator[int]:
+def recode(store: ActivationStore, place: Place, compression: str) -> Iterator[int]:
     """Write every unit of a complete store to `place`, and yield its number; units that are there already are not
-    written again. `each`: the `map` of the threads that compress. Memory: two units."""
+    written again. Memory: two units."""
     if not store.is_complete:
         raise UserError(f"{store.place} is unfinished; run pipeline/cache.py on it to its end first")
     if str(place) == str(store.place):
@@ -37,7 +36,7 @@ def recode(store: ActivationStore, place: Place, compression: str, each: Map = m
     done = commit.committed_units(place)
     for unit in store.units:
         if unit not in done:
-            writer.write_unit(place, attrs, _coded(store, unit, attrs), each)
+            writer.write_unit(place, attrs, _coded(store, unit, attrs))
         yield unit
 
 

@@ -6,8 +6,6 @@ one step wherever the store lies; an existing one, perhaps torn, is never read.
 """
 
 import struct
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 from crc32c import crc32c  # unlike google_crc32c it lets other threads run
@@ -18,15 +16,13 @@ from skipcoder.pipeline.store.place import Place
 
 _MISSING = 2**64 - 1
 
-Map = Callable[..., Iterator[Any]]
-"""`map`, or that of an executor."""
 
-
-def encode(array: ArrayLayout, rows: np.ndarray, each: Map = map) -> list[bytes | memoryview]:
-    """The shard that begins with `rows` (no more than one holds), in pieces; `each` may compress in several threads."""
+def encode(array: ArrayLayout, rows: np.ndarray) -> list[bytes | memoryview]:
+    """The shard that begins with `rows` (no more than one holds), in pieces."""
     length, chunks = array.chunk[0], array.shard[0] // array.chunk[0]
     pieces, entries, at = [], [], 0
-    for chunk in each(lambda i: _chunk(array, rows[i : i + length]), range(0, len(rows), length)):
+    for start in range(0, len(rows), length):
+        chunk = _chunk(array, rows[start : start + length])
         size = sum(map(len, chunk))
         pieces += chunk
         entries.append((at, size))

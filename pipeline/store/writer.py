@@ -94,8 +94,8 @@ def write_tokens(place: Place, attrs: Attributes, rows: int, token_rows: Iterabl
         commit.withdraw(place, grown_unit[0])
 
 
-WRITES_AT_ONCE = 4
-"""Files of a unit that are written at the same time."""
+FILES_AT_ONCE = 4
+"""Files of a unit that are compressed and written at the same time."""
 
 
 class CodedUnit(NamedTuple):
@@ -110,8 +110,8 @@ class CodedUnit(NamedTuple):
     """Hookpoint -> `<side>/<class of positions>` -> moments."""
 
 
-def write_unit(place: Place, attrs: Attributes, coded: CodedUnit, each: shards.Map = map) -> commit.Commit:
-    """Compress, write and commit a unit; `each`: the `map` of the threads that compress."""
+def write_unit(place: Place, attrs: Attributes, coded: CodedUnit) -> commit.Commit:
+    """Compress, write and commit a unit."""
     unit, layouts = coded.unit, layout.arrays(attrs)
     unit_rows = attrs["identity"]["unit_rows"]
     span = layout.unit_token_rows(unit, attrs["rows"], unit_rows)
@@ -121,15 +121,14 @@ def write_unit(place: Place, attrs: Attributes, coded: CodedUnit, each: shards.M
         place.write(name, *pieces)
         written[name] = commit.checksum(*pieces)
 
-    with ThreadPoolExecutor(WRITES_AT_ONCE) as writing:  # each waits for the disk
-        files = []
-        for name, rows in coded.arrays.items():
-            file = "/".join([name, "c", str(unit), *["0"] * (rows.ndim - 1)])
-            files.append(writing.submit(write, file, *shards.encode(layouts[name], rows, each)))
-        for hookpoint, moments in coded.moments.items():
-            files.append(writing.submit(write, commit.statistics_file(hookpoint, unit), pack(moments)))
-    for done in files:
-        done.result()
+    def write_shard(name: str, rows: np.ndarray) -> None:
+        file = "/".join([name, "c", str(unit), *["0"] * (rows.ndim - 1)])
+        write(file, *shards.encode(layouts[name], rows))
+
+    with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
+        list(threads.map(write_shard, coded.arrays.keys(), coded.arrays.values()))
+        names = (commit.statistics_file(hookpoint, unit) for hookpoint in coded.moments)
+        list(threads.map(write, names, map(pack, coded.moments.values())))
     if len(span) < unit_rows:  # the last unit, unless another capture has made the store grow
         now = read_attrs(place)
         if now is None or now["rows"] != attrs["rows"]:

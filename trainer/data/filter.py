@@ -22,7 +22,10 @@ class TokenFilter:
     def keep(self, position_B: np.ndarray, token_B: np.ndarray, context: int, special: Sequence[int]) -> np.ndarray:
         """Return bool [B], true for the positions that are kept."""
         keep = position_B % context >= self.first_positions
-        if self.special_tokens and special:
+        if self.special_tokens and len(special) <= 8:  # mostly; np.isin takes far longer, and other readers wait for it
+            for token in special:
+                keep &= token_B != token
+        elif self.special_tokens:
             keep &= ~np.isin(token_B, special)
         return keep
 

@@ -9,7 +9,7 @@ compressing the words (benchmarks/README.md).
     below   = the channel's largest exponent in the unit - exponent       >= 0, rarely above 15
     nibbles = below of channel i | below of channel i + H << 4            i < H = ceil(D / 2)
 
-Nibbles hold the lower halves of `below`, a second array the upper ones, nearly all of them 0.
+A row of nibbles has H bytes with the lower four bits of `below` and then H with the upper four, nearly all of them 0.
 
 Legend: N tokens, D channels, H pairs of channels.
 """
@@ -34,8 +34,7 @@ class Bf16:
 
     arrays: ClassVar = {
         "": Spec("uint8", 0xFF, packing=Packing.none),
-        "_exponent": Spec("uint8", 0, width=lambda d: -(-d // 2), packing=Packing.symbols),
-        "_exponent_high": Spec("uint8", 0, width=lambda d: -(-d // 2), packing=Packing.symbols),
+        "_exponent": Spec("uint8", 0, width=lambda d: d + d % 2, packing=Packing.symbols),
         "_exponent_top": Spec("uint8", 0xFF, per_unit=True),
     }
     exact: ClassVar = True
@@ -54,8 +53,7 @@ class Bf16:
         first_NH, second_NH = below_ND.chunk(2, dim=1)
         return {
             "": (bits_ND >> 8 & 0x80 | bits_ND & 0x7F).to(torch.uint8),
-            "_exponent": first_NH & 15 | second_NH << 4,
-            "_exponent_high": first_NH >> 4 | second_NH & 0xF0,
+            "_exponent": torch.cat([first_NH & 15 | second_NH << 4, first_NH >> 4 | second_NH & 0xF0], dim=1),
             "_exponent_top": top_1D,
         }
 
@@ -73,7 +71,7 @@ def decode_on_device(coded: Coded, out_ND: "Tensor") -> None:
     """Join by torch alone."""
     import torch
 
-    low_NH, high_NH = coded["_exponent"], coded["_exponent_high"]
+    low_NH, high_NH = coded["_exponent"].chunk(2, dim=-1)
     below_ND = torch.cat([low_NH & 15 | high_NH << 4, low_NH >> 4 | high_NH & 0xF0], dim=-1)[..., : out_ND.shape[-1]]
     bits_ND = out_ND.view(torch.int16).copy_(coded[""].view(torch.int8))  # the sign fills the upper byte
     bits_ND.bitwise_and_(SIGN_AND_MANTISSA - 2**16)
@@ -82,12 +80,13 @@ def decode_on_device(coded: Coded, out_ND: "Tensor") -> None:
 
 def _decode_on_cpu(coded: dict[str, np.ndarray], bits_ND: np.ndarray) -> None:
     """Join by numpy, which is faster at this than torch and leaves the other cores alone."""
-    (n, d), half = bits_ND.shape, coded["_exponent"].shape[1]
+    (n, d), half = bits_ND.shape, coded["_exponent"].shape[1] // 2
     byte_ND, top_D = coded[""].view(np.int8), coded["_exponent_top"][0]
+    low_NH, high_NH = coded["_exponent"][:, :half], coded["_exponent"][:, half:]
     most = min(n, max(1, NUMBERS_AT_ONCE // d))
     scratch, wide_scratch = np.empty((most, 2 * half), np.uint8), np.empty((most, d), np.uint16)
     for start in range(0, n, most):
-        low, high, bits = (z[start : start + most] for z in (coded["_exponent"], coded["_exponent_high"], bits_ND))
+        low, high, bits = (z[start : start + most] for z in (low_NH, high_NH, bits_ND))
         exponent, wide = scratch[: len(bits)], wide_scratch[: len(bits)]
         np.bitwise_and(low, 15, out=exponent[:, :half])
         np.right_shift(low, 4, out=exponent[:, half:])

@@ -107,7 +107,7 @@ def test_the_driver_is_killed_before_and_in_the_middle_of_its_work(
 
 def test_a_worker_is_killed(run: Callable, tmp_path: Path, whole: ActivationStore) -> None:
     path = tmp_path / "s.zarr"
-    with started(run("ray.overlap=true"), tmp_path) as job:  # both of its calls are lost
+    with started(run("ray.writers=2"), tmp_path) as job:  # both of its calls are lost
         wait_for_units(job, path, 20)
         (worker,) = workers_of(job.pid)
         worker.kill()

@@ -82,9 +82,8 @@ def test_plain_zarr_reads_it(store: ActivationStore) -> None:
     """No skipcoder needed: the planes make bf16 bits, which are the upper half of a float32."""
     group: Any = zarr.open_group(store.path, mode="r")
     output = "layers.1.mlp/output"
-    byte, low, high = (
-        group[f"{output}{suffix}"][:5].astype("uint32") for suffix in ("", "_exponent", "_exponent_high")
-    )
+    byte, nibbles = (group[f"{output}{name}"][:5].astype("uint32") for name in ("", "_exponent"))
+    low, high = np.split(nibbles, 2, axis=1)
     below = np.concatenate([low & 15 | (high & 15) << 4, low >> 4 | high & 0xF0], axis=1)[:, : byte.shape[1]]
     bits = byte >> 7 << 31 | (group[f"{output}_exponent_top"][0] - below) << 23 | (byte & 0x7F) << 16
     mine = store.activations("layers.1.mlp", "output", 0, 5).float().numpy()
