@@ -3,8 +3,8 @@
     python benchmarks/storage.py --store PATH [--units 8] [--readers DIR] [--json OUT]
 
 PATH: a bf16 store of real activations. Its first units are written anew with every codec and compressor, and as format
-2 had it, by the writer that a capture uses (statistics, checksums and fsync included), and read back chunk by chunk, one
-thread, page cache warm. Writing and reading take turns over all ways, three times; medians.
+2 had it, by the writer that a capture uses (statistics, checksums and fsync included), and read back chunk by chunk,
+one thread, page cache warm. Writing and reading take turns over all ways, three times; medians.
 DIR: pip install --no-deps --target DIR zarrs tensorstore ml_dtypes
 """
 

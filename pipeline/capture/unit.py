@@ -32,8 +32,8 @@ class Coding(NamedTuple):
     order: np.ndarray
     """[N] the position in token order of each stored token."""
     arrays: dict[str, Tensor]
-    measured: dict[str, tuple[int, Tensor, Tensor]]
-    """`<hookpoint>/<side>/<class of positions>` -> tokens of the class, their `stats.sums`, what the codec lost."""
+    measured: dict[str, dict[str, tuple[int, Tensor, Tensor]]]
+    """Hookpoint -> `<side>/<class of positions>` -> tokens of the class, their `stats.sums`, what the codec lost."""
     copied: torch.cuda.Event | None
 
     def finished(self) -> CodedUnit:
@@ -44,11 +44,8 @@ class Coding(NamedTuple):
         arrays = {name: rows.numpy() for name, rows in self.arrays.items()}
         arrays = {"index": (start * self.attrs["identity"]["context"] + self.order).astype(np.uint64)} | arrays
         moments: dict[str, dict[str, Moments]] = {}
-        for name in self.attrs["hookpoints"]:
-            found = {key.removeprefix(f"{name}/"): m for key, m in self.measured.items() if key.startswith(f"{name}/")}
-            moments[name] = {
-                key: Moments.of_sums(count, s.numpy(), float(lost)) for key, (count, s, lost) in found.items()
-            }
+        for name, found in self.measured.items():
+            moments[name] = {k: Moments.of_sums(n, s.numpy(), float(lost)) for k, (n, s, lost) in found.items()}
             for key, m in moments[name].items():
                 if not np.isfinite([m.norms, m.error]).all():
                     self._refuse(f"{name}/{key.split('/')[0]}")
@@ -98,7 +95,7 @@ def code(attrs: Attributes, plan: Plan, pairs: Iterable[tuple[str, tuple[Tensor,
     """Permute, encode and measure a unit. `pairs`: (hookpoint, (input [N, D], output [N, D'])), in token order."""
     codec = _codec(attrs)
     arrays: dict[str, Tensor] = {}
-    measured: dict[str, tuple[int, Tensor, Tensor]] = {}
+    measured: dict[str, dict[str, tuple[int, Tensor, Tensor]]] = {}
     copied = None
     for name, sides in pairs:
         for side, z in zip(commit.SIDES, sides, strict=True):
@@ -111,7 +108,8 @@ def code(attrs: Attributes, plan: Plan, pairs: Iterable[tuple[str, tuple[Tensor,
                 codec.decode(coded, values)
             for where, rows in plan.classes.items():
                 lost = _squared_distance(values, z, rows)
-                measured[f"{name}/{side}/{where}"] = len(rows), _host(sums(values[rows])), _host(lost)
+                found = len(rows), _host(sums(values[rows])), _host(lost)
+                measured.setdefault(name, {})[f"{side}/{where}"] = found
     if plan.order_N.is_cuda:
         copied = torch.cuda.Event()
         copied.record()

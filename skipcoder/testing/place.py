@@ -37,6 +37,14 @@ class PlaceTests:
         assert not len(here.read_range("empty", 0, 5)) and not len(here.read_range("empty", -7, 7))
         with pytest.raises(FileNotFoundError):
             here.read_range("y", 0, 5)
+        first, second = memoryview(bytearray(3)), memoryview(bytearray(2))
+        assert here.read_into("x", 20, first, second) and bytes(first) + bytes(second) == bytes(range(20, 25))
+        assert not here.read_into("x", 97, first, second)
+        here.write("x", b"other", memoryview(b" words"))
+        assert bytes(here.read_range("x", 0, 20)) == b"other words"
+        here.delete("x")
+        with pytest.raises(FileNotFoundError):
+            here.read_range("x", 0, 5)
 
     def test_of_many_that_create_one_succeeds(self, here: Place) -> None:
         won: list[int] = []

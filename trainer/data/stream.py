@@ -37,6 +37,10 @@ POOL_BYTES = 2**29
 also once in pinned memory. A larger pool would mix batches better; benchmarks/README.md says by how much."""
 
 
+MOST_READERS = 8
+"""For a GPU by default: with more, threads wait for Python's lock most of the time (benchmarks/README.md)."""
+
+
 class Position(TypedDict):
     """The position of a stream, as a checkpoint stores it."""
 
@@ -107,8 +111,8 @@ class ActivationStream:
         self.pool_chunks = pool_chunks or max(1, POOL_BYTES // (pair_bytes * store.chunk_rows))
         keep = epochs != 1 and self.tokens * pair_bytes <= KEEP_BYTES
         most = -(-min(batch_tokens, self.tokens) // world_size)
-        cores = (os.cpu_count() or 1) if self.device.type == "cuda" else 1
-        self.readers = readers or max(store.place.parallel, cores)
+        usual = min(os.cpu_count() or 1, MOST_READERS) if self.device.type == "cuda" else 1
+        self.readers = readers or max(store.place.parallel, usual)
         self._batch_layout = BatchLayout(self.hookpoints, self.widths, rank, world_size, most, self.device, dtype)
         self._lane = Lane(self.device)
         self._pool = Pool(store, self.hookpoints, self.chunks, filter, self.pool_chunks, keep, self._lane)

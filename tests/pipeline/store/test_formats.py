@@ -24,11 +24,12 @@ from tests.conftest import REPO
 from tests.pipeline.store.test_writer import files
 
 HERE, MLP = Path(__file__).parent, "layers.1.mlp"
+BF16 = {"index": "4126e85c8be617c4", "input": "f93d3636c1da175d", "output": "cf422f238c7c171f"}
+INT8 = {"index": "4126e85c8be617c4", "input": "9f569e84c6cd9bae", "output": "4cfe80aa314042ce"}
 CONTENT = {
-    "format-2-bf16": {"index": "4126e85c8be617c4", "input": "f93d3636c1da175d", "output": "cf422f238c7c171f"},
-    "format-2-int8": {"index": "4126e85c8be617c4", "input": "9f569e84c6cd9bae", "output": "4cfe80aa314042ce"},
+    f"format-{version}-{codec}": found for version in (2, 3) for codec, found in (("bf16", BF16), ("int8", INT8))
 }
-"""Hashes of what the version that wrote the store read in it."""
+"""Hashes of what the versions that wrote the stores, of the same text and model, read in them."""
 
 
 def unpacked(name: str, folder: Path) -> ActivationStore:
