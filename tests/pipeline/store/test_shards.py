@@ -69,3 +69,24 @@ def test_files_that_vanish_while_reading_are_named(store: ActivationStore, tmp_p
     file.write_bytes(file.read_bytes()[:10]) if place == "cut" else file.unlink()
     with pytest.raises(UserError, match=r"layers.1.mlp/input: rows 0-\d+ \(unit 0\) cannot be decoded"):
         opened.activations("layers.1.mlp", "input", 0, opened.chunk_rows)
+
+
+@pytest.mark.parametrize("array", ["input", "input_exponent"])
+def test_a_hole_cannot_pass_for_data(copy: Path, array: str) -> None:
+    """A shard in which only the first chunk was written, whole and with right checksums."""
+    opened, name = ActivationStore.open(copy), f"layers.1.mlp/{array}"
+    described = layout.arrays(opened.attrs)[name]
+    short = described._replace(chunk=(16, *described.chunk[1:]))  # of a store with several chunks to a unit
+    values = np.ones((16, *short.shard[1:]), np.uint8)
+    (copy / name / "c/0/0").write_bytes(b"".join(encode(short, values)))
+    reader = ShardReader(opened.place, name, short)
+    np.testing.assert_array_equal(reader.read(0, 16), values)
+    with pytest.raises(ValueError, match="the chunk is missing from its shard"):
+        reader.read(16, 32)
+
+
+def test_a_shard_of_another_array_is_named(copy: Path) -> None:
+    opened = ActivationStore.open(copy)
+    shutil.copy(copy / "layers.1.mlp/input_exponent/c/0/0", copy / "layers.1.mlp/input/c/0/0")
+    with pytest.raises(UserError, match=r"layers.1.mlp/input: rows 0-\d+ .*its shard's index does not fit"):
+        opened.activations("layers.1.mlp", "input", 0, opened.chunk_rows)
