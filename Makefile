@@ -8,7 +8,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 # Two files at a time: much of a test's time goes into starting programs.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo paper check test test-slow soak lint typecheck docs release gpu-check clean-demo
+.PHONY: setup demo paper check test test-slow soak lint typecheck docs release gpu-check gpu-data clean-demo
 
 setup: $(STAMP)
 
@@ -84,3 +84,7 @@ release: setup
 gpu-check: setup
 	SKIPCODER_TEST_DEVICE=cuda $(BIN)/python -m pytest -n 8 tests/kernels
 	$(BIN)/python benchmarks/gpu_check.py --out benchmarks --commit $$(git rev-parse --short HEAD)
+
+# There, too: how fast a capture and a stream are; another dated file.
+gpu-data: setup
+	$(BIN)/python benchmarks/gpu_data.py --out benchmarks --commit $$(git rev-parse --short HEAD)
