@@ -60,14 +60,15 @@ def _capture(cfg: CacheConfig, place: Place, alone: bool) -> None:
     identity = _identity(cfg)
     unit_rows = identity["unit_rows"]
     if attrs is not None:
-        for key in ("found_writing", "compression"):
-            if key in attrs["identity"]:
-                identity[key] = attrs["identity"][key]
-        _refuse_other_compression(cfg, place, attrs)
+        if "found_writing" in attrs["identity"]:
+            identity["found_writing"] = attrs["identity"]["found_writing"]
+        if "compression" in attrs["identity"] and attrs["rows"]:
+            identity["compression"] = attrs["identity"]["compression"]
     # A capture killed before its tokens were written left nothing to keep; `alone` rules out that it still runs.
-    stale = alone and attrs is not None and not attrs["rows"] and attrs["identity"] != identity
+    stale = alone and attrs is not None and not attrs["rows"] and not _is_as_asked(cfg, attrs, identity)
     if attrs is not None and not stale:
         refuse_other_identity(place, attrs, identity)
+        _refuse_other_compression(cfg, place, attrs)
         rows = max(rows, attrs["rows"])
     if alone and attrs is not None:
         place.sweep()
@@ -111,6 +112,11 @@ def _choose(cfg: CacheConfig, rows: int, attrs: Attributes | None) -> None:
         gpus = cfg.ray.gpus_per_worker
         has_gpu = torch.cuda.is_available() if gpus is None else gpus > 0
         cfg.micro_batch_tokens = 16384 if has_gpu else 4096
+
+
+def _is_as_asked(cfg: CacheConfig, attrs: Attributes, identity: Identity) -> bool:
+    asked = cfg.store.compression
+    return attrs["identity"] == identity and asked in (None, Compression(compression_of(attrs)))
 
 
 def _refuse_other_compression(cfg: CacheConfig, place: Place, attrs: Attributes) -> None:

@@ -100,7 +100,7 @@ class StoreConfig:
     """bf16: 2 bytes per activation before compression, lossless for a model in bfloat16; int8, fp8: 1 byte; or one of
     your own (docs/extending.md)."""
     compression: Compression | None = None
-    """zstd: smaller; lz4: faster to read. null: what the store has, zstd if it is new."""
+    """zstd: smaller; lz4: for processors that are slow at zstd. null: what the store has, zstd if it is new."""
     unit_rows: int | None = None
     """Token rows in one unit of work (= one shard of every array). null: min(16384/context, rows/64)."""
 

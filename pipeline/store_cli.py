@@ -12,7 +12,7 @@ from skipcoder import cli
 from skipcoder.pipeline.config import Compression
 from skipcoder.pipeline.store import layout
 from skipcoder.pipeline.store import recode as recoding
-from skipcoder.pipeline.store.attrs import compression_of
+from skipcoder.pipeline.store.attrs import compression_of, read_attrs
 from skipcoder.pipeline.store.place import Place
 from skipcoder.pipeline.store.places import place_at
 from skipcoder.pipeline.store.reader import ActivationStore
@@ -63,7 +63,7 @@ def recode(place: Place, new: Place, compression: Compression) -> int:
     """Write the store anew at another place, and say what to do with it."""
     store = ActivationStore.open(place)
     with new.only_writer() as alone, progress("recode", len(store.units), "units") as advance:
-        if alone and not new.is_empty():
+        if read_attrs(new) is not None and alone:  # UserError for what is no store
             new.sweep()
         for _ in recoding.recode(store, new, compression.value):
             advance(1)

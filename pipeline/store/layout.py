@@ -69,7 +69,8 @@ class ArrayLayout(NamedTuple):
     def create(self) -> dict[str, Any]:
         """Arguments of zarr's `create_array`, except the length.
 
-        Holes must be visible: every fill value is impossible as data, and chunks that consist of it are still written.
+        Holes must be visible: fill values are impossible as data or, all arrays of a side together, decode to NaN, and
+        chunks that consist of them are still written.
         Each chunk has a checksum: zarr's own guards only the shard's index, and a flipped byte would go unnoticed.
         """
         from zarr.codecs import BloscCname, BloscCodec, BloscShuffle, Crc32cCodec

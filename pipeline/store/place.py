@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import resource
 import shutil
 import threading
 from abc import ABC, abstractmethod
@@ -109,8 +110,9 @@ class Place(ABC):
         """Remove the partial files of writers that were killed; call only as the sole writer."""
 
 
-KEPT_OPEN = 256
-"""Files of a directory that are kept open for reading; a process may often have no more than 1,024."""
+_ALLOWED = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+KEPT_OPEN = min(256, _ALLOWED // 8) if _ALLOWED > 0 else 256
+"""Files of a directory that are kept open for reading: a share of those that this process may open."""
 
 
 class _OpenFile:

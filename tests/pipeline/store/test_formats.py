@@ -15,6 +15,7 @@ from skipcoder.errors import UserError
 from skipcoder.pipeline import cache
 from skipcoder.pipeline.config import Compression
 from skipcoder.pipeline.store import commit, writer
+from skipcoder.pipeline.store.attrs import identity_hash, new_attrs
 from skipcoder.pipeline.store.places import place_at
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.store.recode import recode
@@ -86,24 +87,39 @@ def test_what_cannot_be_recoded(tmp_path: Path) -> None:
         list(recode(ActivationStore.open(store.place), place_at(tmp_path / "more.zarr"), "zstd"))
 
 
+def format_2(patch: pytest.MonkeyPatch) -> None:
+    """Have captures lay out stores as before."""
+
+    def as_before(described: Any, compression: str) -> Any:
+        found: Any = {**new_attrs(described, compression), "version": 2}
+        del found["compression"]
+        found["identity"]["compression"] = compression
+        return {**found, "identity_hash": identity_hash(found["identity"])}
+
+    patch.setattr(cache, "new_attrs", as_before)
+    patch.setattr(writer, "refuse_other_identity", lambda *_: None)
+
+
+@pytest.mark.slow
+def test_an_unfinished_layout_of_format_2_makes_room(
+    tmp_path: Path, cache_config: Any, capture_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fresh").mkdir()
+    whole = capture_here(cache_config(tmp_path / "fresh" / "s.zarr"))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        format_2(patch)
+        patch.setattr(cache, "rows_of", lambda *_: 1 / 0)
+        capture_here(cache_config(tmp_path / "s.zarr"))
+    assert files(capture_here(cache_config(tmp_path / "s.zarr")).path) == files(whole.path)
+
+
 @pytest.mark.slow
 def test_a_store_of_format_2_grows_as_it_is(
     tmp_path: Path, cache_config: Any, capture_here: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same bytes as captured at once; recoded, it grows as format 3 does."""
-
-    def as_before(described: Any, compression: str) -> Any:
-        attrs = new_attrs(described, compression)
-        del attrs["compression"]
-        attrs["identity"]["compression"] = compression
-        return {**attrs, "version": 2, "identity_hash": attrs_module.identity_hash(attrs["identity"])}
-
-    from skipcoder.pipeline.store import attrs as attrs_module
-
-    new_attrs = attrs_module.new_attrs
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "new_attrs", as_before)
-        patch.setattr(writer, "refuse_other_identity", lambda *_: None)
+        format_2(patch)
         capture_here(cache_config(tmp_path / "grown.zarr", rows=70))
         capture_here(cache_config(tmp_path / "whole.zarr", rows=100))
     list(recode(ActivationStore.open(tmp_path / "grown.zarr"), place_at(tmp_path / "new.zarr"), "zstd"))
@@ -129,5 +145,10 @@ def test_the_command(tmp_path: Path) -> None:
     run = subprocess.run([*command, "--compression", "lz4"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0 and "new.zarr holds what" in run.stdout, run.stderr
     assert content(ActivationStore.open(tmp_path / "new.zarr")) == CONTENT["format-2-bf16"]
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / ".x.1-1.partial").write_text("mine")
+    run = subprocess.run([*command[:-1], "home"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "is not an activation store" in run.stderr
+    assert [path.name for path in (tmp_path / "home").iterdir()] == [".x.1-1.partial"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 2 and "has another compression" in run.stderr and "Traceback" not in run.stderr

@@ -14,6 +14,7 @@ from skipcoder.errors import UserError
 from skipcoder.pipeline import cache
 from skipcoder.pipeline.capture import worker
 from skipcoder.pipeline.capture.unit import NonFiniteError, code, plan
+from skipcoder.pipeline.config import Compression
 from skipcoder.pipeline.model.hookpoints import Hookpoint
 from skipcoder.pipeline.store import commit, layout, writer
 from skipcoder.pipeline.store.places import place_at
@@ -57,8 +58,9 @@ def test_a_path_that_is_no_store_is_left_alone(tmp_path: Path, cache_config: Any
     assert len(list((tmp_path / "home").iterdir())) == 2
 
 
+@pytest.mark.parametrize("other", [{"unit_rows": 2}, {"compression": Compression.lz4}])
 def test_an_unfinished_layout_makes_room_for_another_capture(
-    tmp_path: Path, cache_config: Any, capture_here: Any, monkeypatch: pytest.MonkeyPatch
+    other: dict[str, Any], tmp_path: Path, cache_config: Any, capture_here: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed while tokenising; then a mistake; then the right command."""
 
@@ -70,10 +72,10 @@ def test_an_unfinished_layout_makes_room_for_another_capture(
 
     with monkeypatch.context() as patch, pytest.raises(KilledError):
         patch.setattr(cache, "rows_of", kill)
-        capture_here(cache_config(tmp_path / "s.zarr", unit_rows=2))
+        capture_here(cache_config(tmp_path / "s.zarr", **other))
     with pytest.raises(UserError, match="matches no module"):
         capture_here(cache_config(tmp_path / "s.zarr", ("no.such",)))
-    capture_here(cache_config(tmp_path / "s.zarr"))
+    capture_here(cache_config(tmp_path / "s.zarr", compression=Compression.zstd))
     (tmp_path / "fresh").mkdir()
     capture_here(cache_config(tmp_path / "fresh" / "s.zarr"))
     assert files(tmp_path / "s.zarr") == files(tmp_path / "fresh" / "s.zarr")
