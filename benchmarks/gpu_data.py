@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gpu_captures import (
     Found,
@@ -81,7 +82,8 @@ def reading(store: ActivationStore, threads: int) -> float:
     def read(start: int) -> None:
         for side in ("input", "output"):
             if not hasattr(held, side):
-                setattr(held, side, store.buffers(hookpoint, side, rows))
+                shapes = store.code_shapes(hookpoint, side, rows)
+                setattr(held, side, {suffix: np.empty(shape, dtype) for suffix, (shape, dtype) in shapes.items()})
             store.codes(hookpoint, side, start, start + rows, getattr(held, side))
 
     starts = range(0, store.rows * store.context // rows * rows, rows)
@@ -119,11 +121,11 @@ def lone_coder(store: ActivationStore, args: argparse.Namespace) -> dict[str, An
 
     one = next(batches)
     turn(one)
-    turn(None)
     alone: list[float] = []
     streamed: list[float] = []
     for _ in range(3):
         alone.append(turn(one))
+        turn(None)  # uses up what was read meanwhile
         streamed.append(turn(None))
     batches.close()
     a, s = statistics.median(alone), statistics.median(streamed)

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.data.order import block_permutation, epoch_order
-from skipcoder.trainer.data.pool import Chunk
+from skipcoder.trainer.data.reading import Chunk
 from skipcoder.trainer.data.stream import ActivationStream
 
 BATCH = 4096

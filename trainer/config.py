@@ -169,8 +169,8 @@ class StreamConfig:
     pool_chunks: int | None = None
     """Chunks shuffled together; null: as many as hold 512 MiB of pairs."""
     readers: int | None = None
-    """Threads that read and decompress; null: 2, for a GPU as many as there are cores, but at most 8, from an object
-    store 32. They do not change the order."""
+    """Threads that read and decompress, for a GPU processes unless the split is small; null: 2, for a GPU as many as
+    there are cores, but at most 16, from an object store 32. They do not change the order."""
     first_positions: int = 1
     """Leave out this many positions at the start of each row (attention sinks, BOS)."""
     special_tokens: bool = True

@@ -8,6 +8,7 @@ exists only if it has a commit record. Only reading activations as tensors needs
 import hashlib
 import json
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
@@ -28,8 +29,6 @@ from skipcoder.pipeline.store.stats import Moments, merge_all, pack, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from skipcoder.pipeline.store.codecs import Coded
 
 
 KEPT_UNIT_ROWS = 4096
@@ -245,36 +244,42 @@ class ActivationStore:
         if out is None:
             out = torch.empty(stop - start, d, dtype=torch.bfloat16)
         # A thread uses its memory again and again: the first touch of fresh memory costs as much as reading.
-        held: dict[Any, Coded] = self._held.__dict__
+        held: dict[Any, dict[str, np.ndarray]] = self._held.__dict__
         if d not in held or len(held[d][""]) < min(stop - start, self.chunk_rows):
-            held[d] = self.buffers(hookpoint, side, min(stop - start, self.chunk_rows))
+            shapes = self.code_shapes(hookpoint, side, min(stop - start, self.chunk_rows))
+            held[d] = {suffix: np.empty(shape, dtype) for suffix, (shape, dtype) in shapes.items()}
         at, unit_tokens = start, self.unit_rows * self.context
         while at < stop:
             end = min(stop, (at // unit_tokens + 1) * unit_tokens, at + len(held[d][""]))
-            self.codec.decode(self.codes(hookpoint, side, at, end, held[d]), out[at - start : end - start])
+            codes = self.codes(hookpoint, side, at, end, held[d])
+            coded = {suffix: torch.from_numpy(z) for suffix, z in codes.items()}
+            self.codec.decode(coded, out[at - start : end - start])
             at = end
         return out
 
-    def buffers(self, hookpoint: str, side: str, rows: int) -> "Coded":
-        """Memory for the codes of so many tokens of one side."""
-        import torch
+    def code_shapes(self, hookpoint: str, side: str, rows: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of each array of codes, by suffix, of so many tokens of one side."""
+        return {
+            suffix: (
+                (1 if spec.per_unit else rows, *self._layouts[f"{hookpoint}/{side}{suffix}"].chunk[1:]),
+                spec.dtype,
+            )
+            for suffix, spec in self.codec.arrays.items()
+        }
 
-        made = {}
-        for suffix, spec in self.codec.arrays.items():
-            shape = 1 if spec.per_unit else rows, *self._layouts[f"{hookpoint}/{side}{suffix}"].chunk[1:]
-            made[suffix] = torch.empty(shape, dtype=getattr(torch, spec.dtype))
-        return made
-
-    def codes(self, hookpoint: str, side: str, start: int, stop: int, buffers: "Coded") -> "Coded":
-        """Read the codes of stored tokens [start, stop) of one unit into `buffers`; return the parts that hold them."""
+    def codes(
+        self, hookpoint: str, side: str, start: int, stop: int, out: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Read the codes of stored tokens [start, stop) of one unit into arrays of at least their `code_shapes`; return
+        the parts that hold them."""
         filled, unit = {}, start // (self.unit_rows * self.context)
         for suffix, spec in self.codec.arrays.items():
             name = f"{hookpoint}/{side}{suffix}"
-            filled[suffix] = buffers[suffix][: 1 if spec.per_unit else stop - start]
+            filled[suffix] = out[suffix][: 1 if spec.per_unit else stop - start]
             if spec.per_unit:
-                filled[suffix].numpy()[:] = self._of_unit(name, unit)
+                filled[suffix][:] = self._of_unit(name, unit)
             else:
-                self.read(name, start, stop, filled[suffix].numpy())
+                self.read(name, start, stop, filled[suffix])
         return filled
 
     def _of_unit(self, name: str, unit: int) -> np.ndarray:

@@ -1,22 +1,19 @@
 """The chunks that are shuffled together, decoded where the coders are trained: in memory or on a GPU."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from skipcoder.pipeline.store.codecs import Coded
 from skipcoder.pipeline.store.commit import SIDES
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.data.lane import Lane
-
-KEEP_BYTES = 2**30
-"""A split of at most this size is kept decoded after its first epoch."""
+from skipcoder.trainer.data.reading import Chunk, Readers, Staging, read_positions
 
 TOGETHER = 8
 """Chunks that a GPU copies and decodes together."""
@@ -24,13 +21,19 @@ TOGETHER = 8
 Columns = tuple[Tensor, ...]
 """Both sides of each hookpoint in turn, [slots, chunk_rows, d], then, always in memory, the positions."""
 
+T = TypeVar("T")
 
-class Chunk(NamedTuple):
-    """Stored tokens [start, stop), held by one compressed chunk of every array."""
 
-    unit: int
-    start: int
-    stop: int
+class Asked(NamedTuple):
+    """Chunks that are being read for a GPU."""
+
+    item: Any
+    chosen: Sequence[int]
+    missing: Sequence[int]
+    """Those of them that are read."""
+    staged: range
+    """Their slots of the staging."""
+    waits: list[Callable[[], Any]]
 
 
 class Pool:
@@ -45,29 +48,40 @@ class Pool:
         at_once: int,
         keep: bool,
         lane: Lane,
+        readers: int,
+        apart: bool,
     ) -> None:
-        """`at_once`: chunks that are shuffled together; `keep`: whether to keep every chunk once it has been read."""
-        self.store, self.chunks, self.filter = store, chunks, filter
+        """`at_once`: chunks that are shuffled together; `keep`: whether to keep every chunk once it has been read;
+        `readers` of them at a time, threads or, for a GPU, processes if `apart`."""
+        self.store, self.hookpoints, self.chunks, self.filter = store, hookpoints, chunks, filter
         self.sides = [(name, side) for name in hookpoints for side in SIDES]
-        self.at_once, self.lane, self.through_memory = min(at_once, len(chunks)), lane, lane.device.type == "cuda"
+        self.at_once, self.lane, self.readers, self.apart = min(at_once, len(chunks)), lane, readers, apart
+        self.through_memory = lane.device.type == "cuda"
         self._free: list[Columns] = []
-        self._staging: list[list[Coded]] = []
         self._whole = self._allocate(len(chunks)) if keep else None
         self._kept_rows: dict[int, np.ndarray] = {}
 
-    def read(self, chosen: Sequence[int], threads: ThreadPoolExecutor) -> tuple[Columns, np.ndarray]:
-        """Return columns that hold these chunks, and the rows that the filter keeps, chunk by chunk."""
-        if (whole := self._whole) is not None:
-            missing = [chunk for chunk in chosen if chunk not in self._kept_rows]
-            self._kept_rows.update(zip(missing, self._fill(whole, missing, missing, threads), strict=True))
-            return whole, np.concatenate([self._kept_rows[chunk] for chunk in chosen])
-        columns = self._free.pop() if self._free else self._allocate(self.at_once)
-        return columns, np.concatenate(list(self._fill(columns, chosen, range(len(chosen)), threads)))
+    def read(self, plan: Iterable[tuple[T, Sequence[int]]]) -> Iterator[tuple[T, Columns, np.ndarray]]:
+        """For each item of a plan and the chunks that belong to it: columns that hold them, and the rows that the
+        filter keeps, chunk by chunk."""
+        return self._through_memory(plan) if self.through_memory else self._directly(plan)
 
     def release(self, columns: Columns) -> None:
         """Let the next chunks be decoded in place of these."""
         if columns is not self._whole:
             self._free.append(columns)
+
+    def _missing(self, chosen: Sequence[int], coming: Sequence[int] = ()) -> Sequence[int]:
+        """Those of the chunks to read; of a split that is kept, those that are neither there nor `coming`."""
+        if self._whole is None:
+            return chosen
+        return [chunk for chunk in chosen if chunk not in self._kept_rows and chunk not in coming]
+
+    def _columns(self, missing: Sequence[int]) -> tuple[Columns, Sequence[int]]:
+        """Columns for these chunks, and their slots."""
+        if self._whole is not None:
+            return self._whole, missing
+        return self._free.pop() if self._free else self._allocate(self.at_once), range(len(missing))
 
     def _allocate(self, slots: int) -> Columns:
         rows = self.store.chunk_rows
@@ -78,77 +92,69 @@ class Pool:
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device=self.lane.device)
 
-    def _fill(
-        self, columns: Columns, chosen: Sequence[int], slots: Sequence[int], threads: ThreadPoolExecutor
-    ) -> Iterator[np.ndarray]:
-        """Decode chunks into slots; yield the rows that the filter keeps of each."""
-        positions = [columns[-1][slot] for slot in slots]
-        if self.through_memory:
-            kept = self._through_memory(columns[:-1], chosen, slots, positions, threads)
-        else:
-            sides = ([z[slot] for z in columns[:-1]] for slot in slots)
-            kept = threads.map(self._decode, chosen, sides, positions)
-        for rows, slot in zip(kept, slots, strict=True):
-            yield rows + slot * self.store.chunk_rows
+    def _rows(self, chosen: Sequence[int], slots: Sequence[int], keeps: Iterable[np.ndarray]) -> np.ndarray:
+        """Rows of the columns that are kept of chunks that have just been read, or were before."""
+        rows = [keep.nonzero()[0] + slot * self.store.chunk_rows for slot, keep in zip(slots, keeps, strict=True)]
+        if self._whole is not None:
+            self._kept_rows.update(zip(slots, rows, strict=True))
+            rows = [self._kept_rows[chunk] for chunk in chosen]
+        return np.concatenate(rows)
 
-    def _decode(self, chunk: int, sides: Sequence[Tensor], position: Tensor) -> np.ndarray:
+    # ---- in memory --------------------------------------------------------------------------------
+
+    def _directly(self, plan: Iterable[tuple[T, Sequence[int]]]) -> Iterator[tuple[T, Columns, np.ndarray]]:
+        """Let threads decode each chunk into its place."""
+        with ThreadPoolExecutor(self.readers, thread_name_prefix="reader") as threads:
+            for item, chosen in plan:
+                missing = self._missing(chosen)
+                columns, slots = self._columns(missing)
+                keeps = threads.map(self._decode, missing, ([z[slot] for z in columns] for slot in slots))
+                yield item, columns, self._rows(chosen, slots, keeps)
+
+    def _decode(self, chunk: int, into: Sequence[Tensor]) -> np.ndarray:
         _, start, stop = self.chunks[chunk]
+        *sides, position = into
         for side, z in zip(self.sides, sides, strict=True):
             self.store.activations(*side, start, stop, out=z[: stop - start])
-        return self._positions(chunk, position)
+        return read_positions(self.store, self.filter, self.chunks[chunk], position.numpy())
 
-    def _through_memory(
-        self,
-        sides: Sequence[Tensor],
-        chosen: Sequence[int],
-        slots: Sequence[int],
-        positions: Sequence[Tensor],
-        threads: ThreadPoolExecutor,
-    ) -> Iterator[np.ndarray]:
-        """Let threads read codes into pinned memory, and this thread alone have them copied and decoded, several chunks
-        at a time: threads that ask a GPU for many small things in turn spend their time waiting for Python's lock."""
+    # ---- on a GPU ---------------------------------------------------------------------------------
+
+    def _through_memory(self, plan: Iterable[tuple[T, Sequence[int]]]) -> Iterator[tuple[T, Columns, np.ndarray]]:
+        """Let the readers fill one half of a staging, and this thread alone have the other copied and decoded, several
+        chunks at a time."""
+        half = -(-self.at_once // TOGETHER) * TOGETHER
+        with Readers(self.store, self.hookpoints, self.filter, 2 * half, self.readers, self.apart) as readers:
+            if self.lane.device.type == "cuda":
+                readers.staging.memory.pin()
+            asked: deque[Asked] = deque()
+            for number, (item, chosen) in enumerate(plan):
+                missing = self._missing(chosen, asked[0].missing if asked else ())
+                staged = range(number % 2 * half, number % 2 * half + len(missing))
+                waits = [readers.ask(*one) for one in zip(staged, (self.chunks[c] for c in missing), strict=True)]
+                asked.append(Asked(item, chosen, missing, staged, waits))
+                if len(asked) == 2:
+                    yield self._decoded(readers.staging, asked.popleft())
+            while asked:
+                yield self._decoded(readers.staging, asked.popleft())
+
+    def _decoded(self, staging: Staging, asked: Asked) -> tuple[Any, Columns, np.ndarray]:
+        item, chosen, missing, staged, waits = asked
+        columns, into = self._columns(missing)
         with self.lane():
-            while len(self._staging) * TOGETHER < len(chosen):
-                self._staging.append([self._pinned(*side) for side in self.sides])
-            staged = [
-                [{suffix: codes[i] for suffix, codes in coded.items()} for coded in group]
-                for group in self._staging
-                for i in range(TOGETHER)
-            ]
-            kept = threads.map(self._stage, chosen, staged, positions)
-            for first, group in zip(range(0, len(chosen), TOGETHER), self._staging, strict=False):
-                some = torch.tensor(slots[first : first + TOGETHER])
-                yield from (next(kept) for _ in some)
-                for coded, z in zip(group, sides, strict=True):
-                    there = {suffix: c[: len(some)].to(z.device, non_blocking=True) for suffix, c in coded.items()}
+            for first in range(0, len(waits), TOGETHER):
+                for wait in waits[first : first + TOGETHER]:
+                    wait()
+                some = torch.tensor(into[first : first + TOGETHER])
+                there = slice(staged[first], staged[first] + len(some))
+                for codes, z in zip(staging.codes, columns, strict=False):
+                    coded = {
+                        suffix: torch.from_numpy(c[there]).to(z.device, non_blocking=True)
+                        for suffix, c in codes.items()
+                    }
                     decoded = self._empty(len(some), *z.shape[1:])
-                    self.store.codec.decode(there, decoded)
+                    self.store.codec.decode(coded, decoded)
                     z.index_copy_(0, some.to(z.device), decoded)
+                columns[-1][some] = torch.from_numpy(staging.position[there])
             self.lane.wait()  # before the memory is used again
-
-    def _pinned(self, hookpoint: str, side: str) -> Coded:
-        one = self.store.buffers(hookpoint, side, self.store.chunk_rows)
-        several = {suffix: codes.new_zeros((TOGETHER, *codes.shape)) for suffix, codes in one.items()}
-        on_gpu = self.lane.device.type == "cuda"
-        return {suffix: codes.pin_memory() if on_gpu else codes for suffix, codes in several.items()}
-
-    def _stage(self, chunk: int, staging: Sequence[Coded], position: Tensor) -> np.ndarray:
-        _, start, stop = self.chunks[chunk]
-        for side, buffers in zip(self.sides, staging, strict=True):
-            self.store.codes(*side, start, stop, buffers)
-        return self._positions(chunk, position)
-
-    def _positions(self, chunk: int, out: Tensor) -> np.ndarray:
-        """Write the positions of a chunk; return the rows that the filter keeps."""
-        unit, start, stop = self.chunks[chunk]
-        position = self.store.read("index", start, stop).astype(np.int64)
-        tokens = _tokens(self.store, unit)[position - self.store.unit_range(unit)[0]]
-        out[: stop - start] = torch.from_numpy(position)
-        keep = self.filter.keep(position, tokens, self.store.context, self.store.attrs["special_tokens"])
-        rows: np.ndarray = keep.nonzero()[0]
-        return rows
-
-
-@lru_cache(maxsize=256)
-def _tokens(store: ActivationStore, unit: int) -> np.ndarray:
-    return store.tokens(unit).ravel()
+        return item, columns, self._rows(chosen, into, [staging.keep[slot] for slot in staged])

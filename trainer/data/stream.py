@@ -13,8 +13,7 @@ Legend: B tokens of a batch, D input width, E output width.
 import hashlib
 import json
 import os
-from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -30,15 +29,19 @@ from skipcoder.trainer.data.batch import Assembly, Batch, BatchLayout
 from skipcoder.trainer.data.filter import USUAL, TokenFilter
 from skipcoder.trainer.data.lane import Lane
 from skipcoder.trainer.data.order import block_permutation, epoch_order
-from skipcoder.trainer.data.pool import KEEP_BYTES, Chunk, Columns, Pool
+from skipcoder.trainer.data.pool import Columns, Pool
+from skipcoder.trainer.data.reading import Chunk
 
 POOL_BYTES = 2**29
 """Bytes of pairs shuffled together by default. A stream holds three times as much, in memory or on the GPU, with a GPU
-also once in pinned memory. A larger pool would mix batches better; benchmarks/README.md says by how much."""
+also the codes of twice as much in pinned memory. A larger pool would mix batches better; benchmarks/README.md says by
+how much."""
 
+KEEP_BYTES = 2**30
+"""A split of at most this size is kept decoded after its first epoch, and read by threads."""
 
-MOST_READERS = 8
-"""For a GPU by default: with more, threads wait for Python's lock most of the time (benchmarks/README.md)."""
+MOST_READERS = 16
+"""For a GPU by default, if there are as many cores."""
 
 
 class Position(TypedDict):
@@ -109,13 +112,26 @@ class ActivationStream:
         self.widths = [store.width(name, side) for name in self.hookpoints for side in SIDES]
         pair_bytes = 2 * sum(self.widths)
         self.pool_chunks = pool_chunks or max(1, POOL_BYTES // (pair_bytes * store.chunk_rows))
-        keep = epochs != 1 and self.tokens * pair_bytes <= KEEP_BYTES
+        is_small = self.tokens * pair_bytes <= KEEP_BYTES
         most = -(-min(batch_tokens, self.tokens) // world_size)
-        usual = min(os.cpu_count() or 1, MOST_READERS) if self.device.type == "cuda" else 1
+        usual = 1
+        if self.device.type == "cuda":
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            usual = min(MOST_READERS, (os.cpu_count() or 1) // ranks_here)
         self.readers = readers or max(store.place.parallel, usual)
         self._batch_layout = BatchLayout(self.hookpoints, self.widths, rank, world_size, most, self.device, dtype)
         self._lane = Lane(self.device)
-        self._pool = Pool(store, self.hookpoints, self.chunks, filter, self.pool_chunks, keep, self._lane)
+        self._pool = Pool(
+            store,
+            self.hookpoints,
+            self.chunks,
+            filter,
+            self.pool_chunks,
+            keep=is_small and epochs != 1,
+            lane=self._lane,
+            readers=self.readers,
+            apart=not is_small,
+        )
 
     # ---- position ---------------------------------------------------------------------------------
 
@@ -191,17 +207,20 @@ class ActivationStream:
             blocks.close()
 
     def _blocks(self) -> Generator[_Block]:
+        for (epoch, block, is_last), columns, rows in self._pool.read(self._plan()):
+            shuffle = torch.from_numpy(rows[block_permutation(self.seed, epoch, block, len(rows))])
+            if self.device.type == "cuda":
+                with self._lane():
+                    shuffle = shuffle.pin_memory()
+            yield _Block(epoch, block, is_last, columns, shuffle)
+
+    def _plan(self) -> Iterator[tuple[tuple[int, int, bool], list[int]]]:
+        """((epoch, block, whether it is the epoch's last), its chunks) from the position on."""
         epoch, number = self.epoch, self.block
-        with ThreadPoolExecutor(self.readers, thread_name_prefix="reader") as threads:
-            while self.epochs is None or epoch < self.epochs:
-                order = epoch_order(self.seed, epoch, [chunk.unit for chunk in self.chunks])
-                last = -(-len(order) // self.pool_chunks) - 1
-                for block in range(number, last + 1):
-                    chosen = order[block * self.pool_chunks : (block + 1) * self.pool_chunks].tolist()
-                    columns, rows = self._pool.read(chosen, threads)
-                    shuffle = torch.from_numpy(rows[block_permutation(self.seed, epoch, block, len(rows))])
-                    if self.device.type == "cuda":
-                        with self._lane():
-                            shuffle = shuffle.pin_memory()
-                    yield _Block(epoch, block, block == last, columns, shuffle)
-                epoch, number = epoch + 1, 0
+        while self.epochs is None or epoch < self.epochs:
+            order = epoch_order(self.seed, epoch, [chunk.unit for chunk in self.chunks])
+            last = -(-len(order) // self.pool_chunks) - 1
+            for block in range(number, last + 1):
+                chosen = order[block * self.pool_chunks : (block + 1) * self.pool_chunks].tolist()
+                yield (epoch, block, block == last), chosen
+            epoch, number = epoch + 1, 0

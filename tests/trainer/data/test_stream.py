@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from skipcoder.errors import UserError
+from skipcoder.helpers import Helper
 from skipcoder.pipeline.config import CacheConfig
 from skipcoder.pipeline.store.codecs.bf16 import Bf16, decode_on_device
 from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.data import reading
 from skipcoder.trainer.data import stream as module
 from skipcoder.trainer.data.batch import Batch
 from skipcoder.trainer.data.filter import TokenFilter
@@ -194,3 +196,39 @@ def test_the_way_to_a_gpu_gives_the_same_batches(
     stream._pool.through_memory = True
     for a, b in zip(plain, stream, strict=True):
         assert torch.equal(a.x, b.x.cpu()) and torch.equal(a.y, b.y.cpu()) and torch.equal(a.position, b.position)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_on_the_way_to_a_gpu_damage_is_named_and_all_that_read_end(
+    apart: bool,
+    cache_config: Callable[..., CacheConfig],
+    capture_here: Callable[[CacheConfig], ActivationStore],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    helpers: list[Helper] = []
+
+    def start(*args: Any) -> Helper:
+        helpers.append(Helper(*args))
+        return helpers[-1]
+
+    monkeypatch.setattr(reading, "Helper", start)
+    monkeypatch.setattr(module, "KEEP_BYTES", -1 if apart else 2**30)
+    store = capture_here(cache_config(tmp_path / "s.zarr", rows=35 * UNIT_ROWS - 1, codec="int8"))
+    options: dict[str, Any] = {"pool_chunks": 4, "epochs": 1, "readers": 2}
+    stream = ActivationStream(store, "layers.1.mlp", 100, **options)
+    stream._pool.through_memory = True
+    next(batches := iter(stream))
+    batches.close()
+
+    shard = store.path / "layers.1.mlp" / "input" / "c" / "33" / "0"
+    content = bytearray(shard.read_bytes())
+    content[5] ^= 1
+    shard.write_bytes(content)
+    stream = ActivationStream(ActivationStore.open(store.path), "layers.1.mlp", 100, **options)
+    stream._pool.through_memory = True
+    with pytest.raises(UserError, match=r"layers.1.mlp/input: rows \d+-\d+ \(unit 33\) .*checksum does not match"):
+        list(stream)
+    assert len(helpers) == (4 if apart else 0)
+    assert all(helper._process.poll() is not None for helper in helpers)
+    assert not [t for t in threading.enumerate() if t.name.startswith(("reader", "activation-stream"))]

@@ -1,0 +1,137 @@
+"""Processes that help this one, where threads would wait for Python's lock, and memory that is shared with them.
+
+A helper is a module run by a Python of its own, which calls `serve`. It ends when the process that started it does,
+however that ends: it notices that the connection is closed. It is no fork, so it can be started beside a GPU, and
+imports only what its module needs.
+"""
+
+import contextlib
+import math
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+ALIGNED = 4096
+"""Arrays in shared memory begin at multiples of so many bytes: a page."""
+
+
+class Helper:
+    """A process that answers requests one after another."""
+
+    def __init__(self, module: str, setup: Any, descriptors: Sequence[int] = ()) -> None:
+        """Start it, without waiting. `setup` goes to the function that the module gives `serve`; the file
+        `descriptors` are open there under the same numbers."""
+        self._module = module
+        self._connection, there = Pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", module, str(there.fileno())],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[there.fileno(), *descriptors],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+        )
+        there.close()
+        self.ask(setup)
+
+    def ask(self, request: Any) -> None:
+        """Send a request; `answer` gives the answers in order."""
+        with contextlib.suppress(ConnectionError):  # `answer` will say why
+            self._connection.send(request)
+
+    def answer(self) -> Any:
+        """Wait for the next answer, or raise what was raised there."""
+        try:
+            answer = self._connection.recv()
+        except (EOFError, ConnectionError):
+            code = self._process.wait()
+            raise RuntimeError(f"the helper process {self._module} has ended (exit code {code})") from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """End it; what it is doing is not finished."""
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def serve(start: Callable[[Any], Callable[[Any], Any]]) -> None:
+    """Answer requests until the other side closes. `start(setup)` returns the function that answers them."""
+    for signum in (signal.SIGINT, signal.SIGTERM):  # meant for the process that started this one
+        signal.signal(signum, signal.SIG_IGN)
+    connection = Connection(int(sys.argv[1]))
+    with contextlib.suppress(EOFError, ConnectionError):
+        try:
+            answer = start(connection.recv())
+            while True:
+                connection.send(answer(connection.recv()))
+        except (EOFError, ConnectionError):
+            raise
+        except Exception as error:
+            error.add_note("in a helper process:\n" + traceback.format_exc())
+            connection.send(error)
+
+
+class SharedArrays:
+    """Named arrays in one piece of shared memory, zero at first. It is gone with the last process that holds it: it has
+    no name that could be left over, and /dev/shm, which is small in containers, is not used.
+
+    A helper makes its own from the same `specs` and the `descriptor` that it was given.
+    """
+
+    def __init__(self, specs: Mapping[Any, tuple[Sequence[int], Any]], descriptor: int | None = None) -> None:
+        """`specs`: (shape, dtype) of each array."""
+        starts, size = {}, 0
+        for name, (shape, dtype) in specs.items():
+            starts[name] = size
+            size += -(-math.prod(shape) * np.dtype(dtype).itemsize // ALIGNED) * ALIGNED
+        self.descriptor = _reserve(size) if descriptor is None else descriptor
+        memory = mmap.mmap(self.descriptor, size)
+        self._whole = np.frombuffer(memory, np.uint8)
+        self._pinned = False
+        self.arrays = {
+            name: np.ndarray(shape, dtype, memory, offset=starts[name]) for name, (shape, dtype) in specs.items()
+        }
+
+    def pin(self) -> None:
+        """Keep the memory in its place, so that a GPU copies from it and to it by itself, until `close`."""
+        import torch
+
+        result = int(torch.cuda.cudart().cudaHostRegister(self._whole.ctypes.data, self._whole.nbytes, 0))
+        self._pinned = result == 0
+        if not self._pinned:
+            warnings.warn(f"memory could not be pinned (CUDA error {result}): copies will be slow", stacklevel=2)
+
+    def close(self) -> None:
+        """Let go of the memory as soon as nobody holds an array of it; no copy may be under way."""
+        if self._pinned:
+            import torch
+
+            torch.cuda.cudart().cudaHostUnregister(self._whole.ctypes.data)
+            self._pinned = False
+        self.arrays = {}
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def _reserve(size: int) -> int:
+    """A descriptor of memory without a name."""
+    with contextlib.ExitStack() as stack:
+        if hasattr(os, "memfd_create"):
+            descriptor = os.memfd_create("skipcoder")
+        else:  # macOS
+            descriptor = os.dup(stack.enter_context(tempfile.TemporaryFile()).fileno())
+    os.ftruncate(descriptor, size)
+    return descriptor

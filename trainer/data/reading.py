@@ -1,0 +1,136 @@
+"""Chunks of a store on their way to a GPU: their codes are read into pinned memory, by threads or by processes.
+
+Processes share that memory with the trainer. Threads take turns at Python's lock, whatever they do outside it; sixteen
+processes read half as much again and leave the lock to the training step (benchmarks/README.md). But they take a second
+to start.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numcodecs import blosc
+
+from skipcoder.helpers import Helper, SharedArrays, serve
+from skipcoder.pipeline.store.attrs import read_attrs
+from skipcoder.pipeline.store.commit import SIDES
+from skipcoder.pipeline.store.places import place_at
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.data.filter import TokenFilter
+
+
+class Chunk(NamedTuple):
+    """Stored tokens [start, stop), held by one compressed chunk of every array."""
+
+    unit: int
+    start: int
+    stop: int
+
+
+class Staging:
+    """Memory for chunks as they were read: codes, positions, and which tokens the filter keeps."""
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        hookpoints: Sequence[str],
+        filter: TokenFilter,
+        slots: int,
+        descriptor: int | None = None,
+    ) -> None:
+        """`descriptor`: of the memory of another process, which was made with the same arguments."""
+        self.store, self.filter = store, filter
+        self.sides = [(name, side) for name in hookpoints for side in SIDES]
+        specs: dict[Any, Any] = {
+            (*side, suffix): ((slots, *shape), dtype)
+            for side in self.sides
+            for suffix, (shape, dtype) in store.code_shapes(*side, store.chunk_rows).items()
+        }
+        rows = (slots, store.chunk_rows)
+        self.memory = SharedArrays({**specs, "position": (rows, np.int64), "keep": (rows, np.bool_)}, descriptor)
+        self.codes = [
+            {suffix: self.memory.arrays[*side, suffix] for suffix in store.codec.arrays} for side in self.sides
+        ]
+        """Of each side, [slots, ...]."""
+        self.position, self.keep = self.memory.arrays["position"], self.memory.arrays["keep"]
+
+    def read(self, slot: int, chunk: Chunk) -> None:
+        """Fill a slot."""
+        for side, codes in zip(self.sides, self.codes, strict=True):
+            self.store.codes(*side, chunk.start, chunk.stop, {suffix: z[slot] for suffix, z in codes.items()})
+        size = chunk.stop - chunk.start
+        self.keep[slot, size:] = False
+        self.keep[slot, :size] = read_positions(self.store, self.filter, chunk, self.position[slot])
+
+
+def read_positions(store: ActivationStore, filter: TokenFilter, chunk: Chunk, out: np.ndarray) -> np.ndarray:
+    """Write a chunk's positions to the head of `out`; return whether the filter keeps each."""
+    position = store.read("index", chunk.start, chunk.stop).astype(np.int64)
+    out[: len(position)] = position
+    tokens = _tokens(store, chunk.unit)[position - store.unit_range(chunk.unit)[0]]
+    return filter.keep(position, tokens, store.context, store.attrs["special_tokens"])
+
+
+@lru_cache(maxsize=256)
+def _tokens(store: ActivationStore, unit: int) -> np.ndarray:
+    return store.tokens(unit).ravel()
+
+
+class Readers:
+    """What fills the slots of a staging; a context manager."""
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        hookpoints: Sequence[str],
+        filter: TokenFilter,
+        slots: int,
+        count: int,
+        apart: bool,
+    ) -> None:
+        """`count` threads, or processes if `apart`."""
+        self.staging = Staging(store, hookpoints, filter, slots)
+        self._threads = None if apart else ThreadPoolExecutor(count, thread_name_prefix="reader")
+        self._helpers: list[Helper] = []
+        self._asked = 0
+        if apart:
+            setup = store.place.address, list(hookpoints), filter, slots, self.staging.memory.descriptor
+            self._helpers = [Helper(__name__, setup, [self.staging.memory.descriptor]) for _ in range(count)]
+
+    def ask(self, slot: int, chunk: Chunk) -> Callable[[], Any]:
+        """Have a chunk read; return a function that waits for it, to be called in the order of asking."""
+        if self._threads is not None:
+            return self._threads.submit(self.staging.read, slot, chunk).result
+        helper = self._helpers[self._asked % len(self._helpers)]
+        self._asked += 1
+        helper.ask((slot, tuple(chunk)))
+        return helper.answer
+
+    def __enter__(self) -> "Readers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+        for helper in self._helpers:
+            helper.close()
+        self.staging.memory.close()
+
+
+def _reading(
+    setup: tuple[str, Sequence[str], TokenFilter, int, int],
+) -> Callable[[tuple[int, tuple[int, int, int]]], None]:
+    """What a process does: open the store and the memory, and fill slots."""
+    address, hookpoints, filter, slots, descriptor = setup
+    blosc.use_threads = False
+    place = place_at(address)
+    attrs = read_attrs(place)
+    assert attrs is not None
+    staging = Staging(ActivationStore(place, attrs), hookpoints, filter, slots, descriptor)
+    return lambda request: staging.read(request[0], Chunk(*request[1]))
+
+
+if __name__ == "__main__":
+    serve(_reading)
