@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from skipcoder.evals.core.metrics import ReconstructionMetrics
+from skipcoder.evals.core.metrics import ReconstructionMetrics, Targets
 from skipcoder.trainer.config import Kind
 
 
@@ -99,9 +99,10 @@ def fit(model: Any, hookpoint: str, rows_RT: Tensor, batch_rows: int, recipe: Re
 @torch.no_grad()
 def measure(coder: Any, kind: Kind, x_ND: Tensor, y_NE: Tensor) -> dict[str, Any]:
     """FVU, dead fraction and the rest on held-out pairs, by our own metrics."""
-    metrics = ReconstructionMetrics(y_NE.shape[1], coder.num_latents)
+    targets = Targets(y_NE.shape[1])
+    metrics = ReconstructionMetrics(coder.num_latents, targets)
     for x, y in zip(x_ND.split(4096), y_NE.split(4096), strict=True):
         x, y = (y.float(), y.float()) if kind == Kind.sae else (x.float(), y.float())
         out = coder(x, y)
-        metrics.update(y, out.sae_out, out.latent_acts, out.latent_indices)
+        metrics.update(targets.add(y), out.sae_out, out.latent_acts, out.latent_indices)
     return metrics.result()

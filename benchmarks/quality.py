@@ -23,7 +23,7 @@ from peer_sparsify import Playback, Recipe, fit, measure, use
 from study import BATCH, SEEDS, config, interval, show, trained
 from torch import Tensor
 
-from skipcoder.evals.core.metrics import ReconstructionMetrics
+from skipcoder.evals.core.metrics import ReconstructionMetrics, Targets
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.config import Kind
 from skipcoder.trainer.data.stream import ActivationStream
@@ -59,11 +59,12 @@ class Contest:
         cfg = config(self.store, self.tokens, seed, kind, lr=lr)
         learner = trained(cfg, self.store, zip(self.x.split(BATCH), self.y.split(BATCH), strict=True))
         coder = learner.folded()
-        metrics = ReconstructionMetrics(coder.d_out, coder.cfg.width)
+        targets = Targets(coder.d_out)
+        metrics = ReconstructionMetrics(coder.cfg.width, targets)
         with torch.no_grad():
             for x, y in zip(self.x_held.float().split(4096), self.y_held.float().split(4096), strict=True):
                 out = coder(y if kind == Kind.sae else x)
-                metrics.update(y, out.y_hat, out.values, out.indices)
+                metrics.update(targets.add(y), out.y_hat, out.values, out.indices)
         return metrics.result()
 
     def theirs(self, kind: Kind, lr: float, seed: int) -> dict[str, Any]:

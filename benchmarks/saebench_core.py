@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from skipcoder.evals.core.evaluator import Evaluator
-from skipcoder.evals.core.metrics import ReconstructionMetrics
+from skipcoder.evals.core.metrics import ReconstructionMetrics, Targets
 from skipcoder.evals.core.passes import Part, ablation, token_losses
 from skipcoder.evals.tables.saebench_adapter import SaeBenchSAE
 from skipcoder.pipeline.model.hookpoints import Hookpoint
@@ -74,11 +74,12 @@ def hooked(lm: Any) -> Any:
 def ours(lm: Any, run: Run, tokens_BT: torch.Tensor) -> dict[str, float]:
     """Our numbers under sae-bench's names."""
     write = run.write_site
-    metrics = ReconstructionMetrics(run.coder.d_out, run.coder.cfg.width)
+    targets = Targets(run.coder.d_out)
+    metrics = ReconstructionMetrics(run.coder.cfg.width, targets)
     for tokens in tokens_BT.split(BATCH):
         ((_, y),) = capture(lm.base_model, [Hookpoint("it", write.module, write.module)], tokens).values()
         out = run.coder(y)
-        metrics.update(y, out.y_hat, out.values, out.indices)
+        metrics.update(targets.add(y), out.y_hat, out.values, out.indices)
     found = metrics.result()
     parts = {
         "sae": [Part(write, write, lambda x: run.coder(x).y_hat)],

@@ -32,7 +32,7 @@ import numpy as np
 import peer_sparsify
 import torch
 
-from skipcoder.evals.core.metrics import ReconstructionMetrics
+from skipcoder.evals.core.metrics import ReconstructionMetrics, Targets
 from skipcoder.pipeline.model import load as model
 from skipcoder.pipeline.store.attrs import model_config
 from skipcoder.pipeline.store.reader import ActivationStore
@@ -105,10 +105,11 @@ class OnTheFly:
 
     @torch.no_grad()
     def _fvu(self, coder: SparseCoder) -> float:
-        metrics = ReconstructionMetrics(coder.d_out, coder.cfg.width)
+        targets = Targets(coder.d_out)
+        metrics = ReconstructionMetrics(coder.cfg.width, targets)
         for x, y in self.held_out:
             out = coder(x)
-            metrics.update(y, out.y_hat, out.values, out.indices)
+            metrics.update(targets.add(y), out.y_hat, out.values, out.indices)
         return float(metrics.result()["fvu"])
 
     def theirs(self, seed: int) -> tuple[dict[str, float], list[float]]:

@@ -4,6 +4,7 @@ model. Runs of one store and hookpoint share the model and its clean and ablated
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from skipcoder.errors import UserError
 from skipcoder.evals.core.ce_kl import summary
-from skipcoder.evals.core.metrics import ReconstructionMetrics
+from skipcoder.evals.core.metrics import ReconstructionMetrics, Targets
 from skipcoder.evals.core.passes import Part, Replace, TokenLosses, ablation, token_losses
 from skipcoder.evals.core.results import Result
 from skipcoder.evals.stats.bootstrap import MIN_ROWS
@@ -97,22 +98,26 @@ class Evaluator:
     @torch.no_grad()
     def reconstruction(self, runs: Sequence[Run]) -> list[Result]:
         """ReconstructionMetrics on all held-out tokens that training would have kept."""
-        rows = len(self.row_numbers)
-        every = [ReconstructionMetrics(run.coder.d_out, run.coder.cfg.width, rows) for run in runs]
+        every: dict[Path, ReconstructionMetrics] = {}
         streams = {(run.summary["hookpoint"], run.filter) for run in runs}
         for hookpoint, kept in sorted(streams, key=repr):
+            mine = [run for run in runs if (run.summary["hookpoint"], run.filter) == (hookpoint, kept)]
+            targets = {
+                run.write_site.side: Targets(run.coder.d_out, len(self.row_numbers), self.device) for run in mine
+            }
+            for run in mine:
+                every[run.path] = ReconstructionMetrics(run.coder.cfg.width, targets[run.write_site.side])
             stream = ActivationStream(
                 self.store, hookpoint, 4096, split="held_out", filter=kept, epochs=1, device=self.device
             )
             for batch in stream:
                 sides = {"input": batch.x, "output": batch.y}
                 row = torch.searchsorted(self.row_numbers, batch.position // self.store.context)
-                for run, metrics in zip(runs, every, strict=True):
-                    if (run.summary["hookpoint"], run.filter) == (hookpoint, kept):
-                        out = run.coder(sides[run.read_site.side])
-                        y = sides[run.write_site.side]
-                        metrics.update(y, out.y_hat, out.values, out.indices, row)
-        return [metrics.result() for metrics in every]
+                target = {side: of_side.add(sides[side], row) for side, of_side in targets.items()}
+                for run in mine:
+                    out = run.coder(sides[run.read_site.side])
+                    every[run.path].update(target[run.write_site.side], out.y_hat, out.values, out.indices)
+        return [every[run.path].result() for run in runs]
 
     def behaviour(self, runs: Sequence[Run]) -> list[Result]:
         """Cross-entropy and KL with the MLP replaced by the coder, by zero, by its mean and, for skip transcoders, by

@@ -2,17 +2,18 @@ import numpy as np
 import pytest
 import torch
 
-from skipcoder.evals.core.metrics import ReconstructionMetrics
+from skipcoder.evals.core.metrics import ReconstructionMetrics, Targets
 from skipcoder.evals.stats.bootstrap import resamples
 
 
 def metrics(y: torch.Tensor, y_hat: torch.Tensor, batch: int = 100) -> dict:
-    m = ReconstructionMetrics(y.shape[1], 8)
+    targets = Targets(y.shape[1])
+    m = ReconstructionMetrics(8, targets)
     values = torch.tensor([[1.0, 0.0]]).expand(len(y), 2)
     indices = torch.tensor([[3, 5]]).expand(len(y), 2)
     for i in range(0, len(y), batch):
         part = slice(i, i + batch)
-        m.update(y[part], y_hat[part], values[part], indices[part])
+        m.update(targets.add(y[part]), y_hat[part], values[part], indices[part])
     return m.result()
 
 
@@ -71,9 +72,10 @@ def test_interval_of_fvu_is_that_of_fvus_computed_anew_on_resampled_rows() -> No
     y_hat = y + torch.randn(40, 5, generator=rng)[rows]
     none, intervals = torch.zeros(400, 1, dtype=torch.int64), []
     for place in (rows, torch.arange(400)):
-        m = ReconstructionMetrics(5, 8, len(place.unique()))
+        targets = Targets(5, len(place.unique()))
+        m = ReconstructionMetrics(8, targets)
         for part in torch.arange(400).split(37):  # a row may be cut by a batch
-            m.update(y[part], y_hat[part], none[part].float(), none[part], place[part])
+            m.update(targets.add(y[part], place[part]), y_hat[part], none[part].float(), none[part])
         intervals.append(m.result()["fvu_ci"])
     found = []
     for weights in torch.from_numpy(np.concatenate(resamples(40))).long():
