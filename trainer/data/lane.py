@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Mark = torch.cuda.Event | None
+"""A place in a lane; on a CPU, None."""
+
 
 class Lane:
     """A queue on a device; on a CPU, nothing."""
@@ -24,11 +27,16 @@ class Lane:
         if self._queue is not None:
             self._queue.synchronize()
 
-    def mark(self) -> torch.cuda.Event | None:
+    def mark(self) -> Mark:
         """Mark the end of what has been asked so far."""
         return None if self._queue is None else self._queue.record_event()
 
-    def hand_over(self, mark: torch.cuda.Event | None, tensors: Iterable[Tensor]) -> None:
+    def after(self, mark: Mark) -> None:
+        """Let what is asked from now on wait until the device has come to a mark in another queue."""
+        if mark is not None and self._queue is not None:
+            self._queue.wait_event(mark)
+
+    def hand_over(self, mark: Mark, tensors: Iterable[Tensor]) -> None:
         """Let the caller's own queue use tensors that were made here, as soon as the device has come to the mark."""
         if mark is not None:
             current = torch.cuda.current_stream(self.device)

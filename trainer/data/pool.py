@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from skipcoder.pipeline.store.commit import SIDES
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.data.filter import TokenFilter
-from skipcoder.trainer.data.lane import Lane
+from skipcoder.trainer.data.lane import Lane, Mark
 from skipcoder.trainer.data.reading import Chunk, Readers, Staging, read_positions
 
 TOGETHER = 8
@@ -24,10 +24,22 @@ Columns = tuple[Tensor, ...]
 T = TypeVar("T")
 
 
-class Asked(NamedTuple):
+class Block(NamedTuple, Generic[T]):
+    """Chunks of a plan in columns."""
+
+    item: T
+    """What the plan calls them."""
+    columns: Columns
+    rows: np.ndarray
+    """Rows of the columns that the filter keeps, chunk by chunk."""
+    mark: Mark
+    """When the columns hold them."""
+
+
+class Asked(NamedTuple, Generic[T]):
     """Chunks that are being read for a GPU."""
 
-    item: Any
+    item: T
     chosen: Sequence[int]
     missing: Sequence[int]
     """Those of them that are read."""
@@ -47,7 +59,7 @@ class Pool:
         filter: TokenFilter,
         at_once: int,
         keep: bool,
-        lane: Lane,
+        device: torch.device,
         readers: int,
         apart: bool,
     ) -> None:
@@ -55,21 +67,25 @@ class Pool:
         `readers` of them at a time, threads or, for a GPU, processes if `apart`."""
         self.store, self.hookpoints, self.chunks, self.filter = store, hookpoints, chunks, filter
         self.sides = [(name, side) for name in hookpoints for side in SIDES]
-        self.at_once, self.lane, self.readers, self.apart = min(at_once, len(chunks)), lane, readers, apart
-        self.through_memory = lane.device.type == "cuda"
-        self._free: list[Columns] = []
+        self.at_once, self.readers, self.apart = min(at_once, len(chunks)), readers, apart
+        self.lane = Lane(device)
+        self.through_memory = device.type == "cuda"
+        self._free: list[tuple[Columns, Mark]] = []
         self._whole = self._allocate(len(chunks)) if keep else None
         self._kept_rows: dict[int, np.ndarray] = {}
 
-    def read(self, plan: Iterable[tuple[T, Sequence[int]]]) -> Iterator[tuple[T, Columns, np.ndarray]]:
-        """For each item of a plan and the chunks that belong to it: columns that hold them, and the rows that the
-        filter keeps, chunk by chunk."""
+    def read(self, plan: Iterable[tuple[T, Sequence[int]]]) -> Iterator[Block[T]]:
+        """Read the chunks that belong to each item of a plan."""
         return self._through_memory(plan) if self.through_memory else self._directly(plan)
 
-    def release(self, columns: Columns) -> None:
-        """Let the next chunks be decoded in place of these."""
-        if columns is not self._whole:
-            self._free.append(columns)
+    def use(self, block: Block[Any]) -> None:
+        """Let the caller's queue on the device use a block's columns."""
+        self.lane.hand_over(block.mark, block.columns)
+
+    def release(self, block: Block[Any], mark: Mark) -> None:
+        """Let other chunks be decoded in place of a block's, once the device has come to `mark`."""
+        if block.columns is not self._whole:
+            self._free.append((block.columns, mark))
 
     def _missing(self, chosen: Sequence[int], coming: Sequence[int] = ()) -> Sequence[int]:
         """Those of the chunks to read; of a split that is kept, those that are neither there nor `coming`."""
@@ -81,7 +97,11 @@ class Pool:
         """Columns for these chunks, and their slots."""
         if self._whole is not None:
             return self._whole, missing
-        return self._free.pop() if self._free else self._allocate(self.at_once), range(len(missing))
+        if not self._free:
+            return self._allocate(self.at_once), range(len(missing))
+        columns, mark = self._free.pop()
+        self.lane.after(mark)
+        return columns, range(len(missing))
 
     def _allocate(self, slots: int) -> Columns:
         rows = self.store.chunk_rows
@@ -102,14 +122,14 @@ class Pool:
 
     # ---- in memory --------------------------------------------------------------------------------
 
-    def _directly(self, plan: Iterable[tuple[T, Sequence[int]]]) -> Iterator[tuple[T, Columns, np.ndarray]]:
+    def _directly(self, plan: Iterable[tuple[T, Sequence[int]]]) -> Iterator[Block[T]]:
         """Let threads decode each chunk into its place."""
         with ThreadPoolExecutor(self.readers, thread_name_prefix="reader") as threads:
             for item, chosen in plan:
                 missing = self._missing(chosen)
                 columns, slots = self._columns(missing)
                 keeps = threads.map(self._decode, missing, ([z[slot] for z in columns] for slot in slots))
-                yield item, columns, self._rows(chosen, slots, keeps)
+                yield Block(item, columns, self._rows(chosen, slots, keeps), None)
 
     def _decode(self, chunk: int, into: Sequence[Tensor]) -> np.ndarray:
         _, start, stop = self.chunks[chunk]
@@ -120,28 +140,36 @@ class Pool:
 
     # ---- on a GPU ---------------------------------------------------------------------------------
 
-    def _through_memory(self, plan: Iterable[tuple[T, Sequence[int]]]) -> Iterator[tuple[T, Columns, np.ndarray]]:
-        """Let the readers fill one half of a staging, and this thread alone have the other copied and decoded, several
+    def _through_memory(self, plan: Iterable[tuple[T, Sequence[int]]]) -> Iterator[Block[T]]:
+        """Let the readers fill one half of a staging while this thread alone has the other copied and decoded, several
         chunks at a time."""
         half = -(-self.at_once // TOGETHER) * TOGETHER
         with Readers(self.store, self.hookpoints, self.filter, 2 * half, self.readers, self.apart) as readers:
             if self.lane.device.type == "cuda":
                 readers.staging.memory.pin()
-            asked: deque[Asked] = deque()
-            for number, (item, chosen) in enumerate(plan):
-                missing = self._missing(chosen, asked[0].missing if asked else ())
-                staged = range(number % 2 * half, number % 2 * half + len(missing))
-                waits = [readers.ask(*one) for one in zip(staged, (self.chunks[c] for c in missing), strict=True)]
-                asked.append(Asked(item, chosen, missing, staged, waits))
-                if len(asked) == 2:
+            asked: deque[Asked[T]] = deque()
+            decoded: deque[Mark] = deque()
+            try:
+                for number, (item, chosen) in enumerate(plan):
+                    if decoded and (mark := decoded.popleft()) is not None:
+                        mark.synchronize()  # before this half of the memory is used again
+                    missing = self._missing(chosen, asked[0].missing if asked else ())
+                    staged = range(number % 2 * half, number % 2 * half + len(missing))
+                    waits = [readers.ask(*one) for one in zip(staged, (self.chunks[c] for c in missing), strict=True)]
+                    asked.append(Asked(item, chosen, missing, staged, waits))
+                    if len(asked) == 2:
+                        block = self._decoded(readers.staging, asked.popleft())
+                        decoded.append(block.mark)
+                        yield block
+                while asked:
                     yield self._decoded(readers.staging, asked.popleft())
-            while asked:
-                yield self._decoded(readers.staging, asked.popleft())
+            finally:
+                self.lane.wait()
 
-    def _decoded(self, staging: Staging, asked: Asked) -> tuple[Any, Columns, np.ndarray]:
+    def _decoded(self, staging: Staging, asked: Asked[T]) -> Block[T]:
         item, chosen, missing, staged, waits = asked
-        columns, into = self._columns(missing)
         with self.lane():
+            columns, into = self._columns(missing)
             for first in range(0, len(waits), TOGETHER):
                 for wait in waits[first : first + TOGETHER]:
                     wait()
@@ -156,5 +184,5 @@ class Pool:
                     self.store.codec.decode(coded, decoded)
                     z.index_copy_(0, some.to(z.device), decoded)
                 columns[-1][some] = torch.from_numpy(staging.position[there])
-            self.lane.wait()  # before the memory is used again
-        return item, columns, self._rows(chosen, into, [staging.keep[slot] for slot in staged])
+        keeps = [staging.keep[slot] for slot in staged]
+        return Block(item, columns, self._rows(chosen, into, keeps), self.lane.mark())

@@ -4,8 +4,9 @@ The mental model: an epoch is a list of chunks (`order.epoch_order`); every `poo
 block is read, filtered, permuted as a whole and drained into batches. A batch may span two blocks, never two
 epochs. Three integers, (epoch, block, offset), say where the next token is; resuming reads one block.
 
-Threads run ahead: some read the next block and decode it straight into its place, in memory or, from the codes that
-were read, on the GPU; one gathers the next batch there. The order is computed here, so that it is the same everywhere.
+Others run ahead: threads, or processes, read the next block, which is decoded straight into its place, in memory or on
+a GPU; one thread gathers the next batch there. A GPU decodes and gathers in two queues of their own, beside the
+training step's. The order is computed here, so that it is the same everywhere.
 
 Legend: B tokens of a batch, D input width, E output width.
 """
@@ -27,9 +28,9 @@ from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.data.ahead import ahead
 from skipcoder.trainer.data.batch import Assembly, Batch, BatchLayout
 from skipcoder.trainer.data.filter import USUAL, TokenFilter
-from skipcoder.trainer.data.lane import Lane
+from skipcoder.trainer.data.lane import Lane, Mark
 from skipcoder.trainer.data.order import block_permutation, epoch_order
-from skipcoder.trainer.data.pool import Columns, Pool
+from skipcoder.trainer.data.pool import Block, Pool
 from skipcoder.trainer.data.reading import Chunk
 
 POOL_BYTES = 2**29
@@ -54,13 +55,13 @@ class Position(TypedDict):
     """Hash of everything else that decides which tokens come next."""
 
 
-class _Block(NamedTuple):
+class _Number(NamedTuple):
+    """Which block it is."""
+
     epoch: int
-    number: int
+    block: int
     is_last: bool
-    columns: Columns
-    shuffle: Tensor
-    """The rows to serve, in order."""
+    """Whether it is the last of its epoch."""
 
 
 class ActivationStream:
@@ -128,7 +129,7 @@ class ActivationStream:
             filter,
             self.pool_chunks,
             keep=is_small and epochs != 1,
-            lane=self._lane,
+            device=self.device,
             readers=self.readers,
             apart=not is_small,
         )
@@ -174,53 +175,56 @@ class ActivationStream:
         finally:
             batches.close()
 
-    def _batches(self) -> Generator[tuple[Batch, torch.cuda.Event | None, tuple[int, int, int]]]:
+    def _batches(self) -> Generator[tuple[Batch, Mark, tuple[int, int, int]]]:
         """Yield batches, each with the mark of its end in the lane and the position after it."""
         with self._lane():
             yield from self._assembled()
 
-    def _assembled(self) -> Generator[tuple[Batch, torch.cuda.Event | None, tuple[int, int, int]]]:
+    def _assembled(self) -> Generator[tuple[Batch, Mark, tuple[int, int, int]]]:
         epoch, number, offset = self.epoch, self.block, self.offset
         batch, seen = Assembly(self._batch_layout), False
         blocks = ahead(self._blocks())
         try:
-            for block in blocks:
-                size = len(block.shuffle)
+            for block, shuffle in blocks:
+                self._pool.use(block)
+                size, is_last = len(shuffle), block.item.is_last
                 seen = seen or size > 0
-                after = (block.epoch + 1, 0) if block.is_last else (block.epoch, block.number + 1)
+                after = (block.item.epoch + 1, 0) if is_last else (block.item.epoch, block.item.block + 1)
                 while offset < size:
                     stop = min(offset + self.batch_tokens - batch.tokens, size)
-                    batch.add(block.columns, block.shuffle[offset:stop])
+                    batch.add(block.columns, shuffle[offset:stop])
                     offset = stop
                     if batch.tokens == self.batch_tokens:
                         position = (*after, 0) if stop == size else (epoch, number, stop)
                         yield batch.done(), self._lane.mark(), position
                         batch = Assembly(self._batch_layout)
-                if block.is_last and batch.tokens:
+                if is_last and batch.tokens:
                     yield batch.done(), self._lane.mark(), (*after, 0)
                     batch = Assembly(self._batch_layout)
                 (epoch, number), offset = after, 0
-                self._pool.release(block.columns)
-                if block.is_last and not seen:
+                self._pool.release(block, self._lane.mark())
+                if is_last and not seen:
                     raise UserError(f"{self.store.place}: the stream's filter leaves no token ({self.filter})")
         finally:
             blocks.close()
 
-    def _blocks(self) -> Generator[_Block]:
-        for (epoch, block, is_last), columns, rows in self._pool.read(self._plan()):
-            shuffle = torch.from_numpy(rows[block_permutation(self.seed, epoch, block, len(rows))])
+    def _blocks(self) -> Generator[tuple[Block[_Number], Tensor]]:
+        """Yield each block, and its rows in the order in which they are served."""
+        for block in self._pool.read(self._plan()):
+            order = block_permutation(self.seed, block.item.epoch, block.item.block, len(block.rows))
+            shuffle = torch.from_numpy(block.rows[order])
             if self.device.type == "cuda":
                 with self._lane():
                     shuffle = shuffle.pin_memory()
-            yield _Block(epoch, block, is_last, columns, shuffle)
+            yield block, shuffle
 
-    def _plan(self) -> Iterator[tuple[tuple[int, int, bool], list[int]]]:
-        """((epoch, block, whether it is the epoch's last), its chunks) from the position on."""
+    def _plan(self) -> Iterator[tuple[_Number, list[int]]]:
+        """Blocks and their chunks, from the position on."""
         epoch, number = self.epoch, self.block
         while self.epochs is None or epoch < self.epochs:
             order = epoch_order(self.seed, epoch, [chunk.unit for chunk in self.chunks])
             last = -(-len(order) // self.pool_chunks) - 1
             for block in range(number, last + 1):
                 chosen = order[block * self.pool_chunks : (block + 1) * self.pool_chunks].tolist()
-                yield (epoch, block, block == last), chosen
+                yield _Number(epoch, block, block == last), chosen
             epoch, number = epoch + 1, 0
