@@ -1,6 +1,7 @@
 """Evaluate trained coders: `python evals/evaluate.py run=DIR`, or `runs='GLOB' out=FILE` for a sweep."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hydra
@@ -33,7 +34,9 @@ def evaluate(cfg: EvaluateConfig) -> None:
     for name in cfg.tasks:
         TASKS[name]  # UserError for an unknown name
     paths = [Path(cfg.run)] if cfg.run else find_runs(cfg.runs or "")
-    runs = [Run.open(path) for path in paths]
+    with ThreadPoolExecutor() as threads:
+        runs = list(threads.map(Run.open, paths))
+        list(threads.map(lambda run: run.weights, runs))  # a second for gigabytes
     device = pick_device(cfg.device, "device")
     evaluators: dict[str, Evaluator] = {}
     for path in dict.fromkeys(run.store_path for run in runs):

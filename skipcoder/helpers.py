@@ -1,8 +1,8 @@
 """Processes that help this one, where threads would wait for Python's lock, and memory that is shared with them.
 
-A helper is a module run by a Python of its own, which calls `serve`. It ends when the process that started it does,
-however that ends: it notices that the connection is closed. It is no fork, so it can be started beside a GPU, and
-imports only what its module needs.
+A helper is a function that a Python of its own imports. It ends when the process that started it does, however that
+ends: it notices that the connection is closed. It is no fork, so it can be started beside a GPU, and imports only what
+its function needs.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -29,13 +30,16 @@ ALIGNED = 4096
 class Helper:
     """A process that answers requests one after another."""
 
-    def __init__(self, module: str, setup: Any, descriptors: Sequence[int] = ()) -> None:
-        """Start it, without waiting. `setup` goes to the function that the module gives `serve`; the file
-        `descriptors` are open there under the same numbers."""
-        self._module = module
+    def __init__(
+        self, start: Callable[[Any], Callable[[Any], Any]], setup: Any, descriptors: Sequence[int] = ()
+    ) -> None:
+        """Start it, without waiting. There, `start(setup)` returns the function that answers requests; the file
+        `descriptors` are open under the same numbers."""
+        self._name = f"{start.__module__}.{start.__qualname__}"
         self._connection, there = Pipe()
+        where = str(there.fileno()), start.__module__, start.__qualname__
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module, str(there.fileno())],
+            [sys.executable, "-P", "-c", "from skipcoder.helpers import serve; serve()", *where],
             stdin=subprocess.DEVNULL,
             pass_fds=[there.fileno(), *descriptors],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
@@ -54,7 +58,7 @@ class Helper:
             answer = self._connection.recv()
         except (EOFError, ConnectionError):
             code = self._process.wait()
-            raise RuntimeError(f"the helper process {self._module} has ended (exit code {code})") from None
+            raise RuntimeError(f"the helper process {self._name} has ended (exit code {code})") from None
         if isinstance(answer, BaseException):
             raise answer
         return answer
@@ -66,21 +70,30 @@ class Helper:
         self._process.wait()
 
 
-def serve(start: Callable[[Any], Callable[[Any], Any]]) -> None:
-    """Answer requests until the other side closes. `start(setup)` returns the function that answers them."""
+def serve() -> None:
+    """What a helper runs: answer requests until the other side closes."""
     for signum in (signal.SIGINT, signal.SIGTERM):  # meant for the process that started this one
         signal.signal(signum, signal.SIG_IGN)
-    connection = Connection(int(sys.argv[1]))
+    descriptor, module, name = sys.argv[1:]
+    connection = Connection(int(descriptor))
     with contextlib.suppress(EOFError, ConnectionError):
+        setup = connection.recv()
         try:
-            answer = start(connection.recv())
-            while True:
-                connection.send(answer(connection.recv()))
-        except (EOFError, ConnectionError):
-            raise
+            answer = getattr(import_module(module), name)(setup)
         except Exception as error:
-            error.add_note("in a helper process:\n" + traceback.format_exc())
-            connection.send(error)
+            return connection.send(_noted(error))
+        while True:
+            request = connection.recv()
+            try:
+                answered = answer(request)
+            except Exception as error:
+                answered = _noted(error)
+            connection.send(answered)
+
+
+def _noted(error: Exception) -> Exception:
+    error.add_note("in a helper process:\n" + traceback.format_exc())
+    return error
 
 
 class SharedArrays:

@@ -22,6 +22,7 @@ from skipcoder.pipeline.store.attrs import model_config
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.data.stream import ActivationStream
+from skipcoder.trainer.run.device import on_device
 from skipcoder.trainer.run.run import Run
 
 Key = tuple[Any, ...]
@@ -87,13 +88,10 @@ class Evaluator:
         """Reconstruction and behaviour of each run in turn; AT_ONCE runs at a time. Call `Run.check` first."""
         for some in (runs[i : i + AT_ONCE] for i in range(0, len(runs), AT_ONCE)):
             begun = time.perf_counter()
-            for run in some:
-                run.coder.to(self.device)
-            results = [a | b for a, b in zip(self.reconstruction(some), self.behaviour(some), strict=True)]
+            with on_device([run.coder for run in some], self.device):
+                results = [a | b for a, b in zip(self.reconstruction(some), self.behaviour(some), strict=True)]
             share = {"evaluation_seconds": round((time.perf_counter() - begun) / len(some), 2)}
-            for run, result in zip(some, results, strict=True):
-                run.coder.cpu()
-                yield result | share
+            yield from (result | share for result in results)
 
     @torch.no_grad()
     def reconstruction(self, runs: Sequence[Run]) -> list[Result]:

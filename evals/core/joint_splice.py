@@ -8,6 +8,7 @@ from skipcoder.evals.core.ce_kl import summary
 from skipcoder.evals.core.evaluator import Evaluator
 from skipcoder.evals.core.passes import Part
 from skipcoder.evals.core.results import Result
+from skipcoder.trainer.run.device import on_device
 from skipcoder.trainer.run.run import Run
 
 _SAME = ("kind", "k", "width", "activation", "side", "seed")
@@ -19,13 +20,11 @@ def spliced_together(evaluator: Evaluator, runs: Sequence[Run]) -> list[Result]:
     rows = []
     for some in sets_of(runs):
         parts: dict[tuple[str], list[Part]] = {}
-        for run in some:
-            run.coder.to(evaluator.device)
-            for name, one in evaluator.replacements(run).items():
-                parts.setdefault((name,), []).append(one.part)
-        losses = evaluator.losses(parts)
-        for run in some:
-            run.coder.cpu()
+        with on_device([run.coder for run in some], evaluator.device):
+            for run in some:
+                for name, one in evaluator.replacements(run).items():
+                    parts.setdefault((name,), []).append(one.part)
+            losses = evaluator.losses(parts)
         row: Result = {key: value for key, value in some[0].summary.items() if key in _SAME}
         row["hookpoints"] = [run.summary["hookpoint"] for run in some]
         rows.append(row | summary(losses[None], {key[0]: found for key, found in losses.items() if key is not None}))

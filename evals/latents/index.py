@@ -26,6 +26,7 @@ from skipcoder.errors import UserError
 from skipcoder.files import write_atomically
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.progress import progress
+from skipcoder.trainer.run.device import on_device
 from skipcoder.trainer.run.run import Run
 
 PART_TOKENS = 2**18
@@ -72,19 +73,18 @@ class LatentIndex:
         """Encode the missing parts; `advance` gets the tokens done."""
         self.folder.mkdir(exist_ok=True)
         self._claim()
-        coder = self.run.coder.to(device)
-        for units in self.missing():
-            entries: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-            for unit in units:
-                for position, latent, value in self._encode(coder, unit, device):
-                    entries.append((latent, position, value))
-                advance(self.store.unit_range(unit)[1] - self.store.unit_range(unit)[0])
-            latent, position, value = (np.concatenate(column) for column in zip(*entries, strict=True))
-            order = np.lexsort((position, latent))
-            starts = np.searchsorted(latent[order], np.arange(self.width + 1)).astype(np.int64)
-            tensors = {"starts": starts, "position": position[order], "value": value[order]}
-            write_atomically(self._file(units), save(tensors))
-        coder.cpu()
+        with on_device([self.run.coder], device):
+            for units in self.missing():
+                entries: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+                for unit in units:
+                    for position, latent, value in self._encode(self.run.coder, unit, device):
+                        entries.append((latent, position, value))
+                    advance(self.store.unit_range(unit)[1] - self.store.unit_range(unit)[0])
+                latent, position, value = (np.concatenate(column) for column in zip(*entries, strict=True))
+                order = np.lexsort((position, latent))
+                starts = np.searchsorted(latent[order], np.arange(self.width + 1)).astype(np.int64)
+                tensors = {"starts": starts, "position": position[order], "value": value[order]}
+                write_atomically(self._file(units), save(tensors))
         kept = {self._file(units).name for units in self.parts}
         for file in self.folder.glob("*-*.safetensors"):  # parts from before the store grew
             if file.name not in kept:

@@ -16,6 +16,7 @@ from skipcoder.evals.tasks.scr import scr
 from skipcoder.evals.tasks.texts import TextReader
 from skipcoder.evals.tasks.tpp import tpp
 from skipcoder.registry import Registry
+from skipcoder.trainer.run.device import on_device
 from skipcoder.trainer.run.run import Run
 
 BYTES_AT_ONCE = 8 * 2**30
@@ -65,17 +66,14 @@ def run_tasks(evaluator: Evaluator, runs: Sequence[Run], cfg: EvaluateConfig) ->
         each = max(4 * sum(p.numel() for p in run.coder.state_dict().values()) for run in of_it) if of_it else 1
         at_once = max(1, BYTES_AT_ONCE // each)
         for some in (of_it[i : i + at_once] for i in range(0, len(of_it), at_once)):
-            for run in some:
-                run.coder.to(evaluator.device)
-            for name in tasks:
-                begun = time.perf_counter()
-                try:
-                    results = list(TASKS[name](context, some))
-                except UserError as error:  # about this model or text; the other tasks still run
-                    print(f"{name}: {error}")
-                    results = [{f"{name}_problem": str(error)} for _ in some]
-                seconds = round((time.perf_counter() - begun) / len(some), 2)
-                for run, result in zip(some, results, strict=True):
-                    yield run, result | {f"{name}_seconds": seconds}
-            for run in some:
-                run.coder.cpu()
+            with on_device([run.coder for run in some], evaluator.device):
+                for name in tasks:
+                    begun = time.perf_counter()
+                    try:
+                        results = list(TASKS[name](context, some))
+                    except UserError as error:  # about this model or text; the other tasks still run
+                        print(f"{name}: {error}")
+                        results = [{f"{name}_problem": str(error)} for _ in some]
+                    seconds = round((time.perf_counter() - begun) / len(some), 2)
+                    for run, result in zip(some, results, strict=True):
+                        yield run, result | {f"{name}_seconds": seconds}

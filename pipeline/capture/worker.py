@@ -1,7 +1,9 @@
 """One capture worker: holds the model, turns units of token rows into committed units of the store."""
 
+import queue
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor
 
 from skipcoder.files import DISK_FULL
-from skipcoder.pipeline.capture.unit import NonFiniteError, code, plan
+from skipcoder.pipeline.capture.unit import code, plan
+from skipcoder.pipeline.capture.writers import NonFiniteError, UnitWriter
 from skipcoder.pipeline.config import ModelConfig
 from skipcoder.pipeline.model.hookpoints import Hookpoint
 from skipcoder.pipeline.model.hooks import capture
@@ -24,7 +27,7 @@ class Worker:
     """A Ray Data actor: batches of unit numbers in, one row of facts per unit out.
 
     Ray makes several calls at once (`ray.writers`): while some compress and write, another runs the model. Each call
-    takes memory for its unit in bfloat16, on a GPU pinned.
+    takes memory for its unit in bfloat16, on a GPU pinned, and there has a process that writes.
     """
 
     def __init__(self, store: str, model: ModelConfig, threads: int, device: str) -> None:
@@ -36,6 +39,7 @@ class Worker:
         self.hookpoints = hookpoints_of(attrs)
         self.device = device
         self._forward = threading.Lock()
+        self._idle: queue.LifoQueue[UnitWriter] = queue.LifoQueue()
         self.model = load_trunk(model, self.hookpoints, device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
@@ -45,7 +49,8 @@ class Worker:
         errors = []
         for unit in units:
             try:
-                capture_unit(self.model, self.store, self.hookpoints, unit, self.device, self._forward)
+                with self._writer() as apart:
+                    capture_unit(self.model, self.store, self.hookpoints, unit, self.device, self._forward, apart)
                 errors.append("")
             except NonFiniteError as error:
                 errors.append(str(error))
@@ -54,6 +59,22 @@ class Worker:
                     raise
                 errors.append(f"no space left on the disk while writing unit {unit} of {self.store.place}")
         return {"unit": units, "error": errors}
+
+    @contextmanager
+    def _writer(self) -> Iterator[UnitWriter | None]:
+        """A writer that has nothing to do, if need be a new one; None on a CPU."""
+        if self.device == "cpu":
+            yield None
+            return
+        try:
+            writer = self._idle.get_nowait()
+        except queue.Empty:
+            writer = UnitWriter(self.store.place, self.store.attrs)
+            writer.memory.pin()
+        try:
+            yield writer
+        finally:
+            self._idle.put(writer)
 
 
 def hookpoints_of(attrs: Attributes) -> list[Hookpoint]:
@@ -68,9 +89,10 @@ def capture_unit(
     unit: int,
     device: str,
     alone: AbstractContextManager[Any] | None = None,
+    apart: UnitWriter | None = None,
 ) -> None:
-    """Run the model over a unit's rows and encode them (holding `alone`), then write and commit the unit; skip it if it
-    is committed."""
+    """Run the model over a unit's rows and encode them (holding `alone`), then write and commit the unit, or have it
+    written `apart`; skip it if it is committed."""
     if store.place.exists(commit.record_file(unit)):
         commit.refuse_other_rows(store.place, commit.read(store.place, unit), store.rows_of(unit))
         return
@@ -86,8 +108,12 @@ def capture_unit(
                 for taken, z in zip(sides[name], pair, strict=True):
                     taken.append(z.to(held))
         whole = ((name, _joined(sides.pop(name), device)) for name in list(sides))
-        coding = code(store.attrs, ahead, whole)
-    writer.write_unit(store.place, store.attrs, coding.finished())
+        coding = code(store.attrs, ahead, whole, None if apart is None else apart.memory.arrays)
+    if apart is None:
+        writer.write_unit(store.place, store.attrs, coding.finished())
+    else:
+        coding.wait()
+        apart.write(unit)
 
 
 def _joined(sides: list[list[Tensor]], device: str) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,12 @@
 """A helper that the tests start."""
 
+import errno
 import signal
 from collections.abc import Callable
 from typing import Any
 
 from skipcoder.errors import UserError
-from skipcoder.helpers import SharedArrays, serve
+from skipcoder.helpers import SharedArrays
 
 
 def start(setup: dict[str, Any]) -> Callable[[Any], Any]:
@@ -16,6 +17,8 @@ def start(setup: dict[str, Any]) -> Callable[[Any], Any]:
     def answer(request: Any) -> Any:
         if request == "refuse":
             raise UserError("refused; do otherwise")
+        if request == "full":
+            raise OSError(errno.ENOSPC, "No space left on device", "some file")
         if request == "interrupt":
             for signum in (signal.SIGINT, signal.SIGTERM):
                 signal.raise_signal(signum)
@@ -24,7 +27,3 @@ def start(setup: dict[str, Any]) -> Callable[[Any], Any]:
         return request
 
     return answer
-
-
-if __name__ == "__main__":
-    serve(start)

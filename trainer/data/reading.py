@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numcodecs import blosc
 
-from skipcoder.helpers import Helper, SharedArrays, serve
+from skipcoder.helpers import Helper, SharedArrays
 from skipcoder.pipeline.store.attrs import read_attrs
 from skipcoder.pipeline.store.commit import SIDES
 from skipcoder.pipeline.store.places import place_at
@@ -97,7 +97,7 @@ class Readers:
         self._asked = 0
         if apart:
             setup = store.place.address, list(hookpoints), filter, slots, self.staging.memory.descriptor
-            self._helpers = [Helper(__name__, setup, [self.staging.memory.descriptor]) for _ in range(count)]
+            self._helpers = [Helper(_reading, setup, [self.staging.memory.descriptor]) for _ in range(count)]
 
     def ask(self, slot: int, chunk: Chunk) -> Callable[[], Any]:
         """Have a chunk read; return a function that waits for it, to be called in the order of asking."""
@@ -105,7 +105,7 @@ class Readers:
             return self._threads.submit(self.staging.read, slot, chunk).result
         helper = self._helpers[self._asked % len(self._helpers)]
         self._asked += 1
-        helper.ask((slot, tuple(chunk)))
+        helper.ask((slot, chunk))
         return helper.answer
 
     def __enter__(self) -> "Readers":
@@ -121,7 +121,7 @@ class Readers:
 
 def _reading(
     setup: tuple[str, Sequence[str], TokenFilter, int, int],
-) -> Callable[[tuple[int, tuple[int, int, int]]], None]:
+) -> Callable[[tuple[int, Chunk]], None]:
     """What a process does: open the store and the memory, and fill slots."""
     address, hookpoints, filter, slots, descriptor = setup
     blosc.use_threads = False
@@ -129,8 +129,4 @@ def _reading(
     attrs = read_attrs(place)
     assert attrs is not None
     staging = Staging(ActivationStore(place, attrs), hookpoints, filter, slots, descriptor)
-    return lambda request: staging.read(request[0], Chunk(*request[1]))
-
-
-if __name__ == "__main__":
-    serve(_reading)
+    return lambda request: staging.read(*request)

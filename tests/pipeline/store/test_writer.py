@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from skipcoder.errors import UserError
 from skipcoder.pipeline import cache
 from skipcoder.pipeline.capture import worker
-from skipcoder.pipeline.capture.unit import NonFiniteError, code, plan
+from skipcoder.pipeline.capture.unit import code, plan
+from skipcoder.pipeline.capture.writers import NonFiniteError
 from skipcoder.pipeline.config import Compression
 from skipcoder.pipeline.model.hookpoints import Hookpoint
 from skipcoder.pipeline.store import commit, layout, writer

@@ -21,7 +21,7 @@ from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.config import CoderConfig, Kind, LoopConfig, OptimConfig, StoreRef, TrainConfig
 from skipcoder.trainer.data.stream import ActivationStream
 from skipcoder.trainer.run import checkpoint
-from skipcoder.trainer.run.device import pick_device
+from skipcoder.trainer.run.device import on_device, pick_device
 from skipcoder.trainer.step.learner import Learner
 from tests.conftest import REPO
 
@@ -233,3 +233,14 @@ def test_default_directory_bears_the_kinds_name() -> None:
 
     with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
         assert compose("train", ["coder=sae"]).run.dir == "runs/sae-k32-m4608-s0"
+
+
+def test_coders_are_on_a_device_for_a_while() -> None:
+    coder = SparseCoder(CoderConfig(kind=Kind.skip_transcoder, activation="jumprelu", k=4, width=64), 8, 8)
+    tensors = {**dict(coder.named_parameters()), **dict(coder.named_buffers())}
+    held = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    with pytest.raises(KeyError), on_device([coder], "meta"):
+        assert {t.device.type for t in (*coder.parameters(), *coder.buffers())} == {"meta"}
+        raise KeyError
+    assert {name: tensor.data_ptr() for name, tensor in coder.state_dict().items()} == held
+    assert coder(torch.randn(3, 8)).y_hat.isfinite().all()
