@@ -1,7 +1,7 @@
 """A tiny random Llama with a real tokenizer on disk, and stores captured from it without Ray."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,29 @@ from skipcoder.pipeline.store.reader import ActivationStore
 
 REPO = Path(__file__).resolve().parent.parent
 D_MODEL, LAYERS, CONTEXT, UNIT_ROWS, UNITS = 24, 3, 16, 4, 33
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter replaces all of triton.language whenever a kernel calls a function, which takes half of its
+    time. Once is enough for what stays replaced (`core`), and the kernel's own start has replaced the rest."""
+    try:
+        from triton.language import core
+        from triton.runtime.interpreter import InterpretedFunction
+    except ImportError:
+        return (yield)
+    whole, done = InterpretedFunction.__call__, set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        sees_core = any(value is core for value in self.fn.__globals__.values())
+        if sees_core and "core" not in done:
+            done.add("core")
+            return whole(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, "__call__", call)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from tests.pipeline.store.test_writer import files
 
 pytestmark = pytest.mark.ray
 
-ROWS = 300
+ROWS = 150
 """In units of one row: enough work to be killed in the middle of it."""
 
 
@@ -96,11 +96,11 @@ def test_the_driver_is_killed_before_and_in_the_middle_of_its_work(
     with started(run(), tmp_path) as job:  # while tokens are written
         while job.poll() is None and not (path / "tokens").exists():
             time.sleep(0.001)
-    for count in (1, 40):
+    for count in (1, 20):
         with started(run(), tmp_path) as job:
             wait_for_units(job, path, count)
         time.sleep(3)  # a killed driver's workers may write that long
-    assert 40 <= len(commit.committed_units(place_at(path))) < ROWS
+    assert 20 <= len(commit.committed_units(place_at(path))) < ROWS
     finish(run(), tmp_path, path, whole)
     assert "complete, nothing to do" in finish(run(), tmp_path, path, whole)
 
@@ -108,7 +108,7 @@ def test_the_driver_is_killed_before_and_in_the_middle_of_its_work(
 def test_a_worker_is_killed(run: Callable, tmp_path: Path, whole: ActivationStore) -> None:
     path = tmp_path / "s.zarr"
     with started(run("ray.writers=2"), tmp_path) as job:  # both of its calls are lost
-        wait_for_units(job, path, 20)
+        wait_for_units(job, path, 10)
         (worker,) = workers_of(job.pid)
         worker.kill()
         said = job.communicate(timeout=300)[0]
@@ -130,7 +130,7 @@ def test_a_machine_is_lost(
         path = tmp_path / "s.zarr"
         more = (f"ray.address={cluster.address}", "ray.workers=2", "ray.cpus_per_worker=1", "+ray.resources.capture=1")
         with started(run(*more), tmp_path) as job:
-            wait_for_units(job, path, 20)
+            wait_for_units(job, path, 10)
             cluster.remove_node(nodes[1], allow_graceful=False)
             said = job.communicate(timeout=300)[0]
         assert job.returncode == 0, said
@@ -162,7 +162,7 @@ def test_torn_files_of_every_kind(run: Callable, tmp_path: Path, whole: Activati
     path = tmp_path / "s.zarr"
     finish(run(), tmp_path, path, whole)
     chance = random.Random(0)
-    for unit in chance.sample(range(ROWS), 40):
+    for unit in chance.sample(range(ROWS), 20):
         (path / commit.record_file(unit)).unlink()
         for file in [*path.glob(f"*/*/c/{unit}/0"), *path.glob(f"statistics/*/{unit:08d}.*"), path / f"index/c/{unit}"]:
             kind = chance.choice(["whole", "torn", "empty", "gone", "other"])
