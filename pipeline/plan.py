@@ -1,11 +1,18 @@
-"""What a capture will cost, before it begins: `plan=true`. No weights are loaded and nothing is written.
+"""What a capture will cost, before it begins: `plan=true`. No weights are loaded and nothing stays written.
 
 torch counts the FLOP of the forward pass on fake tensors; its time, a lower bound, assumes the speed of a bare matrix
-product on this machine. Sizes and codec speeds are measured on normally distributed activations, which compress much
-like real ones.
+product on this machine. Sizes and the speeds of codec and compressor are measured on normally distributed activations,
+which compress much like real ones, on the device and with the threads that a capture or a stream would use; the disk by
+writing and syncing a file without a name.
 """
 
+import os
+import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,10 +23,15 @@ from skipcoder.pipeline.model.load import describe
 from skipcoder.pipeline.store import layout
 from skipcoder.pipeline.store.codecs import CODECS
 from skipcoder.pipeline.store.codecs.base import blosc_of
+from skipcoder.pipeline.store.place import Directory
+from skipcoder.pipeline.store.places import place_at
 from skipcoder.pipeline.store.stats import sums
 
 _SECONDS = 0.3
 """Seconds for which a matrix product is timed."""
+
+_WRITTEN = 2**26
+"""Bytes written to time the disk."""
 
 
 class Plan(NamedTuple):
@@ -31,8 +43,14 @@ class Plan(NamedTuple):
     flops_per_second: float
     sizes: dict[str, tuple[int, float]]
     """Hookpoint -> bytes per token (as bfloat16, as stored)."""
-    write: float
+    encode: float
+    """Encoding and statistics, where the model runs."""
+    pack: float
+    """Compressing."""
+    disk: float | None
+    """Writing and syncing; None if that is not known, as with an object store."""
     read: float
+    on_gpu: bool
 
     @property
     def forward(self) -> float:
@@ -40,11 +58,17 @@ class Plan(NamedTuple):
         return self.tokens * self.flops / self.flops_per_second
 
     @property
+    def capture(self) -> float:
+        """Seconds of the whole. Beside a GPU, others compress and write meanwhile; a CPU does one after the other."""
+        parts = self.forward + self.encode, self.pack, self.disk or 0.0
+        return max(parts) if self.on_gpu else sum(parts)
+
+    @property
     def break_even(self) -> int | None:
         """Smallest number of coders for which capturing once and reading is faster than running the model for each;
         None if reading takes longer than the model."""
         saved = self.forward - self.read
-        return None if saved <= 0 else max(1, int((self.forward + self.write) / saved) + 1)
+        return None if saved <= 0 else max(1, int(self.capture / saved) + 1)
 
 
 def make(cfg: CacheConfig) -> Plan:
@@ -54,15 +78,15 @@ def make(cfg: CacheConfig) -> Plan:
     tokens = rows * cfg.data.context
     unit_rows = cfg.store.unit_rows or layout.auto_unit_rows(rows, cfg.data.context)
     chunk = layout.chunk_rows(unit_rows * cfg.data.context)
-    sizes, write, read = {}, 0.0, 0.0
-    for h in hookpoints:
-        raw, stored = 0, 0.0
-        for d in widths[h.name]:
-            size, w, r = _codec(cfg, chunk, d)
-            raw, stored, write, read = raw + 2 * d, stored + size, write + w * tokens, read + r * tokens
-        sizes[h.name] = (raw, stored)
-    d = max(max(pair) for pair in widths.values())
-    return Plan(tokens, flops, _matmul_speed(d, getattr(torch, cfg.model.dtype.value)), sizes, write, read)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    costs = {d: _codec(cfg, chunk, d, device) for d in {d for pair in widths.values() for d in pair}}
+    sizes = {h.name: (2 * sum(widths[h.name]), sum(costs[d].size for d in widths[h.name])) for h in hookpoints}
+    sides = [costs[d] for h in hookpoints for d in widths[h.name]]
+    encode, pack, read = (tokens * sum(times) for times in zip(*(side[1:] for side in sides), strict=True))
+    speed = _disk_speed(cfg.store.path)
+    disk = speed and tokens * sum(stored for _, stored in sizes.values()) / speed
+    matmul = _matmul_speed(max(costs), getattr(torch, cfg.model.dtype.value), device)
+    return Plan(tokens, flops, matmul, sizes, encode, pack, disk, read, device == "cuda")
 
 
 def show(cfg: CacheConfig) -> None:
@@ -74,7 +98,11 @@ def show(cfg: CacheConfig) -> None:
         print(f"  {name}: {raw:,} bytes a token, about {size:,.0f} as {cfg.store.codec}")
     speed = plan.flops_per_second / 1e12
     print(f"  forward: {plan.flops / 1e9:.3g} GFLOP a token; at {speed:.3g} TFLOP/s at least {_time(plan.forward)}")
-    print(f"  encoding and writing {_time(plan.write)}, reading {_time(plan.read)} (the disk not counted)")
+    disk = "the disk not counted" if plan.disk is None else f"writing {_time(plan.disk)}"
+    print(f"  encoding {_time(plan.encode)}, compressing {_time(plan.pack)}, {disk}, reading {_time(plan.read)}")
+    how = "the longest of these" if plan.on_gpu else "all together"
+    print(f"  a capture, {how}: at most {plan.tokens / plan.capture:,.0f} tokens/s")
+    print(f"  a stream from the page cache: at most {plan.tokens / plan.read:,.0f} tokens/s")
     least = plan.break_even
     print(
         "  the model is faster than the store: cache nothing"
@@ -83,31 +111,78 @@ def show(cfg: CacheConfig) -> None:
     )
 
 
-def _codec(cfg: CacheConfig, chunk: int, d: int) -> tuple[float, float, float]:
-    """(stored bytes, seconds to write, seconds to read) of one token of width d."""
+class _Cost(NamedTuple):
+    """Of one token of one side: bytes, and seconds."""
+
+    size: float
+    encode: float
+    pack: float
+    read: float
+
+
+def _codec(cfg: CacheConfig, chunk: int, d: int, device: str) -> _Cost:
     from numcodecs import blosc
 
-    codec, z_ND = CODECS[cfg.store.codec], torch.randn(chunk, d).bfloat16()
+    codec, z_ND = CODECS[cfg.store.codec], torch.randn(chunk, d, device=device).bfloat16()
     compression = (cfg.store.compression or Compression.zstd).value
     how = {suffix: blosc_of(spec, compression) for suffix, spec in codec.arrays.items()}
-    write = read = float("inf")
-    for _ in range(3):  # the first warms up
-        begun = time.perf_counter()
-        coded = codec.encode(z_ND)
-        packed = {s: blosc.compress(z.numpy(), *h) if (h := how[s]) else z.numpy().tobytes() for s, z in coded.items()}
-        sums(z_ND)
-        written = time.perf_counter()
+    cores = os.cpu_count() or 1
+    writers, readers = (min(cores, 16), min(cores, 16)) if device == "cuda" else (min(cores, 4), min(cores, 2))
+
+    def encode() -> None:
+        z = codec.encode(z_ND)
+        float(sums(z_ND)[0]), float(z[""][0, 0])  # waits for the device
+
+    coded = {suffix: z.cpu() for suffix, z in codec.encode(z_ND).items()}
+
+    def pack() -> dict[str, bytes]:
+        return {s: blosc.compress(z.numpy(), *h) if (h := how[s]) else z.numpy().tobytes() for s, z in coded.items()}
+
+    packed = pack()
+
+    def read() -> None:
+        unpacked = {suffix: torch.empty_like(z) for suffix, z in coded.items()}
         for suffix in filter(how.get, packed):
-            blosc.decompress(packed[suffix], coded[suffix].numpy())
-        codec.decode(coded, z_ND)
-        write, read = min(write, written - begun), min(read, time.perf_counter() - written)
+            blosc.decompress(packed[suffix], unpacked[suffix].numpy())
+        if device == "cpu":  # a GPU decodes meanwhile
+            codec.decode(coded, torch.empty_like(z_ND))
+
     size = sum(len(packed[suffix]) for suffix, spec in codec.arrays.items() if not spec.per_unit)
-    return size / chunk, write / chunk, read / chunk
+    seconds = _seconds(encode, 1), _seconds(pack, writers), _seconds(read, readers)
+    return _Cost(size / chunk, *(s / chunk for s in seconds))
 
 
-def _matmul_speed(d: int, dtype: torch.dtype) -> float:
+def _seconds(work: Callable[[], object], threads: int) -> float:
+    """Of one piece of work, where so many threads do the same."""
+    found = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(3):  # the first warms up
+            begun = time.perf_counter()
+            for done in [pool.submit(work) for _ in range(threads)]:
+                done.result()
+            found.append(time.perf_counter() - begun)
+    return min(found) / threads
+
+
+def _disk_speed(path: str) -> float | None:
+    """Bytes a second written and synced where the store would lie; None if that is no directory or may not be
+    written."""
+    place = place_at(path)
+    if not isinstance(place, Directory):
+        return None
+    folder = next(f for f in Path(place.address).parents if f.is_dir())
+    content = os.urandom(_WRITTEN)
+    with suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
+        begun = time.perf_counter()
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        return _WRITTEN / (time.perf_counter() - begun)
+    return None
+
+
+def _matmul_speed(d: int, dtype: torch.dtype, device: str) -> float:
     """FLOP/s of [4096, d] x [d, 4 d]."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not half_precision.supported(dtype):
         dtype = torch.float32  # as in the model's linear layers
     a, b = torch.randn(4096, d, device=device, dtype=dtype), torch.randn(d, 4 * d, device=device, dtype=dtype)

@@ -39,10 +39,16 @@ def run(store: Place, attrs: Attributes, units: list[int], model: ModelConfig, c
 
     try:
         with cluster(cfg.address), progress("capture", sum(tokens_of.values())) as advance:
-            for unit in _results(store, units, model, cfg):
+            ray_up = time.perf_counter() - begun
+            for unit, loading, seconds in _results(store, units, model, cfg):
                 captured += tokens_of[unit]
                 if not first_at:
                     first_at, first_tokens = time.perf_counter(), captured
+                    after = first_at - begun
+                    print(
+                        f"the first unit after {after:.1f} s: Ray {ray_up:.1f}, a worker and what it imports "
+                        f"{after - ray_up - loading - seconds:.1f}, the model {loading:.1f}, the unit {seconds:.1f}"
+                    )
                 ended = rate()
                 speed = {"tokens/s": f"{ended:,.0f}", "MB/s": f"{ended * bytes_per_token / 1e6:.1f}"}
                 advance(tokens_of[unit], **speed)
@@ -91,8 +97,9 @@ def _log(store: Place, tokens: int, seconds: float, rate: float) -> None:
     store.parent.write(_log_file(store), lines.encode())
 
 
-def _results(store: Place, units: list[int], model: ModelConfig, cfg: RayConfig) -> Iterator[int]:
-    """Unit numbers as they are committed, in any order."""
+def _results(store: Place, units: list[int], model: ModelConfig, cfg: RayConfig) -> Iterator[tuple[int, float, float]]:
+    """Unit numbers as they are committed, in any order; the seconds in which the worker loaded the model, and the
+    unit's."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
@@ -123,10 +130,11 @@ def _results(store: Place, units: list[int], model: ModelConfig, cfg: RayConfig)
         resources=dict(cfg.resources),
     )
     for batch in _explained(results.iter_batches(batch_size=None, prefetch_batches=0)):
-        for unit, error in zip(batch["unit"], batch["error"], strict=True):
+        columns = (batch[name] for name in ("unit", "error", "loading", "seconds"))
+        for unit, error, loading, seconds in zip(*columns, strict=True):
             if error:
                 raise UserError(str(error))
-            yield int(unit)
+            yield int(unit), float(loading), float(seconds)
 
 
 def _explained(batches: Iterable[Any]) -> Iterator[Any]:

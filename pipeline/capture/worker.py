@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -31,6 +32,7 @@ class Worker:
     """
 
     def __init__(self, store: str, model: ModelConfig, threads: int, device: str) -> None:
+        begun = time.perf_counter()
         torch.set_num_threads(threads)  # Ray sets OMP_NUM_THREADS itself, rounded down
         place = place_at(store)
         attrs = read_attrs(place)
@@ -41,10 +43,11 @@ class Worker:
         self._forward = threading.Lock()
         self._idle: queue.LifoQueue[UnitWriter] = queue.LifoQueue()
         self.model = load_trunk(model, self.hookpoints, device)
+        self.loading = time.perf_counter() - begun
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Commit each unit before returning: a unit that Ray counts as done is on the disk."""
-        units = [int(unit) for unit in batch["item"]]
+        units, begun = [int(unit) for unit in batch["item"]], time.perf_counter()
         # Errors are returned as text: Ray would report an exception as a worker's failure, with a traceback.
         errors = []
         for unit in units:
@@ -58,7 +61,8 @@ class Worker:
                 if error.errno not in DISK_FULL:
                     raise
                 errors.append(f"no space left on the disk while writing unit {unit} of {self.store.place}")
-        return {"unit": units, "error": errors}
+        times = {"loading": self.loading, "seconds": time.perf_counter() - begun}
+        return {"unit": units, "error": errors, **{name: [value] * len(units) for name, value in times.items()}}
 
     @contextmanager
     def _writer(self) -> Iterator[UnitWriter | None]:

@@ -34,7 +34,7 @@ def test_weights_are_not_loaded_and_nothing_is_written(
     cache.capture(cfg)
     said = capsys.readouterr().out
     assert "2,112 tokens, 3 hookpoints" in said and f"layers.2.mlp: {4 * D_MODEL} bytes a token" in said
-    assert "GFLOP a token" in said
+    assert "GFLOP a token" in said and ", writing " in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -53,9 +53,14 @@ def test_sizes_are_near_those_of_a_real_store(
 
 def test_break_even() -> None:
     def least(forward: float, write: float, read: float) -> int | None:
-        return plan.Plan(1, forward, 1.0, {}, write, read).break_even
+        return plan.Plan(1, forward, 1.0, {}, 0.0, write, None, read, on_gpu=False).break_even
 
     assert least(10, 1, 1) == 2  # 11 + 2 < 20
     assert least(10, 15, 0) == 3
     assert least(10, 0, 9) == 11  # 10 + 11 x 9 < 110
     assert least(1, 0, 2) is None
+
+
+@pytest.mark.parametrize(("on_gpu", "seconds"), [(False, 10 + 1 + 20 + 30), (True, 30)])
+def test_beside_a_gpu_others_compress_and_write(on_gpu: bool, seconds: float) -> None:
+    assert plan.Plan(1, 10.0, 1.0, {}, 1.0, 20.0, 30.0, 1.0, on_gpu).capture == seconds

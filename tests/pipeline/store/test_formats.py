@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,20 @@ def test_the_command(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "home").iterdir()] == [".x.1-1.partial"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 2 and "has another compression" in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.cli
+def test_killed_by_signal_9_and_run_again(store: ActivationStore, tmp_path: Path) -> None:
+    """In the middle of its work, again and again: the bytes of a recoding that was left alone."""
+    list(recode(store, place_at(tmp_path / "whole.zarr"), "lz4"))
+    new = place_at(tmp_path / "new.zarr")
+    command = [sys.executable, str(REPO / "pipeline/store_cli.py"), "recode", str(store.path), str(new)]
+    command += ["--compression", "lz4"]
+    for least in (1, 8, 20):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
+            while job.poll() is None and len(commit.committed_units(new)) < least:
+                time.sleep(0.001)
+            job.kill()
+        assert least <= len(commit.committed_units(new)) < len(store.units)
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert files(tmp_path / "new.zarr") == files(tmp_path / "whole.zarr")
