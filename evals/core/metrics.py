@@ -21,7 +21,7 @@ DENSE = 0.1
 # A dimension that varies less than this share of the mean variance says nothing about reconstruction.
 _FLAT = 1e-8
 _DENSITY_EDGES = torch.linspace(-7, 0, 57)
-"""log10 of firing density: 8 bins a decade."""
+"""log10 of firing density: 8 bins a decade; the first also counts all below."""
 
 _SHORTEST = 1e-8
 """Vectors count as no shorter in cosines, as in torch's."""
@@ -132,7 +132,8 @@ class ReconstructionMetrics:
         alive_dims = m2_E > _FLAT * m2_E.mean()
         fvu = float(error_E.sum() / m2_E.sum())
         density_M = fired_M / n
-        histogram = torch.histogram(density_M[fired_M > 0].log10().float(), _DENSITY_EDGES)
+        decades = density_M[fired_M > 0].log10().float().clamp_min(float(_DENSITY_EDGES[0]))
+        histogram = torch.histogram(decades, _DENSITY_EDGES)
         return {
             "n": n,
             "fvu": fvu,

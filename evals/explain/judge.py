@@ -62,6 +62,7 @@ class Judge:
         if not (key.isascii() and key.isprintable()):
             raise UserError(f"the environment variable {self.cfg.key_variable} holds no key: letters out of ASCII")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._key = key
         limits = httpx.Limits(max_connections=self.cfg.concurrency)
         self._client = httpx.AsyncClient(headers=headers, timeout=self.cfg.timeout, limits=limits)
         self._slots = asyncio.Semaphore(self.cfg.concurrency)
@@ -137,7 +138,7 @@ class Judge:
         async with self._slots:
             response = await self._send("embeddings", body)
         if isinstance(response, str) or response.status_code != 200:
-            self._count(response if isinstance(response, str) else _refusal(response))
+            self._count(response if isinstance(response, str) else self._refusal(response))
             return None
         try:
             embedding = [float(value) for value in response.json()["data"][0]["embedding"]]
@@ -170,7 +171,7 @@ class Judge:
         async with self._slots:
             response = await self._send("completions", body)
         if isinstance(response, str) or response.status_code != 200:
-            self._count(response if isinstance(response, str) else _refusal(response))
+            self._count(response if isinstance(response, str) else self._refusal(response))
             return None
         choice = response.json()["choices"][0]
         found = choice.get("prompt_logprobs") if isinstance(choice, dict) else None
@@ -206,7 +207,7 @@ class Judge:
                         self._offers[name] = False
                     return answer
         if response.status_code != 200:
-            return Answer(problem=_refusal(response))
+            return Answer(problem=self._refusal(response))
         choice = response.json()["choices"][0]
         content = (choice.get("message") or {}).get("content")
         if isinstance(content, list):  # parts, as reasoning models send
@@ -238,9 +239,10 @@ class Judge:
             return f"{type(error).__name__}: {error}".strip(": ")
         return response
 
-
-def _refusal(response: httpx.Response) -> str:
-    return f"HTTP {response.status_code}: {response.text[:200]}"
+    def _refusal(self, response: httpx.Response) -> str:
+        """What the server said, without the key, which some repeat."""
+        said = response.text.replace(self._key, "***") if self._key else response.text
+        return f"HTTP {response.status_code}: {said[:200]}"
 
 
 def _pause(state: tenacity.RetryCallState) -> float:

@@ -139,7 +139,12 @@ class SparseCoder(nn.Module):
         tensors, description = read_coder(Path(path))
         facts: dict[str, Any] = dict(description)
         fields = {field: facts.pop(field) for field in CoderConfig.__dataclass_fields__}
-        coder = make_coder(typed(OmegaConf.create(fields), CoderConfig), facts.pop("d_in"), facts.pop("d_out"))
+        cfg, d_in, d_out = typed(OmegaConf.create(fields), CoderConfig), facts.pop("d_in"), facts.pop("d_out")
+        for name, wanted in (("W_enc", (cfg.width, d_in)), ("W_dec", (cfg.width, d_out))):
+            found = tuple(tensors[name].shape) if name in tensors else None
+            if found != wanted and KINDS[cfg.kind] is SparseCoder:  # before memory is taken for what may be a lie
+                raise UserError(f"the coder in {path} is damaged: {name} has shape {found}, not {wanted}")
+        coder = make_coder(cfg, d_in, d_out)
         coder.load_state_dict(tensors)
         for key in ("format_version", "dtype", "subtract_decoder_bias"):
             del facts[key]

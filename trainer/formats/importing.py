@@ -65,7 +65,7 @@ def import_coder(cfg: ImportConfig) -> Summary:
         print(f"this is no better than the mean: is {folder} a coder of {hookpoint} of this model?")
     if coder.cfg.activation == ActivationName.jumprelu:  # its files do not say how many latents should fire
         coder.cfg.k = min(max(round(l0), 1), coder.cfg.width)
-    coder.meta = {**attachment(store, hookpoint, sides, kept), **coder.meta}
+    coder.meta = {**coder.meta, **attachment(store, hookpoint, sides, kept)}
     coder.meta["data"]["train_tokens"] = None
     coder.save(directory / FOLDER)
     summary: Summary = {

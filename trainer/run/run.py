@@ -97,8 +97,12 @@ class RunDirectory:
             raise UserError(f"{self.path} holds another run ({facts}); choose another directory, or delete it")
 
     def config(self) -> Any:
-        """Return config.yaml as OmegaConf reads it, without keys that no longer exist."""
-        found = OmegaConf.load(self.path / CONFIG)
+        """Return config.yaml as OmegaConf reads it, without keys that no longer exist. UserError where a value refers
+        to others, which may be secrets of the environment: what we write never does."""
+        file = self.path / CONFIG
+        found = OmegaConf.load(file)
+        if "${" in file.read_text():
+            raise UserError(f"{file} refers to other values by ${{...}}; a run's never does: write them out")
         for key, default in _RETIRED.items():
             section, _, name = key.rpartition(".")
             if OmegaConf.select(found, key) == default:
@@ -191,6 +195,11 @@ class Run:
         """Raise UserError if the run is of another capture than the store holds."""
         if self.coder.meta["hookpoint"] not in store.hookpoints:
             raise UserError(f"{self.path} was trained on {self.coder.meta['hookpoint']}, which {store.place} lacks")
+        if self.summary["hookpoint"] != self.coder.meta["hookpoint"]:
+            raise UserError(
+                f"{self.path / SUMMARY} names the hookpoint {self.summary['hookpoint']!r}, but its coder "
+                f"{self.coder.meta['hookpoint']!r}; train or import it again"
+            )
         if self.coder.meta["data"]["store_identity"] != store.attrs["identity_hash"]:
             raise UserError(f"{self.path} was trained on another capture than {store.place} now holds")
 

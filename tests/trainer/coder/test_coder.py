@@ -1,12 +1,14 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from skipcoder.errors import UserError
 from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.coder.files import read_coder, write_coder
 from skipcoder.trainer.coder.fold import fold, power_of_two_scale
 from skipcoder.trainer.config import CoderConfig, Kind
 
@@ -117,6 +119,16 @@ def test_damaged_or_missing_checkpoints_are_named(tmp_path: Path) -> None:
     file = tmp_path / "coder.safetensors"
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(UserError, match=r"coder.safetensors is damaged"):
+        SparseCoder.load(tmp_path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("width", 2**50), ("d_in", 2**50), ("d_out", 2**50)])
+def test_sizes_that_are_not_the_files_are_refused_before_memory_is_taken(key: str, value: int, tmp_path: Path) -> None:
+    random_coder(Kind.transcoder).save(tmp_path)
+    tensors, description = read_coder(tmp_path)
+    described: Any = {**description, key: value}
+    write_coder(tmp_path, tensors, described)
+    with pytest.raises(UserError, match=r"is damaged: W_(enc|dec) has shape \(20, 6\), not "):
         SparseCoder.load(tmp_path)
 
 
