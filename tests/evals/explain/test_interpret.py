@@ -141,7 +141,7 @@ def test_a_key_that_a_server_repeats_is_not_repeated(fresh: Path, monkeypatch: p
         def do_POST(self) -> None:
             self.send_response(401)
             self.end_headers()
-            self.wfile.write(f"{'x' * 190} {self.headers['Authorization']} is no key".encode())
+            self.wfile.write(f"{'x' * 185} {self.headers['Authorization']} is no key".encode())
 
         def log_message(self, *_: object) -> None:
             pass
