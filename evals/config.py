@@ -122,8 +122,9 @@ class EvaluateConfig:
     """With `out`: also splice the coders of one kind and size at all hookpoints at once (NAME.together.json)."""
     saebench: str | None = None
     """Folder for results in SAEBench's JSON form."""
-    ce_tokens: int = 4096
-    """Held-out tokens on which the language model runs: whole rows, spread evenly over the held-out ones."""
+    ce_tokens: int | None = None
+    """Held-out tokens on which the language model runs: whole rows, spread evenly over the held-out ones. null: 4,096,
+    but at least 16 rows."""
     intervals: bool = True
     """Refuse `ce_tokens` that give fewer than eight rows, the least for a 95 % interval."""
     batch_rows: int = 4
@@ -145,7 +146,7 @@ class EvaluateConfig:
             raise UserError("controls and together are written into a table: set out=FILE.json")
         if not self.tasks:
             raise UserError(f"tasks=[]: name some of {', '.join(TaskName)}")
-        _at_least(self, 1, "ce_tokens", "batch_rows")
+        _at_least(self, 1, *(["ce_tokens"] if self.ce_tokens is not None else []), "batch_rows")
 
 
 class Negatives(Enum):

@@ -9,12 +9,14 @@ import contextlib
 import math
 import mmap
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import tempfile
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from multiprocessing import Pipe
@@ -26,9 +28,16 @@ import numpy as np
 ALIGNED = 4096
 """Arrays in shared memory begin at multiples of so many bytes: a page."""
 
+PORTABLE = 1
+"""CUDA's flag for memory that counts as pinned for every GPU."""
+
+
+class HelperEndedError(RuntimeError):
+    """A helper has ended by itself, or was killed."""
+
 
 class Helper:
-    """A process that answers requests one after another."""
+    """A process that answers requests one after another. Ask for few at a time: hundreds of unread answers block it."""
 
     def __init__(
         self, start: Callable[[Any], Callable[[Any], Any]], setup: Any, descriptors: Sequence[int] = ()
@@ -58,7 +67,7 @@ class Helper:
             answer = self._connection.recv()
         except (EOFError, ConnectionError):
             code = self._process.wait()
-            raise RuntimeError(f"the helper process {self._name} has ended (exit code {code})") from None
+            raise HelperEndedError(f"the helper process {self._name} has ended (exit code {code})") from None
         if isinstance(answer, BaseException):
             raise answer
         return answer
@@ -88,7 +97,10 @@ def serve() -> None:
                 answered = answer(request)
             except Exception as error:
                 answered = _noted(error)
-            connection.send(answered)
+            try:
+                connection.send(answered)
+            except (TypeError, AttributeError, pickle.PicklingError):  # an error that cannot be pickled
+                connection.send(RuntimeError(f"in a helper process: {answered!r}"))
 
 
 def _noted(error: Exception) -> Exception:
@@ -110,9 +122,10 @@ class SharedArrays:
             starts[name] = size
             size += -(-math.prod(shape) * np.dtype(dtype).itemsize // ALIGNED) * ALIGNED
         self.descriptor = _reserve(size) if descriptor is None else descriptor
+        self._closing: list[Callable[[], Any]] = [weakref.finalize(self, os.close, self.descriptor)]
         memory = mmap.mmap(self.descriptor, size)
-        self._whole = np.frombuffer(memory, np.uint8)
-        self._pinned = False
+        whole = np.frombuffer(memory, np.uint8)
+        self._address, self._size = whole.ctypes.data, size
         self.arrays = {
             name: np.ndarray(shape, dtype, memory, offset=starts[name]) for name, (shape, dtype) in specs.items()
         }
@@ -121,22 +134,21 @@ class SharedArrays:
         """Keep the memory in its place, so that a GPU copies from it and to it by itself, until `close`."""
         import torch
 
-        result = int(torch.cuda.cudart().cudaHostRegister(self._whole.ctypes.data, self._whole.nbytes, 0))
-        self._pinned = result == 0
-        if not self._pinned:
+        cuda: Any = torch.cuda.cudart()
+        if result := int(cuda.cudaHostRegister(self._address, self._size, PORTABLE)):
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device="cuda")  # takes note of the error, which would else be the next kernel's
             warnings.warn(f"memory could not be pinned (CUDA error {result}): copies will be slow", stacklevel=2)
+            return
+        unpin = weakref.finalize(self, cuda.cudaHostUnregister, self._address)
+        unpin.atexit = False
+        self._closing.insert(0, unpin)
 
     def close(self) -> None:
         """Let go of the memory as soon as nobody holds an array of it; no copy may be under way."""
-        if self._pinned:
-            import torch
-
-            torch.cuda.cudart().cudaHostUnregister(self._whole.ctypes.data)
-            self._pinned = False
         self.arrays = {}
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        for let_go in self._closing:
+            let_go()
 
 
 def _reserve(size: int) -> int:

@@ -14,7 +14,7 @@ def differences(old: Any, new: Any, ignore: tuple[str, ...] = ()) -> str:
     >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})
     'a.b: 1 there, 3 asked'
     """
-    flat_old, flat_new = _flat(old), _flat(new)
+    flat_old, flat_new = flat(old), flat(new)
     return "; ".join(
         f"{key}: {flat_old.get(key)} there, {flat_new.get(key)} asked"
         for key in sorted(flat_old.keys() | flat_new.keys())
@@ -22,11 +22,16 @@ def differences(old: Any, new: Any, ignore: tuple[str, ...] = ()) -> str:
     )
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested configuration by dotted keys.
+
+    >>> flat({"a": {"b": 1}, "c": 2})
+    {'a.b': 1, 'c': 2}
+    """
+    found: dict[str, Any] = {}
     for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def typed(cfg: Any, schema: type[T]) -> T:

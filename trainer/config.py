@@ -169,8 +169,8 @@ class StreamConfig:
     pool_chunks: int | None = None
     """Chunks shuffled together; null: as many as hold 512 MiB of pairs."""
     readers: int | None = None
-    """Threads that read and decompress, for a GPU processes unless the split is small; null: 2, for a GPU as many as
-    there are cores, but at most 16, from an object store 32. They do not change the order."""
+    """Threads that read and decompress, for a GPU processes unless the split is small; null: 2 threads, 32 from an
+    object store, or as many processes as there are cores, but at most 16. They do not change the order."""
     first_positions: int = 1
     """Leave out this many positions at the start of each row (attention sinks, BOS)."""
     special_tokens: bool = True
@@ -273,3 +273,5 @@ class TrainConfig:
         k_start = self.train.k_start
         if k_start is not None and not self.coder.k <= k_start <= self.coder.width:
             raise UserError(f"train.k_start={k_start}: must be between coder.k and coder.width")
+        if self.coder.side is Side.input and self.coder.kind != Kind.sae:
+            raise UserError(f"coder.side=input is for SAEs; a {self.coder.kind} writes the MLP's output: leave it out")

@@ -4,7 +4,6 @@ model. Runs of one store and hookpoint share the model and its clean and ablated
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +25,9 @@ from skipcoder.trainer.run.device import on_device
 from skipcoder.trainer.run.run import Run
 
 Key = tuple[Any, ...]
+
+CE_TOKENS, CE_ROWS = 4096, 16
+"""At least, by default."""
 
 AT_ONCE = 8
 """Coders on the device at the same time."""
@@ -50,13 +52,14 @@ class Evaluator:
     over `ce_tokens` of their tokens, in evenly spread rows."""
 
     def __init__(
-        self, store: ActivationStore, ce_tokens: int, batch_rows: int, device: str, intervals: bool = True
+        self, store: ActivationStore, ce_tokens: int | None, batch_rows: int, device: str, intervals: bool = True
     ) -> None:
         self.store, self.batch_rows, self.device = store, batch_rows, device
         units = store.split("held_out")
         if not units:
             raise UserError(f"{store.place} has no finished held-out unit; finish the capture first")
         rows = np.concatenate([store.tokens(unit) for unit in units])
+        ce_tokens = ce_tokens or max(CE_TOKENS, CE_ROWS * store.context)
         if intervals and min(ce_tokens // store.context, len(rows)) < MIN_ROWS:
             raise UserError(
                 f"ce_tokens={ce_tokens} gives {min(ce_tokens // store.context, len(rows))} rows of {store.context} "
@@ -96,15 +99,16 @@ class Evaluator:
     @torch.no_grad()
     def reconstruction(self, runs: Sequence[Run]) -> list[Result]:
         """ReconstructionMetrics on all held-out tokens that training would have kept."""
-        every: dict[Path, ReconstructionMetrics] = {}
+        every: dict[int, ReconstructionMetrics] = {}
         streams = {(run.summary["hookpoint"], run.filter) for run in runs}
         for hookpoint, kept in sorted(streams, key=repr):
-            mine = [run for run in runs if (run.summary["hookpoint"], run.filter) == (hookpoint, kept)]
+            mine = {i: run for i, run in enumerate(runs) if (run.summary["hookpoint"], run.filter) == (hookpoint, kept)}
             targets = {
-                run.write_site.side: Targets(run.coder.d_out, len(self.row_numbers), self.device) for run in mine
+                run.write_site.side: Targets(run.coder.d_out, len(self.row_numbers), self.device)
+                for run in mine.values()
             }
-            for run in mine:
-                every[run.path] = ReconstructionMetrics(run.coder.cfg.width, targets[run.write_site.side])
+            for i, run in mine.items():
+                every[i] = ReconstructionMetrics(run.coder.cfg.width, targets[run.write_site.side])
             stream = ActivationStream(
                 self.store, hookpoint, 4096, split="held_out", filter=kept, epochs=1, device=self.device
             )
@@ -112,10 +116,10 @@ class Evaluator:
                 sides = {"input": batch.x, "output": batch.y}
                 row = torch.searchsorted(self.row_numbers, batch.position // self.store.context)
                 target = {side: of_side.add(sides[side], row) for side, of_side in targets.items()}
-                for run in mine:
+                for i, run in mine.items():
                     out = run.coder(sides[run.read_site.side])
-                    every[run.path].update(target[run.write_site.side], out.y_hat, out.values, out.indices)
-        return [every[run.path].result() for run in runs]
+                    every[i].update(target[run.write_site.side], out.y_hat, out.values, out.indices)
+        return [every[i].result() for i in range(len(runs))]
 
     def behaviour(self, runs: Sequence[Run]) -> list[Result]:
         """Cross-entropy and KL with the MLP replaced by the coder, by zero, by its mean and, for skip transcoders, by

@@ -3,7 +3,7 @@
     FVU = sum ||y - y_hat||^2 / sum ||y - mean(y)||^2   over exactly the tokens seen
 
 FVU is 1 for the mean predictor and unchanged by scaling. Intervals are over token rows (bootstrap.py).
-Sums stay on the device of the batches, in an order that does not change: nothing waits for a GPU before `result`.
+Sums stay on the device of the batches, and are added up in an order that does not change.
 Legend: N tokens, E dimensions, K active latents, M latents, R token rows.
 """
 

@@ -119,6 +119,10 @@ class Evaluation(TypedDict, total=False):
     ravel_disentangle: float | None
 
 
+_OTHER_PREFIXES = {"absorption": ("split_latents",)}
+"""Beginnings of keys of a task's results that are not its name."""
+
+
 def read(run: Run) -> Evaluation:
     """The results for these weights, {} if there are none; UserError where the file is damaged."""
     file, remedy = run.path / FILE, "delete it and evaluate the run again"
@@ -133,7 +137,11 @@ def read(run: Run) -> Evaluation:
 
 
 def record(run: Run, result: Mapping[str, Any]) -> Evaluation:
-    """Add results to those for the run's weights, and return them all."""
-    found = cast(Evaluation, {**read(run), **result, "weights": run.weights})
+    """Add results to those for the run's weights, and return them all. Those of a task replace all of its earlier ones,
+    which may have been made with other settings, or be what kept it from giving any."""
+    tasks = [key.removesuffix("_seconds") for key in result if key.endswith("_seconds")]
+    gone = tuple(prefix for task in tasks for prefix in (f"{task}_", *_OTHER_PREFIXES.get(task, ())))
+    before = {key: value for key, value in read(run).items() if not key.startswith(gone)}
+    found = cast(Evaluation, {**before, **result, "weights": run.weights})
     write_atomically(run.path / FILE, json.dumps(found, indent=2).encode())
     return found

@@ -46,13 +46,14 @@ def figure(draw: Callable[[Axes], None]) -> str:
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
-def against_k(axes: Axes, seeds: list[Row], key: str, baseline: str | None = None) -> None:
-    """A line for each kind and width, with 95 % intervals over seeds or, with one seed, over held-out rows."""
+def against_l0(axes: Axes, seeds: list[Row], key: str, baseline: str | None = None) -> None:
+    """A line for each kind and width, with 95 % intervals over seeds or, with one seed, over held-out rows. The L0 that
+    was measured need not be the k that was asked for."""
     seeds = [row for row in seeds if row.get(key) is not None]
     widths = sorted({row["width"] for row in seeds if row["kind"] not in ("neurons", "affine")})
     lines: dict[tuple[str, int, str], list[Row]] = {}
     telling = [key for key in TELLING if len({row.get(key) for row in seeds}) > 1]
-    for row in sorted(seeds, key=lambda row: row["k"]):
+    for row in sorted(seeds, key=_l0):
         apart = ", ".join(str(row[key]) for key in telling if row.get(key) is not None)
         lines.setdefault((row["kind"], row["width"], apart), []).append(row)
     ks = sorted({row["k"] for row in seeds if row["k"]})
@@ -69,7 +70,7 @@ def against_k(axes: Axes, seeds: list[Row], key: str, baseline: str | None = Non
                 "linestyle": ("-", "--", ":", "-.")[widths.index(width) % 4],
                 "label": f"{style['label']}, {width:,}",
             }
-        x, y = [r["k"] for r in group], [r[key] for r in group]
+        x, y = [_l0(r) for r in group], [r[key] for r in group]
         ends = [interval_of(r, key) or (r[key], r[key]) for r in group]
         bars = [
             [max(v - low, 0) for v, (low, _) in zip(y, ends, strict=True)],
@@ -80,12 +81,16 @@ def against_k(axes: Axes, seeds: list[Row], key: str, baseline: str | None = Non
     axes.set_xticks(ks, [str(k) for k in ks])
     axes.minorticks_off()
     axes.margins(y=0.2)
-    axes.set_xlabel("k")
+    axes.set_xlabel("L0: latents that fire, per token")
     axes.set_ylabel(METRICS[key].short)
     levels = {row[baseline] for row in seeds if baseline in row} if baseline else set()
     if len(levels) == 1:  # runs on different stores have no common line
         axes.axhline(levels.pop(), color="#777", linestyle=":")
     axes.legend(fontsize=8)
+
+
+def _l0(row: Row) -> float:
+    return float(row.get("l0") or row["k"])
 
 
 def against_fvu(axes: Axes, rows: list[Row], key: str) -> None:

@@ -23,7 +23,7 @@ def write(rows: list[Row], seeds: list[Row], stores: dict[str, ActivationStore],
     environment.filters["with_interval"] = _with_interval
     with plt.rc_context(figures.STYLE):
         shown_figures = [
-            (m.figure, m.caption, figures.figure(lambda a, m=m: figures.against_k(a, seeds, m.key, m.baseline)))  # type: ignore[misc]
+            (m.figure, m.caption, figures.figure(lambda a, m=m: figures.against_l0(a, seeds, m.key, m.baseline)))  # type: ignore[misc]
             for m in METRICS.values()
             if m.figure and any(row.get(m.key) is not None for row in seeds)
         ]

@@ -45,9 +45,8 @@ class Plan(NamedTuple):
 
     unit: int
     tokens: np.ndarray
-    order: np.ndarray
     order_N: Tensor
-    """The same on the device."""
+    """The position in token order of each stored token, on the device."""
     classes: dict[str, Tensor]
     """Stored tokens of each class of positions, on the device."""
 
@@ -62,7 +61,7 @@ def plan(attrs: Attributes, unit: int, tokens: np.ndarray, device: str) -> Plan:
     order = layout.permutation(identity["seed"], unit, tokens.size)
     classes = classes_of(attrs, start + order, tokens.ravel()[order])
     there = {where: torch.from_numpy(c.nonzero()[0]).to(device) for where, c in classes.items()}
-    return Plan(unit, tokens, order, torch.from_numpy(order).to(device), there)
+    return Plan(unit, tokens, torch.from_numpy(order).to(device), there)
 
 
 def code(
@@ -95,7 +94,7 @@ def code(
                 take(("lost", name, f"{side}/{where}"), _squared_distance(values, z, rows))
     copied = None
     if plan.order_N.is_cuda:
-        copied = torch.cuda.Event()
+        copied = torch.cuda.Event(blocking=True)
         copied.record()
     return Coding(attrs, plan.unit, plan.tokens, found, copied)
 

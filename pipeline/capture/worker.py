@@ -77,8 +77,13 @@ class Worker:
             writer.memory.pin()
         try:
             yield writer
-        finally:
+        except (NonFiniteError, OSError):
             self._idle.put(writer)
+            raise
+        except BaseException:  # it may be at work still
+            writer.close()
+            raise
+        self._idle.put(writer)
 
 
 def hookpoints_of(attrs: Attributes) -> list[Hookpoint]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from skipcoder.helpers import Helper, SharedArrays
+from skipcoder.helpers import Helper, HelperEndedError, SharedArrays
 from skipcoder.pipeline.store import commit, layout
 from skipcoder.pipeline.store.attrs import Attributes
 from skipcoder.pipeline.store.codecs import codec_of
@@ -33,13 +33,22 @@ class UnitWriter:
 
     def __init__(self, place: Place, attrs: Attributes) -> None:
         self.memory = SharedArrays(_specs(attrs))
-        setup = place.address, attrs, self.memory.descriptor
-        self._helper = Helper(_writing, setup, [self.memory.descriptor])
+        self._setup = place.address, attrs, self.memory.descriptor
+        self._helper = self._start()
+
+    def _start(self) -> Helper:
+        return Helper(_writing, self._setup, [self.memory.descriptor])
 
     def write(self, unit: int) -> None:
         """Write and commit a unit that lies in the memory; NonFiniteError if it holds NaN or infinity."""
         self._helper.ask(unit)
-        self._helper.answer()
+        try:
+            self._helper.answer()
+        except HelperEndedError:  # killed, perhaps for want of memory; the unit still lies there
+            self._helper.close()
+            self._helper = self._start()
+            self._helper.ask(unit)
+            self._helper.answer()
 
     def close(self) -> None:
         """End the process, and let go of the memory."""

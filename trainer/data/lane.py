@@ -22,6 +22,11 @@ class Lane:
         """Context in which what this thread asks of the device goes into the queue."""
         return nullcontext() if self._queue is None else torch.cuda.stream(self._queue)
 
+    def settle(self) -> None:
+        """Make the device that of the calling thread, which begins with the first one."""
+        if self._queue is not None:
+            torch.cuda.set_device(self.device)
+
     def wait(self) -> None:
         """Wait for the end of what has been asked so far."""
         if self._queue is not None:
@@ -29,7 +34,7 @@ class Lane:
 
     def mark(self) -> Mark:
         """Mark the end of what has been asked so far."""
-        return None if self._queue is None else self._queue.record_event()
+        return None if self._queue is None else self._queue.record_event(torch.cuda.Event(blocking=True))
 
     def after(self, mark: Mark) -> None:
         """Let what is asked from now on wait until the device has come to a mark in another queue."""

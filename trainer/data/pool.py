@@ -1,7 +1,6 @@
 """The chunks that are shuffled together, decoded where the coders are trained: in memory or on a GPU."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -45,7 +44,8 @@ class Asked(NamedTuple, Generic[T]):
     """Those of them that are read."""
     staged: range
     """Their slots of the staging."""
-    waits: list[Callable[[], Any]]
+    wait: Callable[[], Any]
+    """Returns when they are there."""
 
 
 class Pool:
@@ -74,7 +74,7 @@ class Pool:
         self._whole = self._allocate(len(chunks)) if keep else None
         self._kept_rows: dict[int, np.ndarray] = {}
 
-    def read(self, plan: Iterable[tuple[T, Sequence[int]]]) -> Iterator[Block[T]]:
+    def read(self, plan: Iterable[tuple[T, Sequence[int]]]) -> Generator[Block[T]]:
         """Read the chunks that belong to each item of a plan."""
         return self._through_memory(plan) if self.through_memory else self._directly(plan)
 
@@ -122,7 +122,7 @@ class Pool:
 
     # ---- in memory --------------------------------------------------------------------------------
 
-    def _directly(self, plan: Iterable[tuple[T, Sequence[int]]]) -> Iterator[Block[T]]:
+    def _directly(self, plan: Iterable[tuple[T, Sequence[int]]]) -> Generator[Block[T]]:
         """Let threads decode each chunk into its place."""
         with ThreadPoolExecutor(self.readers, thread_name_prefix="reader") as threads:
             for item, chosen in plan:
@@ -140,49 +140,53 @@ class Pool:
 
     # ---- on a GPU ---------------------------------------------------------------------------------
 
-    def _through_memory(self, plan: Iterable[tuple[T, Sequence[int]]]) -> Iterator[Block[T]]:
-        """Let the readers fill one half of a staging while this thread alone has the other copied and decoded, several
-        chunks at a time."""
-        half = -(-self.at_once // TOGETHER) * TOGETHER
+    def _through_memory(self, plan: Iterable[tuple[T, Sequence[int]]]) -> Generator[Block[T]]:
+        """Let the readers fill one half of a staging while this thread alone has the other copied and decoded."""
+        if not self.chunks:
+            return
+        half, before, mark = self.at_once, None, None
+        self.lane.settle()
         with Readers(self.store, self.hookpoints, self.filter, 2 * half, self.readers, self.apart) as readers:
             if self.lane.device.type == "cuda":
                 readers.staging.memory.pin()
-            asked: deque[Asked[T]] = deque()
-            decoded: deque[Mark] = deque()
             try:
                 for number, (item, chosen) in enumerate(plan):
-                    if decoded and (mark := decoded.popleft()) is not None:
-                        mark.synchronize()  # before this half of the memory is used again
-                    missing = self._missing(chosen, asked[0].missing if asked else ())
-                    staged = range(number % 2 * half, number % 2 * half + len(missing))
-                    waits = [readers.ask(*one) for one in zip(staged, (self.chunks[c] for c in missing), strict=True)]
-                    asked.append(Asked(item, chosen, missing, staged, waits))
-                    if len(asked) == 2:
-                        block = self._decoded(readers.staging, asked.popleft())
-                        decoded.append(block.mark)
+                    if mark is not None:
+                        mark.synchronize()  # its half of the memory is used again
+                    missing = self._missing(chosen, before.missing if before else ())
+                    first = number % 2 * half
+                    wait = readers.ask(first, [self.chunks[chunk] for chunk in missing])
+                    asked = Asked(item, chosen, missing, range(first, first + len(missing)), wait)
+                    if before is not None:
+                        block = self._decoded(readers.staging, before)
+                        mark = block.mark
                         yield block
-                while asked:
-                    yield self._decoded(readers.staging, asked.popleft())
+                    before = asked
+                if before is not None:
+                    yield self._decoded(readers.staging, before)
             finally:
                 self.lane.wait()
 
     def _decoded(self, staging: Staging, asked: Asked[T]) -> Block[T]:
-        item, chosen, missing, staged, waits = asked
+        item, chosen, missing, staged, wait = asked
+        wait()
         with self.lane():
             columns, into = self._columns(missing)
-            for first in range(0, len(waits), TOGETHER):
-                for wait in waits[first : first + TOGETHER]:
-                    wait()
-                some = torch.tensor(into[first : first + TOGETHER])
-                there = slice(staged[first], staged[first] + len(some))
+            for first in range(0, len(missing), TOGETHER):
+                slots = into[first : first + TOGETHER]
+                there = slice(staged[first], staged[first] + len(slots))
                 for codes, z in zip(staging.codes, columns, strict=False):
                     coded = {
                         suffix: torch.from_numpy(c[there]).to(z.device, non_blocking=True)
                         for suffix, c in codes.items()
                     }
-                    decoded = self._empty(len(some), *z.shape[1:])
+                    if isinstance(slots, range):
+                        self.store.codec.decode(coded, z[slots.start : slots.stop])
+                        continue
+                    decoded = self._empty(len(slots), *z.shape[1:])
                     self.store.codec.decode(coded, decoded)
-                    z.index_copy_(0, some.to(z.device), decoded)
-                columns[-1][some] = torch.from_numpy(staging.position[there])
+                    for slot, chunk in zip(slots, decoded, strict=True):
+                        z[slot].copy_(chunk)
+                columns[-1][torch.tensor(slots)] = torch.from_numpy(staging.position[there])
         keeps = [staging.keep[slot] for slot in staged]
         return Block(item, columns, self._rows(chosen, into, keeps), self.lane.mark())

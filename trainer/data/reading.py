@@ -94,19 +94,20 @@ class Readers:
         self.staging = Staging(store, hookpoints, filter, slots)
         self._threads = None if apart else ThreadPoolExecutor(count, thread_name_prefix="reader")
         self._helpers: list[Helper] = []
-        self._asked = 0
         if apart:
             setup = store.place.address, list(hookpoints), filter, slots, self.staging.memory.descriptor
             self._helpers = [Helper(_reading, setup, [self.staging.memory.descriptor]) for _ in range(count)]
 
-    def ask(self, slot: int, chunk: Chunk) -> Callable[[], Any]:
-        """Have a chunk read; return a function that waits for it, to be called in the order of asking."""
+    def ask(self, first: int, chunks: Sequence[Chunk]) -> Callable[[], Any]:
+        """Have chunks read into slots from `first` on; return a function that waits for them, to be called in the order
+        of asking."""
+        slots = list(enumerate(chunks, first))
         if self._threads is not None:
-            return self._threads.submit(self.staging.read, slot, chunk).result
-        helper = self._helpers[self._asked % len(self._helpers)]
-        self._asked += 1
-        helper.ask((slot, chunk))
-        return helper.answer
+            asked = [self._threads.submit(self.staging.read, *one) for one in slots]
+            return lambda: [one.result() for one in asked]
+        for i, helper in enumerate(self._helpers):  # one request each, however many chunks
+            helper.ask(slots[i :: len(self._helpers)])
+        return lambda: [helper.answer() for helper in self._helpers]
 
     def __enter__(self) -> "Readers":
         return self
@@ -119,9 +120,7 @@ class Readers:
         self.staging.memory.close()
 
 
-def _reading(
-    setup: tuple[str, Sequence[str], TokenFilter, int, int],
-) -> Callable[[tuple[int, Chunk]], None]:
+def _reading(setup: tuple[str, Sequence[str], TokenFilter, int, int]) -> Callable[[list[tuple[int, Chunk]]], None]:
     """What a process does: open the store and the memory, and fill slots."""
     address, hookpoints, filter, slots, descriptor = setup
     blosc.use_threads = False
@@ -129,4 +128,9 @@ def _reading(
     attrs = read_attrs(place)
     assert attrs is not None
     staging = Staging(ActivationStore(place, attrs), hookpoints, filter, slots, descriptor)
-    return lambda request: staging.read(*request)
+
+    def read(asked: list[tuple[int, Chunk]]) -> None:
+        for slot, chunk in asked:
+            staging.read(slot, chunk)
+
+    return read

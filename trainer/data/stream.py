@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -115,11 +116,12 @@ class ActivationStream:
         self.pool_chunks = pool_chunks or max(1, POOL_BYTES // (pair_bytes * store.chunk_rows))
         is_small = self.tokens * pair_bytes <= KEEP_BYTES
         most = -(-min(batch_tokens, self.tokens) // world_size)
-        usual = 1
+        usual = store.place.parallel
         if self.device.type == "cuda":
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            usual = min(MOST_READERS, (os.cpu_count() or 1) // ranks_here)
-        self.readers = readers or max(store.place.parallel, usual)
+            cores = max(1, min(MOST_READERS, (os.cpu_count() or 1) // ranks_here))
+            usual = max(cores, usual) if is_small else cores  # processes cost more than threads
+        self.readers = readers or usual
         self._batch_layout = BatchLayout(self.hookpoints, self.widths, rank, world_size, most, self.device, dtype)
         self._lane = Lane(self.device)
         self._pool = Pool(
@@ -177,6 +179,7 @@ class ActivationStream:
 
     def _batches(self) -> Generator[tuple[Batch, Mark, tuple[int, int, int]]]:
         """Yield batches, each with the mark of its end in the lane and the position after it."""
+        self._lane.settle()
         with self._lane():
             yield from self._assembled()
 
@@ -210,13 +213,11 @@ class ActivationStream:
 
     def _blocks(self) -> Generator[tuple[Block[_Number], Tensor]]:
         """Yield each block, and its rows in the order in which they are served."""
-        for block in self._pool.read(self._plan()):
-            order = block_permutation(self.seed, block.item.epoch, block.item.block, len(block.rows))
-            shuffle = torch.from_numpy(block.rows[order])
-            if self.device.type == "cuda":
-                with self._lane():
-                    shuffle = shuffle.pin_memory()
-            yield block, shuffle
+        with closing(self._pool.read(self._plan())) as blocks:
+            for block in blocks:
+                order = block_permutation(self.seed, block.item.epoch, block.item.block, len(block.rows))
+                shuffle = torch.from_numpy(block.rows[order])
+                yield block, shuffle.pin_memory() if self.device.type == "cuda" else shuffle
 
     def _plan(self) -> Iterator[tuple[_Number, list[int]]]:
         """Blocks and their chunks, from the position on."""

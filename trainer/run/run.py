@@ -17,7 +17,7 @@ from skipcoder.files import write_atomically
 from skipcoder.pipeline.model.sites import Site
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.records import checked
-from skipcoder.settings import differences
+from skipcoder.settings import differences, flat
 from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.coder.files import FOLDER, TENSORS
 from skipcoder.trainer.data.filter import TokenFilter
@@ -33,7 +33,9 @@ _FREE_KEYS = (
     "train.graph",
     "train.tensorboard",
     "train.wandb",
+    "stream.readers",
 )
+_SEEDS = ("seed", "stream.seed")
 
 
 _RETIRED = {"encode.chunk_elements": 2**24}
@@ -183,12 +185,13 @@ class Run:
 
     @cached_property
     def configuration(self) -> str:
-        """A fingerprint of the run's configuration except its seed and directory."""
+        """A fingerprint of the run's configuration, except its seeds and what does not change what is learned."""
         if self.is_control:
             return str(self.path)
-        asked = OmegaConf.to_container(RunDirectory(self.path).config())
-        assert isinstance(asked, dict)
-        text = json.dumps({key: value for key, value in asked.items() if key not in ("seed", "run")}, sort_keys=True)
+        asked: Any = OmegaConf.to_container(RunDirectory(self.path).config())
+        ignored = (*_FREE_KEYS, *_SEEDS)
+        kept = {key: value for key, value in flat(asked).items() if not key.startswith(ignored)}
+        text = json.dumps(kept, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def check(self, store: ActivationStore) -> None:

@@ -69,24 +69,6 @@ def test_export_then_import_gives_the_same_bytes(
         assert again.cfg.k == ours.cfg.k and again.meta["write"] == ours.meta["write"]
 
 
-def test_a_coder_of_ours_attaches_to_the_store_it_is_imported_on(
-    runs: dict[Any, Path], cache_config: Any, capture_here: Any, tmp_path: Path
-) -> None:
-    out = export([runs[Kind.transcoder]], Target.plain, tmp_path / "out")
-    cfg = cache_config(tmp_path / "other.zarr")
-    cfg.seed = 7
-    other = capture_here(cfg)
-    import_coder(
-        ImportConfig(source=str(out), store=StoreRef(str(other.path)), hookpoint="layers.1.mlp",
-                     run=RunConfig(str(tmp_path / "run")))
-    )  # fmt: skip
-    again = Run.open(tmp_path / "run")
-    again.check(other)
-    assert (
-        again.coder.meta["seed"] == Run.open(runs[Kind.transcoder]).coder.meta["seed"]
-    )  # what is not of the store stays
-
-
 def test_an_imported_coder_is_evaluated_and_interpreted_as_any_other(
     runs: dict[Any, Path], store: ActivationStore, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -1,9 +1,15 @@
 """Matching of latents between seeds, and numbers over seeds."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from skipcoder.evals.stats.seeds import groups, over_seeds, shared_latents
+from skipcoder.trainer.config import TrainConfig
+from skipcoder.trainer.run.run import Run, RunDirectory
 
 
 def test_the_same_latents_in_another_order_and_length_are_all_shared() -> None:
@@ -35,3 +41,22 @@ def test_means_and_intervals_over_seeds() -> None:
     # t(0.975, 2) = 4.3027; the deviation is 0.1
     assert three["fvu_ci"] == pytest.approx([0.2 - 4.3027 * 0.1 / 3**0.5, 0.2 + 4.3027 * 0.1 / 3**0.5], abs=1e-5)
     assert one["fvu_ci"] == [0.4, 0.6] and one["seeds"] == 1
+
+
+def test_seeds_are_those_of_the_start_and_of_the_order(tmp_path: Path) -> None:
+    """And nothing that does not change what is learned makes another configuration."""
+
+    def configuration(name: str, **changes: Any) -> str:
+        cfg = OmegaConf.structured(TrainConfig())
+        for key, value in {"run.dir": name, **changes}.items():
+            OmegaConf.update(cfg, key, value)
+        (tmp_path / name).mkdir()
+        RunDirectory(tmp_path / name).write_config(cfg)
+        none: Any = None
+        return Run(tmp_path / name, none, none, "").configuration
+
+    one = configuration("a")
+    alike = {"stream.seed": 1, "seed": 1, "train.threads": 2, "train.save_every": 7, "stream.readers": 3}
+    assert all(configuration(key, **{key: value}) == one for key, value in alike.items())
+    for key, value in {"optim.lr": 1e-3, "stream.pool_chunks": 5, "encode.mode": "float32"}.items():
+        assert configuration(key, **{key: value}) != one

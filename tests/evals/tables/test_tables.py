@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from pydantic import TypeAdapter
 from sae_bench.evals.absorption.eval_output import AbsorptionEvalOutput
 from sae_bench.evals.core.eval_output import CoreEvalOutput
@@ -17,9 +18,12 @@ from sae_bench.evals.sparse_probing.eval_output import SparseProbingEvalOutput
 
 from skipcoder.errors import UserError
 from skipcoder.evals.config import Control, EvaluateConfig, TaskName
+from skipcoder.evals.core import evaluator
 from skipcoder.evals.core.evaluator import Evaluator
+from skipcoder.evals.core.results import record
 from skipcoder.evals.evaluate import evaluate
 from skipcoder.evals.tables import saebench
+from skipcoder.evals.tables.figures import against_l0
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.bank import bank as training
 from skipcoder.trainer.config import Kind
@@ -149,6 +153,31 @@ def test_results_of_several_tasks_are_kept_together_until_the_weights_change(swe
     (run / "evaluation.json").write_text(json.dumps(result | {"probing_k1": 0.7, "weights": "others"}))
     evaluate(EvaluateConfig(run=str(run), ce_tokens=128))
     assert "probing_k1" not in json.loads((run / "evaluation.json").read_text())
+
+
+def test_results_of_a_task_replace_all_of_its_earlier_ones(sweep: Path, tmp_path: Path) -> None:
+    """Whether it was asked otherwise then, or could give none."""
+    run = Run.open(Path(shutil.copytree(sweep / "6", tmp_path / "run")))
+    before = record(run, {"fvu": 0.1, "probing_k1": 0.7, "probing_seconds": 1.0})
+    assert before.items() <= record(run, {"absorption_problem": "no words", "absorption_seconds": 1.0}).items()
+    found = record(run, {"absorption_full": 0.5, "split_latents": 1.5, "absorption_seconds": 1.0})
+    assert "absorption_problem" not in found and before.items() <= found.items()
+    assert "split_latents" not in record(run, {"absorption_problem": "no words", "absorption_seconds": 1.0})
+    assert "probing_k1" not in record(run, {"probing_k2": 0.7, "probing_seconds": 1.0})
+
+
+def test_long_rows_are_counted_by_default(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluator, "CE_TOKENS", 64)  # four rows
+    assert len(Evaluator(store, None, 4, "cpu").tokens_BT) == 8  # all that are held out
+
+
+def test_figures_show_the_l0_that_was_measured() -> None:
+    rows = [{"kind": "transcoder", "width": 64, "k": 8, "l0": l0, "fvu": fvu} for l0, fvu in ((17.3, 0.2), (8.0, 0.3))]
+    axes = plt.subplots()[1]
+    against_l0(axes, rows, "fvu")
+    drawn: Any = axes.lines[0].get_xdata()
+    assert list(drawn) == [8.0, 17.3]
+    plt.close()
 
 
 def test_bad_input_is_named(sweep: Path, store: ActivationStore) -> None:

@@ -12,7 +12,7 @@ from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.testing import ActivationTests
 from skipcoder.trainer.bank.bank import train, train_bank
 from skipcoder.trainer.coder.coder import SparseCoder
-from skipcoder.trainer.config import ActivationName, CoderConfig, Kind, LoopConfig, LossConfig, TrainConfig
+from skipcoder.trainer.config import ActivationName, CoderConfig, Kind, LoopConfig, LossConfig, Side, TrainConfig
 from skipcoder.trainer.data.ranks import ALONE
 from skipcoder.trainer.data.stream import ActivationStream
 from skipcoder.trainer.run.build import check, make_learner
@@ -139,6 +139,10 @@ def test_k_falls_to_its_value(store: ActivationStore) -> None:
         ({"coder": {"prefixes": [64]}}, r"less than coder.width"),
         ({"coder": {"activation": ActivationName.groupmax, "k": 5}}, r"coder.width=64 to be a multiple of coder.k=5"),
         ({"train": {"k_start": 2}}, r"train.k_start=2: must be between coder.k and coder.width"),
+        (
+            {"coder": {"kind": Kind.transcoder, "side": Side.input}},
+            "coder.side=input is for SAEs; a transcoder",
+        ),
         ({"coder": {"activation": ActivationName.jumprelu}, "train": {"k_start": 8}}, r"train.k_start needs"),
         ({"train": {"k_anneal": 0.0}}, r"train.k_anneal=0.0"),
         ({"loss": {"l0": -1.0}}, r"loss.l0=-1.0"),

@@ -232,3 +232,16 @@ def test_on_the_way_to_a_gpu_damage_is_named_and_all_that_read_end(
     assert len(helpers) == (4 if apart else 0)
     assert all(helper._process.poll() is not None for helper in helpers)
     assert not [t for t in threading.enumerate() if t.name.startswith(("reader", "activation-stream"))]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_any_number_of_chunks_may_be_asked_for(apart: bool, store: ActivationStore) -> None:
+    """More than a connection holds messages, twice, before the first is waited for."""
+    count = 1500
+    chunk = reading.Chunk(2, *store.unit_range(2))
+    with reading.Readers(store, ["layers.1.mlp"], EVERYTHING, 2 * count, 1, apart) as readers:
+        waits = [readers.ask(first, [chunk] * count) for first in (0, count)]
+        for wait in waits:
+            wait()
+        assert readers.staging.keep.all()
+        assert (readers.staging.position == readers.staging.position[0]).all()
