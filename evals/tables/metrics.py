@@ -34,7 +34,7 @@ class Metric:
     table: bool = True
     """The report's tables show it."""
     figure: str = ""
-    """Title of the report's figure of it against k; "": no figure."""
+    """Title of the report's figure of it against L0; "": no figure."""
     caption: str = ""
     """Caption of that figure."""
 

@@ -1,7 +1,7 @@
 """Pack documents into full rows of tokens, dropping only the last partial row."""
 
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice, repeat
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -41,14 +41,26 @@ def pack(documents: Iterable[str], tokenizer: Any, context: int) -> Iterator[np.
 
 
 def rows_of(cfg: DataConfig, tokenizer: Any, rows: int) -> Iterator[np.ndarray]:
-    """Yield exactly `rows` rows of the configured source, or raise UserError stating how many there are."""
-    count = 0
-    passes: Iterable[Iterable[str]] = (sources.documents(cfg),)
-    if cfg.repeat:
-        passes = (sources.documents(cfg) for _ in repeat(None))
-    for row in pack(chain.from_iterable(_nonempty(passes)), tokenizer, cfg.context):
+    """Yield exactly `rows` rows of the configured source, or raise UserError stating how many there are. Says so where
+    the text is used again."""
+    count = begun = 0
+    said = False
+
+    def passes() -> Iterator[Iterable[str]]:
+        nonlocal begun
+        while cfg.repeat or not begun:
+            begun += 1
+            yield sources.documents(cfg)
+
+    for row in pack(chain.from_iterable(_nonempty(passes())), tokenizer, cfg.context):
         if count == rows:
             return
+        if begun > 1 and not said:
+            said = True
+            print(
+                f"data.repeat=true: the text ends after {count * cfg.context:,} tokens and is used again; so held-out "
+                "text is trained on, too, and what is measured on it is not of unseen text"
+            )
         count += 1
         yield row
     if count < rows:

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,18 @@ def test_too_little_text_states_both_numbers(tmp_path: Path, tokenizer: Any) -> 
         list(tokens.rows_of(cfg, tokenizer, 1000))
     cfg.repeat = True
     assert len(list(tokens.rows_of(cfg, tokenizer, 1000))) == 1000
+
+
+@pytest.mark.parametrize("rows", [3, 30])
+def test_text_that_is_used_again_is_said_to_be(
+    rows: int, tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps({"text": f"Document number {i} of a hundred, of many words."}) for i in range(100)]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines[:10] if rows > 3 else lines))
+    cfg = source(SourceKind.jsonl, tmp_path / "x.jsonl", context=16, repeat=True)
+    assert len(list(tokens.rows_of(cfg, tokenizer, rows))) == rows
+    said = capsys.readouterr().out
+    assert said.count("is used again") == (rows == 30) and ("data.repeat=true" in said) == (rows == 30)
 
 
 def test_repeating_nothing_ends(tmp_path: Path, tokenizer: Any) -> None:
