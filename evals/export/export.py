@@ -22,6 +22,7 @@ from skipcoder.trainer.coder import readers
 from skipcoder.trainer.coder.activations.threshold import CALIBRATION_TOKENS
 from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.coder.convert import converted
+from skipcoder.trainer.coder.files import shareable
 from skipcoder.trainer.config import ActivationName, Kind
 from skipcoder.trainer.formats import circuit_tracer, plain, saelens, sparsify
 from skipcoder.trainer.formats.config import ExportConfig, Target, TopK
@@ -117,6 +118,7 @@ def push_to_hub(run: str | Path, name: str, private: bool = False, license: str 
     finds it; returns the address of the commit."""
     with tempfile.TemporaryDirectory() as folder:
         opened = Run.open(Path(run))
+        opened.coder.meta = shareable(opened.coder.meta)
         plain.write(opened.coder, Path(folder))
         card.write(Path(folder), [opened], "plain", license, [{}])
         return hub.upload(Path(folder), name, private)
@@ -126,6 +128,7 @@ def _open(path: Path, cfg: ExportConfig) -> Export:
     run = Run.open(path)
     store = ActivationStore.open(cfg.store.path or run.store_path)
     run.check(store)
+    run.coder.meta = shareable(run.coder.meta)
     return Export(run, store, run.coder, {})
 
 

@@ -93,6 +93,15 @@ class Loaded(NamedTuple):
     description: Description
 
 
+def shareable(facts: Any) -> Any:
+    """The same facts with absolute paths, which lead nowhere on other machines and tell of this one, cut to their last
+    part."""
+    if isinstance(facts, dict):
+        return {key: shareable(value) for key, value in facts.items()}
+    is_path = isinstance(facts, str) and Path(facts).is_absolute()
+    return Path(facts).name if is_path else facts
+
+
 def write_coder(folder: Path, tensors: dict[str, Tensor], description: Description) -> None:
     """Write both files. The tensors carry the description too, so that a reader never mixes an old file and
     a new one."""

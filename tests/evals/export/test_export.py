@@ -62,6 +62,7 @@ def test_export_then_import_gives_the_same_bytes(
             ImportConfig(source=str(out), store=StoreRef(str(store.path)), hookpoint="layers.1.mlp",
                          run=RunConfig(str(tmp_path / f"{kind}-run")))
         )  # fmt: skip
+        assert not any(str(store.attrs["model"]["id"]).encode() in file.read_bytes() for file in out.glob("*.*"))
         ours, again = SparseCoder.load(runs[kind]), SparseCoder.load(tmp_path / f"{kind}-run")
         assert {n: t.numpy().tobytes() for n, t in ours.state_dict().items()} == {
             n: t.numpy().tobytes() for n, t in again.state_dict().items()
