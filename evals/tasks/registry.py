@@ -9,12 +9,7 @@ from skipcoder.errors import UserError
 from skipcoder.evals.config import EvaluateConfig, TaskName
 from skipcoder.evals.core.evaluator import Evaluator
 from skipcoder.evals.core.results import Result
-from skipcoder.evals.tasks.first_letter import first_letter
-from skipcoder.evals.tasks.probing import probing
-from skipcoder.evals.tasks.ravel import ravel
-from skipcoder.evals.tasks.scr import scr
 from skipcoder.evals.tasks.texts import TextReader
-from skipcoder.evals.tasks.tpp import tpp
 from skipcoder.registry import Registry
 from skipcoder.trainer.run.device import on_device
 from skipcoder.trainer.run.run import Run
@@ -42,15 +37,49 @@ class Context:
 Task = Callable[[Context, Sequence[Run]], Iterable[Result]]
 """Results in the order of the runs, whose coders are on the evaluator's device."""
 
+
+# Imported here: scikit-learn takes two seconds, and core does without.
+
+
+def _probing(context: Context, runs: Sequence[Run]) -> Iterable[Result]:
+    from skipcoder.evals.tasks.probing import probing
+
+    return probing(context.reader, runs, context.cfg.probing)
+
+
+def _absorption(context: Context, runs: Sequence[Run]) -> Iterable[Result]:
+    from skipcoder.evals.tasks.first_letter import first_letter
+
+    return first_letter(context.reader, runs, context.cfg.absorption)
+
+
+def _tpp(context: Context, runs: Sequence[Run]) -> Iterable[Result]:
+    from skipcoder.evals.tasks.tpp import tpp
+
+    return tpp(context.reader, runs, context.cfg.erasure)
+
+
+def _scr(context: Context, runs: Sequence[Run]) -> Iterable[Result]:
+    from skipcoder.evals.tasks.scr import scr
+
+    return scr(context.reader, runs, context.cfg.erasure)
+
+
+def _ravel(context: Context, runs: Sequence[Run]) -> Iterable[Result]:
+    from skipcoder.evals.tasks.ravel import ravel
+
+    return ravel(context.evaluator.model, context.reader, runs, context.cfg.ravel)
+
+
 TASKS: Registry[Task] = Registry(
     "tasks",
     {
         TaskName.core: lambda context, runs: context.evaluator.evaluate(runs),
-        TaskName.probing: lambda context, runs: probing(context.reader, runs, context.cfg.probing),
-        TaskName.absorption: lambda context, runs: first_letter(context.reader, runs, context.cfg.absorption),
-        TaskName.tpp: lambda context, runs: tpp(context.reader, runs, context.cfg.erasure),
-        TaskName.scr: lambda context, runs: scr(context.reader, runs, context.cfg.erasure),
-        TaskName.ravel: lambda context, runs: ravel(context.evaluator.model, context.reader, runs, context.cfg.ravel),
+        TaskName.probing: _probing,
+        TaskName.absorption: _absorption,
+        TaskName.tpp: _tpp,
+        TaskName.scr: _scr,
+        TaskName.ravel: _ravel,
     },
 )
 
