@@ -24,10 +24,11 @@ class Control(Enum):
 
 def _at_least(config: object, least: int, *names: str) -> None:
     for name in names:
-        if getattr(config, name) < least:
+        value = getattr(config, name)
+        if value is not None and value < least:
             section = type(config).__name__.removesuffix("Config").lower()
             key = name if section in ("evaluate", "interpret") else f"{section}.{name}"
-            raise UserError(f"{key}={getattr(config, name)}: must be at least {least}")
+            raise UserError(f"{key}={value}: must be at least {least}")
 
 
 @dataclass
@@ -146,7 +147,7 @@ class EvaluateConfig:
             raise UserError("controls and together are written into a table: set out=FILE.json")
         if not self.tasks:
             raise UserError(f"tasks=[]: name some of {', '.join(TaskName)}")
-        _at_least(self, 1, *(["ce_tokens"] if self.ce_tokens is not None else []), "batch_rows")
+        _at_least(self, 1, "ce_tokens", "batch_rows")
 
 
 class Negatives(Enum):

@@ -85,10 +85,7 @@ class ReconstructionMetrics:
         self.targets = targets
         self.error_E = torch.zeros_like(targets.mean_E)
         self.error_R = torch.zeros_like(targets.per_row[0])
-        self.sums = {
-            name: torch.zeros_like(targets.length)
-            for name in ("cosine", "l2_ratio", "square_hat", "dot", "length_hat", "l1", "legacy")
-        }
+        self.sums: dict[str, Tensor] = {}
         self.fired_M = torch.zeros(width, dtype=torch.int64, device=targets.mean_E.device)
 
     def update(self, target: Target, y_hat_NE: Tensor, values_NK: Tensor, indices_NK: Tensor) -> None:
@@ -110,7 +107,7 @@ class ReconstructionMetrics:
             "legacy": torch.where(spread > 0, 1 - error / spread, 0),
         }
         for name, parts in found.items():
-            self.sums[name] += parts.sum()
+            self.sums[name] = self.sums.get(name, 0) + parts.sum()
         self.fired_M.scatter_add_(0, indices.long().flatten(), (values != 0).long().flatten())
 
     def _fvu_interval(self) -> list[float] | None:

@@ -146,9 +146,10 @@ class Pool:
             return
         half, before, mark = self.at_once, None, None
         self.lane.settle()
-        with Readers(self.store, self.hookpoints, self.filter, 2 * half, self.readers, self.apart) as readers:
+        staging = Staging(self.store, self.hookpoints, self.filter, 2 * half)
+        with Readers(staging, self.readers, self.apart) as readers:
             if self.lane.device.type == "cuda":
-                readers.staging.memory.pin()
+                staging.memory.pin()
             try:
                 for number, (item, chosen) in enumerate(plan):
                     if mark is not None:
@@ -158,12 +159,12 @@ class Pool:
                     wait = readers.ask(first, [self.chunks[chunk] for chunk in missing])
                     asked = Asked(item, chosen, missing, range(first, first + len(missing)), wait)
                     if before is not None:
-                        block = self._decoded(readers.staging, before)
+                        block = self._decoded(staging, before)
                         mark = block.mark
                         yield block
                     before = asked
                 if before is not None:
-                    yield self._decoded(readers.staging, before)
+                    yield self._decoded(staging, before)
             finally:
                 self.lane.wait()
 

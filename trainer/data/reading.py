@@ -55,6 +55,8 @@ class Staging:
         ]
         """Of each side, [slots, ...]."""
         self.position, self.keep = self.memory.arrays["position"], self.memory.arrays["keep"]
+        self.setup = store.place.address, list(hookpoints), filter, slots, self.memory.descriptor
+        """What another process needs to make the same."""
 
     def read(self, slot: int, chunk: Chunk) -> None:
         """Fill a slot."""
@@ -79,24 +81,14 @@ def _tokens(store: ActivationStore, unit: int) -> np.ndarray:
 
 
 class Readers:
-    """What fills the slots of a staging; a context manager."""
+    """What fills the slots of a staging; a context manager, which also lets go of the staging's memory."""
 
-    def __init__(
-        self,
-        store: ActivationStore,
-        hookpoints: Sequence[str],
-        filter: TokenFilter,
-        slots: int,
-        count: int,
-        apart: bool,
-    ) -> None:
+    def __init__(self, staging: Staging, count: int, apart: bool) -> None:
         """`count` threads, or processes if `apart`."""
-        self.staging = Staging(store, hookpoints, filter, slots)
+        self.staging = staging
         self._threads = None if apart else ThreadPoolExecutor(count, thread_name_prefix="reader")
-        self._helpers: list[Helper] = []
-        if apart:
-            setup = store.place.address, list(hookpoints), filter, slots, self.staging.memory.descriptor
-            self._helpers = [Helper(_reading, setup, [self.staging.memory.descriptor]) for _ in range(count)]
+        shared = [staging.memory.descriptor]
+        self._helpers = [Helper(_reading, staging.setup, shared) for _ in range(count if apart else 0)]
 
     def ask(self, first: int, chunks: Sequence[Chunk]) -> Callable[[], Any]:
         """Have chunks read into slots from `first` on; return a function that waits for them, to be called in the order

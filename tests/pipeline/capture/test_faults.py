@@ -6,6 +6,7 @@
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -113,6 +114,9 @@ def test_a_worker_is_killed(run: Callable, tmp_path: Path, whole: ActivationStor
         worker.kill()
         said = job.communicate(timeout=300)[0]
     assert job.returncode == 0, said
+    assert re.search(
+        r"the first unit after [\d.]+ s: Ray [\d.]+, a worker and what it imports [\d.]+, the model [\d.]+", said
+    )
     assert files(path) == files(whole.path)
 
 

@@ -239,9 +239,10 @@ def test_any_number_of_chunks_may_be_asked_for(apart: bool, store: ActivationSto
     """More than a connection holds messages, twice, before the first is waited for."""
     count = 1500
     chunk = reading.Chunk(2, *store.unit_range(2))
-    with reading.Readers(store, ["layers.1.mlp"], EVERYTHING, 2 * count, 1, apart) as readers:
+    staging = reading.Staging(store, ["layers.1.mlp"], EVERYTHING, 2 * count)
+    with reading.Readers(staging, 1, apart) as readers:
         waits = [readers.ask(first, [chunk] * count) for first in (0, count)]
         for wait in waits:
             wait()
-        assert readers.staging.keep.all()
-        assert (readers.staging.position == readers.staging.position[0]).all()
+        assert staging.keep.all()
+        assert (staging.position == staging.position[0]).all()
