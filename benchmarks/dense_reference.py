@@ -70,7 +70,7 @@ def train(
         base.step(batch.x, batch.y, batch.tokens)
     coder = base.folded()
     left = total = 0.0
-    held = list(ActivationStream(store, hookpoint, BATCH, split="held_out", epochs=1))
+    held = list(ActivationStream(store, hookpoint, BATCH, split="test", epochs=1))
     target = "y" if base.sides[1] == "output" else "x"
     mean = torch.cat([getattr(b, target) for b in held]).double().mean(0)
     with torch.no_grad():

@@ -51,7 +51,7 @@ class Contest:
     def __init__(self, store: ActivationStore, tokens: int) -> None:
         self.store, self.tokens = store, tokens // BATCH * BATCH
         self.x, self.y = pairs(make_stream(config(store, tokens, 0), store, "cpu"), self.tokens)
-        held_out = ActivationStream(store, store.hookpoint(None), BATCH, split="held_out", epochs=1)
+        held_out = ActivationStream(store, store.hookpoint(None), BATCH, split="test", epochs=1)
         self.x_held, self.y_held = pairs(held_out, 10**9)
 
     def ours(self, kind: Kind, lr: float, seed: int) -> dict[str, Any]:

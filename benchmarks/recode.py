@@ -30,7 +30,7 @@ def recoded(
     place, seconds = place_at(path), 0.0
     empty = writer.create(place, attrs)
     rows = min(units * store.unit_rows, store.rows)
-    writer.write_tokens(place, empty, rows, (row for unit in range(units) for row in store.tokens(unit)))
+    writer.write_tokens(place, empty, rows, store.text(rows))
     now = read_attrs(place)
     assert now is not None
     for unit in range(units):

@@ -28,7 +28,7 @@ def bytes_per_token(store: ActivationStore) -> float:
         s
         for r in store.commits.values()
         for s in r.shards.items()
-        if not s[0].startswith(("tokens", "index", "statistics"))
+        if not s[0].startswith(("tokens", "document", "index", "statistics"))
     ]
     return sum(facts["bytes"] for _, facts in shards) / (store.rows * store.context)
 

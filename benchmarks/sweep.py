@@ -81,7 +81,7 @@ class OnTheFly:
     def __init__(self, store: ActivationStore, tokens: int, folder: Path) -> None:
         self.tokens, self.folder, self.context = tokens, folder, store.context
         (self.hookpoint,) = store.hookpoints
-        held_out = ActivationStream(store, self.hookpoint, 4096, split="held_out", epochs=1)
+        held_out = ActivationStream(store, self.hookpoint, 4096, split="test", epochs=1)
         self.held_out = [(batch.x, batch.y) for batch in held_out]
         self.model = model_config(store.attrs)
 

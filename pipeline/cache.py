@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from skipcoder import cli
 from skipcoder.errors import UserError
-from skipcoder.pipeline.capture.neighbour import neighbour_with, stored_rows
+from skipcoder.pipeline.capture.neighbour import neighbour_with
 from skipcoder.pipeline.config import CacheConfig, Compression
 from skipcoder.pipeline.model import load
 from skipcoder.pipeline.store import commit, layout, writer
@@ -35,6 +35,7 @@ from skipcoder.pipeline.store.places import beside, place_at
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.text import sources
 from skipcoder.pipeline.text.rows import bos_of, rows_of
+from skipcoder.pipeline.text.splits import BY_DOCUMENT
 from skipcoder.settings import typed
 
 ConfigStore.instance().store(name="cache_schema", node=CacheConfig)
@@ -56,8 +57,11 @@ def capture(cfg: CacheConfig) -> None:
 def _capture(cfg: CacheConfig, place: Place, alone: bool) -> None:
     attrs = read_attrs(place)
     rows = -(-cfg.data.tokens // cfg.data.context)
-    _choose(cfg, rows, attrs)
-    identity = _identity(cfg)
+    _choose(cfg, attrs)
+    identity = _identity(cfg, attrs)
+    if not identity["unit_rows"]:  # that of a store with the same text: then the two are aligned
+        near = neighbour_with(place, identity, rows, None)
+        identity["unit_rows"] = near.unit_rows if near else layout.auto_unit_rows(rows, cfg.data.context)
     unit_rows = identity["unit_rows"]
     if attrs is not None:
         if "found_writing" in attrs["identity"]:
@@ -93,8 +97,8 @@ def _capture(cfg: CacheConfig, place: Place, alone: bool) -> None:
     _say_loss(place)
 
 
-def _choose(cfg: CacheConfig, rows: int, attrs: Attributes | None) -> None:
-    """Fill in what was left to choose: what the store was made with, or what suits a new one."""
+def _choose(cfg: CacheConfig, attrs: Attributes | None) -> None:
+    """Fill in what was left to choose but for unit_rows: what the store was made with, or what suits a new one."""
     model = cfg.model
     if attrs is not None and attrs["rows"]:
         made = attrs["identity"]
@@ -105,7 +109,6 @@ def _choose(cfg: CacheConfig, rows: int, attrs: Attributes | None) -> None:
         model.attention = load.attention_of(model)
         if model.attention != "sdpa":
             print(f"model.attention={model.attention}: this architecture has no sdpa")
-    cfg.store.unit_rows = cfg.store.unit_rows or layout.auto_unit_rows(rows, cfg.data.context)
     if cfg.micro_batch_tokens is None:
         import torch
 
@@ -140,10 +143,11 @@ def _say_loss(place: Place) -> None:
             print(f"{name}: lost to {store.attrs['identity']['codec']}, as a fraction of variance: {facts}")
 
 
-def _identity(cfg: CacheConfig) -> Identity:
-    """Everything that decides the store's content, except how many tokens it holds."""
-    assert cfg.store.unit_rows is not None and cfg.micro_batch_tokens is not None
-    return {
+def _identity(cfg: CacheConfig, attrs: Attributes | None) -> Identity:
+    """Everything that decides the store's content, except how many tokens it holds. `unit_rows` is 0 if it is yet to be
+    chosen."""
+    assert cfg.micro_batch_tokens is not None
+    identity: Identity = {
         "model": load.identity(cfg.model),
         "data": sources.identity(cfg.data),
         "context": cfg.data.context,
@@ -152,10 +156,13 @@ def _identity(cfg: CacheConfig) -> Identity:
         "write_modules": dict(cfg.model.write_modules),
         "codec": cfg.store.codec,
         "codec_revision": REVISION,
-        "unit_rows": cfg.store.unit_rows,
+        "unit_rows": cfg.store.unit_rows or 0,
         "micro_batch_tokens": cfg.micro_batch_tokens,
         "seed": cfg.seed,
     }
+    if attrs is None or not attrs["rows"] or "split_scheme" in attrs["identity"]:
+        identity |= {"split_scheme": BY_DOCUMENT, "held_out_rows": cfg.data.held_out_rows}
+    return identity
 
 
 def _lay_out(
@@ -189,13 +196,13 @@ def _lay_out(
             place.clear()
         attrs = writer.create(place, new_attrs(described, (cfg.store.compression or Compression.zstd).value))
         _say_what_is_gained(attrs["hookpoints"])
-    source = neighbour_with(place, identity, rows)
+    source = neighbour_with(place, identity, rows, identity["unit_rows"])
     if source is not None:
         print(f"taking the token rows of {source.place}")
-        token_rows = stored_rows(source, rows)
+        token_rows = source.text(rows)
     else:
         print(f"tokenising {rows * cfg.data.context:,} tokens")
-        token_rows = rows_of(cfg.data, tokenizer, rows)
+        token_rows = rows_of(cfg.data, tokenizer, rows, identity["unit_rows"] if "split_scheme" in identity else None)
     writer.write_tokens(place, attrs, rows, token_rows)
     now = read_attrs(place)
     assert now is not None

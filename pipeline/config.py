@@ -82,12 +82,17 @@ class DataConfig:
     """Tokens in a row."""
     repeat: bool = False
     """Restart the source when it ends early (otherwise an error)."""
+    held_out_rows: int | None = None
+    """Rows that one document gives to validation and to test at most; null: all of it. Where documents are long, fewer
+    rows of each make held-out text of more documents, which is what intervals need."""
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise UserError(f"data.tokens={self.tokens}: ask for at least 1 token")
         if self.context < 2:
             raise UserError(f"data.context={self.context}: a row needs at least 2 tokens")
+        if self.held_out_rows is not None and self.held_out_rows < 1:
+            raise UserError(f"data.held_out_rows={self.held_out_rows}: must be at least 1, or null for no limit")
 
 
 @dataclass

@@ -6,9 +6,14 @@ python pipeline/store_cli.py recode PATH NEW [--compression lz4]    in the newes
 """
 
 import argparse
+import json
 import sys
+from contextlib import suppress
+
+import numpy as np
 
 from skipcoder import cli
+from skipcoder.errors import UserError
 from skipcoder.pipeline.config import Compression
 from skipcoder.pipeline.store import layout
 from skipcoder.pipeline.store import recode as recoding
@@ -17,11 +22,13 @@ from skipcoder.pipeline.store.place import Place
 from skipcoder.pipeline.store.places import place_at
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.store.verify import problems
+from skipcoder.pipeline.text.overlap import NGRAM, shared
+from skipcoder.pipeline.text.splits import TRAIN
 from skipcoder.progress import progress
 
 
 def info(place: Place) -> int:
-    """Print what the store holds, its source and size, and what the codec lost."""
+    """Print what the store holds, its source, splits and size, and what the codec lost."""
     store = ActivationStore.open(place)
     identity, attrs = store.attrs["identity"], store.attrs
     units, done = layout.num_units(store.rows, store.unit_rows), len(store.units)
@@ -37,8 +44,8 @@ def info(place: Place) -> int:
         "software": ", ".join(f"{name} {version}" for name, version in attrs["software"].items()),
         "identity": attrs["identity_hash"],
     }
-    for name, value in lines.items():
-        print(f"{name:10}{value}")
+    for name, value in (lines | _text(store)).items():
+        print(f"{name:12}{value}")
     print(f"{'hookpoint':24}{'side':8}{'module':32}{'d':>7}{'bytes/token':>13}{'mean norm':>12}{'lost':>10}")
     for name, facts in store.hookpoints.items():
         for side, module, d in (("input", facts["read"], facts["d_in"]), ("output", facts["write"], facts["d_out"])):
@@ -47,6 +54,27 @@ def info(place: Place) -> int:
             facts_of_side = f"{d:>7}{size / stored:>13.0f}{all_units.mean_norm:>12.3g}{all_units.lost:>10.1e}"
             print(f"{name:24}{side:8}{module:32}{facts_of_side}")
     return cli.DONE
+
+
+def _text(store: ActivationStore) -> dict[str, str]:
+    """Tokens and documents of each split, and how much of the held-out text stands in training. Found in one reading of
+    the text, and kept beside the store."""
+    file = f"text-{store.content}.json"
+    with suppress(OSError, ValueError):
+        kept: dict[str, str] = json.loads(store.derived.read(file))
+        return kept
+    splits = layout.split(layout.num_units(store.rows, store.unit_rows), store.split_scheme)
+    units = {name: [unit for unit in of if unit in store.commits] for name, of in splits.items()}
+    found = {"splits": store.split_scheme or "by unit: documents cross from training to held-out text"}
+    for name, of in units.items():
+        documents = {int(document) for unit in of for document in np.unique(store.documents(unit))}
+        found[name] = f"{sum(store.tokens(unit).size for unit in of):,} tokens of {len(documents):,} documents"
+        both = None if name == TRAIN or not of else shared(map(store.tokens, of), map(store.tokens, units[TRAIN]))
+        if both is not None:
+            found[name] += f"; {both:.2%} of what is {NGRAM} tokens long stands in train, too"
+    with suppress(OSError, UserError):  # not writable, as beside a shared store
+        store.derived.write(file, json.dumps(found).encode())
+    return found
 
 
 def verify(place: Place) -> int:

@@ -23,7 +23,7 @@ ROOMS: dict[str, str] = {
     "pipeline.text": f"{GROUND}, pipeline.config",
     "pipeline.model": f"{GROUND}, pipeline.config",
     "pipeline.store": f"{GROUND}, pipeline.config, pipeline.text, pipeline.model",
-    "pipeline.capture": f"{GROUND}, pipeline.config, pipeline.model, pipeline.store",
+    "pipeline.capture": f"{GROUND}, pipeline.config, pipeline.text, pipeline.model, pipeline.store",
     "pipeline.plan": "pipeline.config, pipeline.model, pipeline.store",
     "trainer.config": GROUND,
     "trainer.data": f"{GROUND}, pipeline.store",

@@ -229,9 +229,9 @@ class LoopConfig:
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int | None = None
-    """Steps between evaluations on held-out tokens; null: ten per run."""
+    """Steps between evaluations on validation tokens; null: ten per run."""
     eval_tokens: int = 4096
-    """Held-out tokens to evaluate on during training; 0: none."""
+    """Validation tokens to evaluate on during training; 0: none."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard (pip install 'skipcoder[tensorboard]')."""
     wandb: str | None = None

@@ -55,7 +55,7 @@ class Evaluator:
         self, store: ActivationStore, ce_tokens: int | None, batch_rows: int, device: str, intervals: bool = True
     ) -> None:
         self.store, self.batch_rows, self.device = store, batch_rows, device
-        units = store.split("held_out")
+        units = store.split("test")
         if not units:
             raise UserError(f"{store.place} has no finished held-out unit; finish the capture first")
         rows = np.concatenate([store.tokens(unit) for unit in units])
@@ -110,7 +110,7 @@ class Evaluator:
             for i, run in mine.items():
                 every[i] = ReconstructionMetrics(run.coder.cfg.width, targets[run.write_site.side])
             stream = ActivationStream(
-                self.store, hookpoint, 4096, split="held_out", filter=kept, epochs=1, device=self.device
+                self.store, hookpoint, 4096, split="test", filter=kept, epochs=1, device=self.device
             )
             for batch in stream:
                 sides = {"input": batch.x, "output": batch.y}

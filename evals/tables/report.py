@@ -97,7 +97,7 @@ def _describe(store: ActivationStore) -> dict[str, Any]:
             for name, h in store.hookpoints.items()
         ),
         "text": " ".join(filter(None, (identity["data"]["kind"], identity["data"]["place"]))),
-        "tokens": f"{tokens:,} in rows of {store.context}; every sixteenth unit held out",
+        "tokens": f"{tokens:,} in rows of {store.context}",
         "disk": f"{size / 1e6:,.0f} MB, {size / tokens:,.0f} bytes per token "
         f"({identity['codec']}, {compression_of(store.attrs)})",
         "capture": f"{sum(c['seconds'] for c in captured):,.0f} s" if captured else "not recorded",

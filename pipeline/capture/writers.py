@@ -61,7 +61,7 @@ def _specs(attrs: Attributes) -> dict[Any, Any]:
     specs: dict[Any, Any] = {
         name: (array.shard, array.spec.dtype)
         for name, array in layout.arrays(attrs).items()
-        if name not in ("tokens", "index")
+        if name not in ("index", *layout.text_arrays(attrs))
     }
     for name, facts in attrs["hookpoints"].items():
         for side, d in zip(commit.SIDES, (facts["d_in"], facts["d_out"]), strict=True):

@@ -38,6 +38,10 @@ class Identity(TypedDict):
     compression: NotRequired[str]
     """In stores that began in format 2. It says nothing of a store recoded since."""
     unit_rows: int
+    split_scheme: NotRequired[str]
+    """How documents and splits go together (text/splits.py). Stores of before have none: their documents cross."""
+    held_out_rows: NotRequired[int | None]
+    """With `split_scheme`: rows that a document gives to validation and to test at most."""
     micro_batch_tokens: int
     seed: int
 

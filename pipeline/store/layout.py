@@ -7,8 +7,8 @@ import numpy as np
 from skipcoder.pipeline.store.attrs import Attributes, compression_of
 from skipcoder.pipeline.store.codecs import Spec, codec_of
 from skipcoder.pipeline.store.codecs.base import Blosc, blosc_of
+from skipcoder.pipeline.text.splits import SPLITS, split_of
 
-HELD_OUT_EVERY = 16
 MAX_CHUNK_ROWS = 2048
 
 
@@ -27,16 +27,18 @@ def unit_token_rows(unit: int, rows: int, unit_rows: int) -> range:
     return range(unit * unit_rows, min((unit + 1) * unit_rows, rows))
 
 
-def split(units: int) -> tuple[list[int], list[int]]:
-    """(training units, held-out units): every sixteenth is held out, whatever the seeds, also in a store that grows.
+def split(units: int, scheme: str | None) -> dict[str, list[int]]:
+    """The units of each split. In a store of before `scheme`, validation and test are the same units, and documents
+    cross from training to them.
 
-    >>> split(17)[1]
-    [15]
+    >>> split(17, BY_DOCUMENT)["test"], split(17, None)["validation"]
+    ([15], [15])
     """
-    is_held_out = [unit % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 for unit in range(units)]
-    train = [unit for unit in range(units) if not is_held_out[unit]]
-    held_out = [unit for unit in range(units) if is_held_out[unit]]
-    return train, held_out
+    split_of_unit = [split_of(unit) for unit in range(units)]
+    of = {name: [unit for unit in range(units) if split_of_unit[unit] == name] for name in SPLITS}
+    if scheme is None:
+        of["train"], of["validation"] = sorted(of["train"] + of["validation"]), of["test"]
+    return of
 
 
 def permutation(seed: int, unit: int, size: int) -> np.ndarray:
@@ -91,6 +93,18 @@ class ArrayLayout(NamedTuple):
         }
 
 
+def _text(attrs: Attributes) -> dict[str, Spec]:
+    found = {"tokens": Spec("int32", -1)}
+    if "split_scheme" in attrs["identity"]:
+        found |= {"document": Spec("uint64", 2**64 - 1), "document_number": Spec("uint32", 2**32 - 1)}
+    return found
+
+
+def text_arrays(attrs: Attributes) -> list[str]:
+    """The arrays [rows, context] that are written before the model runs: fields of `PIECE` (text/rows.py)."""
+    return list(_text(attrs))
+
+
 def arrays(attrs: Attributes) -> dict[str, ArrayLayout]:
     """The layout of each of a store's arrays."""
     identity, compression = attrs["identity"], compression_of(attrs)
@@ -101,10 +115,8 @@ def arrays(attrs: Attributes) -> dict[str, ArrayLayout]:
     def array(shard: tuple[int, ...], rows: int, spec: Spec, compression: str = "zstd") -> ArrayLayout:
         return ArrayLayout(shard, (rows, *shard[1:]), spec, blosc_of(spec, compression))
 
-    found = {
-        "tokens": array((unit_rows, context), unit_rows, Spec("int32", -1)),
-        "index": array((unit_tokens,), chunk, Spec("uint64", 2**64 - 1)),
-    }
+    found = {name: array((unit_rows, context), unit_rows, spec) for name, spec in _text(attrs).items()}
+    found["index"] = array((unit_tokens,), chunk, Spec("uint64", 2**64 - 1))
     for name, facts in attrs["hookpoints"].items():
         for side, d in (("input", facts["d_in"]), ("output", facts["d_out"])):
             for suffix, spec in codec_of(identity["codec"], attrs["version"]).arrays.items():

@@ -8,7 +8,7 @@ exists only if it has a commit record. Only reading activations as tensors needs
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
@@ -26,6 +26,8 @@ from skipcoder.pipeline.store.place import Directory, Place
 from skipcoder.pipeline.store.places import beside, place_at
 from skipcoder.pipeline.store.shards import ShardReader
 from skipcoder.pipeline.store.stats import Moments, merge_all, pack, unpack
+from skipcoder.pipeline.text.rows import PIECE
+from skipcoder.pipeline.text.splits import EVERY
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,15 +121,21 @@ class ActivationStore:
         """Whether every unit is finished."""
         return len(self.commits) == layout.num_units(self.rows, self.unit_rows)
 
+    @property
+    def split_scheme(self) -> str | None:
+        """How documents and splits go together; None in stores of before, where documents cross."""
+        return self.attrs["identity"].get("split_scheme")
+
     def split(self, name: str) -> list[int]:
-        """Finished units of the `train` or `held_out` split."""
-        train, held_out = layout.split(layout.num_units(self.rows, self.unit_rows))
-        if not held_out:
+        """Finished units of the `train`, `validation` or `test` split."""
+        units = layout.num_units(self.rows, self.unit_rows)
+        of = layout.split(units, self.split_scheme)
+        if not of["test"]:
             raise UserError(
-                f"{self.place} has {layout.num_units(self.rows, self.unit_rows)} units, too few to hold one out "
-                f"({layout.HELD_OUT_EVERY} are needed); capture more tokens or set a smaller store.unit_rows"
+                f"{self.place} has {units} units, too few to hold one out for tests ({EVERY} are needed); capture more "
+                "tokens or set a smaller store.unit_rows"
             )
-        return [unit for unit in {"train": train, "held_out": held_out}[name] if unit in self.commits]
+        return [unit for unit in of[name] if unit in self.commits]
 
     def hookpoint(self, name: str | None) -> str:
         """`name` if the store has it; for None the only hookpoint; else UserError listing them all."""
@@ -201,14 +209,33 @@ class ActivationStore:
         return rows.start, rows.stop
 
     def unit_range(self, unit: int) -> tuple[int, int]:
-        """Stored tokens [start, stop) of a unit, in every array but `tokens`."""
+        """Stored tokens [start, stop) of a unit, in every array but those of the text."""
         rows = layout.unit_token_rows(unit, self.rows, self.unit_rows)
         return rows.start * self.context, rows.stop * self.context
 
     def tokens(self, unit: int) -> np.ndarray:
         """Token ids int32 [rows of the unit, context]."""
-        rows = layout.unit_token_rows(unit, self.rows, self.unit_rows)
-        return self.read("tokens", rows.start, rows.stop)
+        return self.read("tokens", *self.rows_of(unit))
+
+    def text(self, rows: int) -> Iterator[np.ndarray]:
+        """The first `rows` token rows [context] of PIECE (text/rows.py)."""
+        for unit in range(layout.num_units(rows, self.unit_rows)):
+            start, stop = self.rows_of(unit)
+            pieces = np.zeros((stop - start, self.context), PIECE)
+            for name in layout.text_arrays(self.attrs):
+                pieces[name] = self.read(name, start, stop)
+            yield from pieces[: rows - start]
+
+    def documents(self, unit: int) -> np.ndarray:
+        """The document of each position, uint64 [rows of the unit, context]: the hash of its text. A store of before
+        has none; there, the special tokens inside rows are counted, from the start of each unit."""
+        if self.split_scheme is not None:
+            return self.read("document", *self.rows_of(unit))
+        tokens = self.tokens(unit)
+        ends = np.isin(tokens, self.attrs["special_tokens"])
+        ends[:, 0] &= self.attrs["bos"] is None
+        before = ends.ravel().cumsum().reshape(ends.shape) - ends
+        return before.astype(np.uint64) + np.uint64(unit << 32)
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Rows [start, stop) of an array as stored, in `out` if that is given. UserError names a damaged chunk."""
@@ -228,11 +255,11 @@ class ActivationStore:
     def _unit_of(self, array: str, row: int) -> int:
         if self._layouts[array].spec.per_unit:
             return row
-        return row // (self.unit_rows * (1 if array == "tokens" else self.context))
+        return row // (self.unit_rows * (1 if array in layout.text_arrays(self.attrs) else self.context))
 
     def _remedy(self, array: str, unit: int) -> str:
-        """How to mend a damaged shard: a re-run rewrites activations, but never tokens."""
-        if array == "tokens":
+        """How to mend a damaged shard: a re-run rewrites activations, but never the text."""
+        if array in layout.text_arrays(self.attrs):
             return "delete the store and capture anew"
         return f"delete {self.place}/{commit.record_file(unit)} and re-run the capture to mend it"
 

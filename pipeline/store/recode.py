@@ -7,7 +7,7 @@ the old one's path.
 from collections.abc import Iterator
 
 from skipcoder.errors import UserError
-from skipcoder.pipeline.store import commit, layout, writer
+from skipcoder.pipeline.store import commit, writer
 from skipcoder.pipeline.store.attrs import VERSION, Attributes, identity_hash, read_attrs
 from skipcoder.pipeline.store.codecs import codec_of
 from skipcoder.pipeline.store.place import Place
@@ -26,8 +26,7 @@ def recode(store: ActivationStore, place: Place, compression: str) -> Iterator[i
     found = read_attrs(place)
     if found is None or not found["rows"]:
         writer.create(place, attrs)
-        rows = (row for unit in range(layout.num_units(store.rows, store.unit_rows)) for row in store.tokens(unit))
-        writer.write_tokens(place, attrs, store.rows, rows)
+        writer.write_tokens(place, attrs, store.rows, store.text(store.rows))
         found = read_attrs(place)
         assert found is not None
     attrs["rows"] = store.rows

@@ -14,6 +14,7 @@ from skipcoder.pipeline.store.place import Place
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.store.stats import Moments
 from skipcoder.pipeline.store.writer import classes_of
+from skipcoder.pipeline.text.splits import split_of
 
 # Another version of numpy may sum in a different order.
 _RTOL = 1e-9
@@ -35,12 +36,13 @@ def problems(place: Place) -> Iterator[str]:
     missing = sorted(set(range(units)) - set(records))
     if missing:
         yield f"{len(missing)} of {units} units are not captured ({_some(missing)}); run the same capture command again"
+    splits: dict[int, str] = {}
     for unit in records:
-        for fault in _of_unit(store, unit) if unit < units else ["beyond the end of the store"]:
+        for fault in _of_unit(store, unit, splits) if unit < units else ["beyond the end of the store"]:
             yield f"unit {unit}: {fault}"
 
 
-def _of_unit(store: ActivationStore, unit: int) -> Iterator[str]:
+def _of_unit(store: ActivationStore, unit: int, splits: dict[int, str]) -> Iterator[str]:
     try:
         record = commit.read(store.place, unit)
     except UserError as error:
@@ -61,23 +63,34 @@ def _of_unit(store: ActivationStore, unit: int) -> Iterator[str]:
         if found != facts:
             yield f"{name}: expected {_plain(facts)}, found {_plain(found) if found else 'no such file'}"
     try:
-        yield from _content(store, unit, record)
+        yield from _content(store, unit, record, splits)
     except UserError as error:
         yield str(error)
 
 
-def _content(store: ActivationStore, unit: int, record: commit.Commit) -> Iterator[str]:
+def _documents(store: ActivationStore, unit: int, splits: dict[int, str]) -> Iterator[str]:
+    """Note the split of each document of a unit; yield those that are of another split, too."""
+    mine = split_of(unit)
+    for document in map(int, np.unique(store.documents(unit))):
+        if splits.setdefault(document, mine) != mine:
+            yield f"document: {document:016x} is in the {mine} split and in the {splits[document]} split"
+
+
+def _content(store: ActivationStore, unit: int, record: commit.Commit, splits: dict[int, str]) -> Iterator[str]:
     """Check values against checksums and statistics; yield every chunk that cannot be decoded."""
     import torch
 
     tokens = store.tokens(unit)
+    if store.split_scheme is not None:
+        store.read("document_number", *store.rows_of(unit))
+        yield from _documents(store, unit, splits)
     if crc32c(np.ascontiguousarray(tokens, dtype="<i4").tobytes()) != record.tokens_crc32c:
         yield "tokens: other ids than those that were captured"
     start, stop = store.unit_range(unit)
     chunks = [(a, min(a + store.chunk_rows, stop)) for a in range(start, stop, store.chunk_rows)]
-    bad = set()
+    bad, of_text = set(), layout.text_arrays(store.attrs)
     for name, array in layout.arrays(store.attrs).items():
-        for a, b in [(unit, unit + 1)] if array.spec.per_unit else chunks if name != "tokens" else []:
+        for a, b in [(unit, unit + 1)] if array.spec.per_unit else chunks if name not in of_text else []:
             try:
                 store.read(name, a, b)
             except UserError as error:

@@ -50,25 +50,27 @@ def create(place: Place, attrs: Attributes) -> Attributes:
 
 
 def write_tokens(place: Place, attrs: Attributes, rows: int, token_rows: Iterable[np.ndarray]) -> None:
-    """Write the token rows of a new or growing store, then record their number (`rows` in the attributes).
+    """Write the token rows (of PIECE, text/rows.py) of a new or growing store, then record their number (`rows` in the
+    attributes).
 
     The source must give the rows already stored again, unchanged; otherwise it is a different source. A last unit that
     was short is rewritten, and loses its record, only when the source has given all rows that were requested.
     """
     unit_rows, context, old = attrs["identity"]["unit_rows"], attrs["identity"]["context"], attrs["rows"]
-    arrays = layout.arrays(attrs)
+    arrays, of_text = layout.arrays(attrs), layout.text_arrays(attrs)
     stored: Any = zarr.open_group(place.zarr(), mode="r")["tokens"]
     source = iter(token_rows)
     grown_unit: tuple[int, np.ndarray] | None = None
 
     def write(unit: int, block: np.ndarray) -> None:
-        place.write(f"tokens/c/{unit}/0", *shards.encode(arrays["tokens"], block))
+        for name in of_text:
+            place.write(f"{name}/c/{unit}/0", *shards.encode(arrays[name], block[name]))
 
     for unit in range(layout.num_units(rows, unit_rows)):
         span = layout.unit_token_rows(unit, rows, unit_rows)
         block = np.stack([next(source) for _ in span])
         known = min(max(old - span.start, 0), len(span))
-        if known and not np.array_equal(stored[span.start : span.start + known], block[:known]):
+        if known and not np.array_equal(stored[span.start : span.start + known], block["tokens"][:known]):
             raise UserError(
                 f"{place}: the data source gives other tokens than it did when rows {span.start}-{span.stop} "
                 f"were stored; choose another store.path"
@@ -79,9 +81,8 @@ def write_tokens(place: Place, attrs: Attributes, rows: int, token_rows: Iterabl
             write(unit, block)
     next(source, None)  # lets the source finish its own checks
     for name, array in arrays.items():
-        length = (
-            layout.num_units(rows, unit_rows) if array.spec.per_unit else rows * (1 if name == "tokens" else context)
-        )
+        length = layout.num_units(rows, unit_rows) if array.spec.per_unit else rows
+        length *= 1 if array.spec.per_unit or name in of_text else context
         metadata = json.loads(place.read(f"{name}/zarr.json"))
         if metadata["shape"][0] < length:  # lengthen, never shorten: a growth that failed may have gone further
             metadata["shape"][0] = length
@@ -115,7 +116,8 @@ def write_unit(place: Place, attrs: Attributes, coded: CodedUnit) -> commit.Comm
     unit, layouts = coded.unit, layout.arrays(attrs)
     unit_rows = attrs["identity"]["unit_rows"]
     span = layout.unit_token_rows(unit, attrs["rows"], unit_rows)
-    written = {f"tokens/c/{unit}/0": commit.checksum(place.read(f"tokens/c/{unit}/0"))}
+    of_text = (f"{name}/c/{unit}/0" for name in layout.text_arrays(attrs))
+    written = {name: commit.checksum(place.read(name)) for name in of_text}
 
     def write(name: str, *pieces: bytes | memoryview) -> None:
         place.write(name, *pieces)

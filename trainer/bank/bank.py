@@ -174,12 +174,12 @@ def _unfinished(members: list[Member], outcomes: dict[Path, Outcome]) -> list[Me
 
 
 def _held_out(cfg: TrainConfig, store: ActivationStore, device: str) -> Batch | None:
-    """Return the first eval_tokens held-out tokens in a fixed order."""
+    """Return the first eval_tokens validation tokens in a fixed order."""
     if not cfg.train.eval_tokens:
         return None
     hookpoint, tokens = store.hookpoint(cfg.hookpoint), cfg.train.eval_tokens
     kept = token_filter(cfg)
-    stream = ActivationStream(store, hookpoint, tokens, split="held_out", filter=kept, epochs=1, device=device)
+    stream = ActivationStream(store, hookpoint, tokens, split="validation", filter=kept, epochs=1, device=device)
     return next(iter(stream), None)
 
 

@@ -102,7 +102,7 @@ class Member:
             line = self._line()
             evaluate_every = self.cfg.train.eval_every or max(self.steps // 10, 1)
             if held_out is not None and (self.finished or step % evaluate_every < every):
-                line["held_out_fvu"] = self.learner.fvu(held_out.x, held_out.y)
+                line["validation_fvu"] = self.learner.fvu(held_out.x, held_out.y)
             self.last = line
             if self.ranks.is_main:
                 self.files.append_metrics(line)
@@ -185,7 +185,7 @@ class Member:
             "train_tokens": self.learner.tokens,
             "steps": self.steps,
             "train_fvu": self.last["fvu"],
-            "held_out_fvu": self.last.get("held_out_fvu"),
+            "validation_fvu": self.last.get("validation_fvu"),
             "l0": self.last["l0"],
             "dead": self.last["dead"],
             "encode_mode": self.last["encode_mode"],

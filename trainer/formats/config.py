@@ -75,13 +75,13 @@ class ImportConfig:
     hookpoint: str | None = None
     """null: the only hookpoint of the store."""
     side: Side | None = None
-    """SAE: the side of the MLP that it reads; null: the side with the lower held-out FVU."""
+    """SAE: the side of the MLP that it reads; null: the side with the lower FVU on validation text."""
     layer: int | None = None
     """circuit_tracer: the layer to import."""
     transcoder: bool | None = None
-    """gemma_scope: whether the file holds a transcoder; null: held-out FVU decides."""
+    """gemma_scope: whether the file holds a transcoder; null: validation FVU decides."""
     subtract_decoder_bias: bool | None = None
-    """sparsify: whether a transcoder subtracts b_dec from what it reads; null: held-out FVU decides."""
+    """sparsify: whether a transcoder subtracts b_dec from what it reads; null: validation FVU decides."""
     first_positions: int = 1
     """Number of positions at the start of each row that the coder is not meant for."""
     special_tokens: bool = True

@@ -22,7 +22,7 @@ class Sample(NamedTuple):
 
     @staticmethod
     def of(
-        store: ActivationStore, hookpoint: str, kept: TokenFilter, split: str = "held_out", tokens: int = TOKENS
+        store: ActivationStore, hookpoint: str, kept: TokenFilter, split: str = "validation", tokens: int = TOKENS
     ) -> "Sample":
         """Draw at most `tokens` tokens of a split."""
         stream = ActivationStream(store, hookpoint, tokens, split=split, filter=kept, epochs=1)

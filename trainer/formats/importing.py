@@ -59,7 +59,7 @@ def import_coder(cfg: ImportConfig) -> Summary:
             found = fit(coder.to(device), sample, *sides)
             ways.append(Way(found["fvu"], found["l0"], coder.cpu(), sides))
             facts = ", ".join(f"{key}={value}" for key, value in {**options, "reads": sides.read}.items())
-            print(f"{folder} ({format}, {facts}): held-out FVU {found['fvu']:.4f}, L0 {found['l0']:.1f}")
+            print(f"{folder} ({format}, {facts}): validation FVU {found['fvu']:.4f}, L0 {found['l0']:.1f}")
     fvu, l0, coder, sides = min(ways, key=lambda way: way.fvu)
     if fvu >= 1:
         print(f"this is no better than the mean: is {folder} a coder of {hookpoint} of this model?")
@@ -71,7 +71,7 @@ def import_coder(cfg: ImportConfig) -> Summary:
     summary: Summary = {
         "kind": coder.cfg.kind, "k": coder.cfg.k, "width": coder.cfg.width,
         "activation": coder.cfg.activation, "side": sides.write, "hookpoint": hookpoint,
-        "model": store.attrs["model"]["name"], "seed": None, "train_tokens": None, "held_out_fvu": fvu,
+        "model": store.attrs["model"]["name"], "seed": None, "train_tokens": None, "validation_fvu": fvu,
         "l0": l0, "seconds": None,
     }  # fmt: skip
     config = OmegaConf.structured(cfg)

@@ -45,7 +45,7 @@ class BankLauncher(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Record each job's configuration, train all, and return their held-out FVUs (for sweepers that optimise)."""
+        """Record each job's configuration, train all, and return their validation FVUs (for sweepers that optimise)."""
         setup_globals()
         from skipcoder.trainer.bank.bank import Job
         from skipcoder.trainer.bank.sweep import Failure, Settings, report_failures, run_sweep
@@ -75,6 +75,6 @@ class BankLauncher(Launcher):
         report_failures([Failure(str(o.directory), o.error, o.trace) for o in outcomes if o.error is not None])
         for one, outcome in zip(returns, outcomes, strict=True):
             assert outcome.summary is not None
-            one.return_value = outcome.summary["held_out_fvu"]
+            one.return_value = outcome.summary.get("validation_fvu")
             one.status = JobStatus.COMPLETED
         return returns

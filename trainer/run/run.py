@@ -56,7 +56,7 @@ class Summary(TypedDict):
     train_tokens: int | None
     steps: NotRequired[int]
     train_fvu: NotRequired[float]
-    held_out_fvu: NotRequired[float | None]
+    validation_fvu: NotRequired[float | None]
     l0: NotRequired[float]
     dead: NotRequired[int]
     encode_mode: NotRequired[str]
@@ -80,7 +80,7 @@ class MetricsLine(TypedDict):
     lr: float
     ms: dict[str, float]
     seconds: float
-    held_out_fvu: NotRequired[float]
+    validation_fvu: NotRequired[float]
 
 
 class RunDirectory:

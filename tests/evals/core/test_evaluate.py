@@ -114,7 +114,7 @@ def test_fvu_is_that_of_the_stored_held_out_pairs(
     rows: dict[str, dict[str, Any]], sweep: Path, store: ActivationStore
 ) -> None:
     run = Run.open(sweep / "skip_transcoder")
-    spans = [store.unit_range(unit) for unit in store.split("held_out")]
+    spans = [store.unit_range(unit) for unit in store.split("test")]
     index = torch.cat([torch.from_numpy(store.read("index", *s).astype("int64")) for s in spans])
     x, y = (
         torch.cat([store.activations("layers.1.mlp", side, *s) for s in spans]).float() for side in ("input", "output")

@@ -28,9 +28,11 @@ from tests.pipeline.store.test_writer import files
 HERE, MLP = Path(__file__).parent, "layers.1.mlp"
 BF16 = {"index": "4126e85c8be617c4", "input": "f93d3636c1da175d", "output": "cf422f238c7c171f"}
 INT8 = {"index": "4126e85c8be617c4", "input": "9f569e84c6cd9bae", "output": "4cfe80aa314042ce"}
+DOCUMENTS = {"index": "4126e85c8be617c4", "input": "a1fde41135d7bf59", "output": "094a8aa5020ef08c"}
+DOCUMENTS |= {"document": "8894e055885557ba", "document_number": "14b0106851d9857a"}
 CONTENT = {
     f"format-{version}-{codec}": found for version in (2, 3) for codec, found in (("bf16", BF16), ("int8", INT8))
-}
+} | {"format-3-documents": DOCUMENTS}
 """Hashes of what the versions that wrote the stores, of the same text and model, read in them."""
 
 
@@ -44,6 +46,8 @@ def content(store: ActivationStore) -> dict[str, str]:
     n = store.rows * store.context
     arrays = {"index": store.read("index", 0, n)}
     arrays |= {side: store.activations(MLP, side, 0, n).view(torch.int16).numpy() for side in commit.SIDES}
+    if store.split_scheme is not None:
+        arrays |= {name: store.read(name, 0, store.rows) for name in ("document", "document_number")}
     return {name: hashlib.sha256(np.ascontiguousarray(a).tobytes()).hexdigest()[:16] for name, a in arrays.items()}
 
 
@@ -52,6 +56,22 @@ def test_released_formats_are_read(name: str, tmp_path: Path) -> None:
     store = unpacked(name, tmp_path)
     assert content(store) == CONTENT[name]
     assert list(problems(store.place)) == []
+
+
+@pytest.mark.parametrize("name", CONTENT)
+def test_documents_of_every_format(name: str, tmp_path: Path) -> None:
+    """Stored, or counted by what separates them."""
+    store = unpacked(name, tmp_path)
+    for unit in store.units:
+        documents, tokens = store.documents(unit).ravel(), store.tokens(unit).ravel()
+        ends = np.flatnonzero(tokens == 1)  # the tokenizer's end-of-text token
+        inside = np.diff(documents) != 0
+        cut = (np.arange(1, len(tokens)) % store.context == 0) & ("documents" in name)  # of a held-out document a part
+        assert (inside[~cut] == np.isin(np.arange(len(tokens) - 1), ends)[~cut]).all()
+    splits = {split: store.split(split) for split in ("train", "validation", "test")}
+    by_unit = {"train": [u for u in store.units if u != 15], "validation": [15], "test": [15]}
+    by_document = by_unit | {"train": [u for u in store.units if u not in (7, 15)], "validation": [7]}
+    assert splits == (by_document if "documents" in name else by_unit)
 
 
 @pytest.mark.parametrize("compression", ["zstd", "lz4"])
@@ -95,6 +115,7 @@ def format_2(patch: pytest.MonkeyPatch) -> None:
         found: Any = {**new_attrs(described, compression), "version": 2}
         del found["compression"]
         found["identity"]["compression"] = compression
+        del found["identity"]["split_scheme"], found["identity"]["held_out_rows"]
         return {**found, "identity_hash": identity_hash(found["identity"])}
 
     patch.setattr(cache, "new_attrs", as_before)

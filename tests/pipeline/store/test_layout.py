@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skipcoder.pipeline.store import layout
+from skipcoder.pipeline.text.splits import BY_DOCUMENT
 
 sizes = st.integers(1, 500)
 
@@ -14,13 +15,16 @@ def test_units_tile_the_rows(rows: int, unit_rows: int) -> None:
     assert covered == list(range(rows))
 
 
-@given(units=st.integers(0, 300), more=st.integers(0, 300))
-def test_split_is_disjoint_complete_and_stable_under_growth(units: int, more: int) -> None:
-    train, held_out = layout.split(units)
-    assert sorted(train + held_out) == list(range(units))
-    grown_train, grown_held_out = layout.split(units + more)
-    assert set(train) <= set(grown_train) and set(held_out) <= set(grown_held_out)
-    assert all(unit % 16 == 15 for unit in held_out)
+@given(units=st.integers(0, 300), more=st.integers(0, 300), scheme=st.sampled_from([None, BY_DOCUMENT]))
+def test_split_is_disjoint_complete_and_stable_under_growth(units: int, more: int, scheme: str | None) -> None:
+    of, grown = layout.split(units, scheme), layout.split(units + more, scheme)
+    assert all(set(of[name]) <= set(grown[name]) for name in of)
+    assert all(unit % 16 == 15 for unit in of["test"])
+    if scheme is None:  # stores of before: runs on them go on with the units that they trained on
+        assert of["validation"] == of["test"] and sorted(of["train"] + of["test"]) == list(range(units))
+    else:
+        assert all(unit % 16 == 7 for unit in of["validation"])
+        assert sorted(of["train"] + of["validation"] + of["test"]) == list(range(units))
 
 
 @given(seed=st.integers(0, 99), unit=st.integers(0, 99), size=sizes)

@@ -17,6 +17,8 @@ from skipcoder.pipeline.store import commit
 from skipcoder.pipeline.store.places import place_at
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.store.stats import Moments, pack, unpack
+from skipcoder.pipeline.text.rows import hash_of
+from skipcoder.pipeline.text.splits import SPLITS
 from tests.conftest import CONTEXT, D_MODEL, UNIT_ROWS, UNITS
 
 
@@ -53,14 +55,14 @@ def test_index_is_a_permutation_inside_each_unit(store: ActivationStore) -> None
 
 
 def test_statistics_are_those_of_the_stored_values(store: ActivationStore) -> None:
-    for split in ("train", "held_out"):
+    for split in SPLITS:
         spans = [store.unit_range(unit) for unit in store.split(split)]
         y = torch.cat([store.activations("layers.1.mlp", "output", *span) for span in spans]).double().numpy()
         index = np.concatenate([store.read("index", *span) for span in spans]).astype(np.int64)
         tokens = store.read("tokens", 0, store.rows).ravel()[index]
         first = index % CONTEXT == 0
         special = np.isin(tokens, store.attrs["special_tokens"]) & ~first
-        assert special.any() or split == "held_out"  # so that the class is not tested on nothing
+        assert special.any() or split != "train"  # so that the class is not tested on nothing
         for classes, values in (
             (commit.POSITIONS, y),
             (("other",), y[~first & ~special]),
@@ -72,9 +74,17 @@ def test_statistics_are_those_of_the_stored_values(store: ActivationStore) -> No
             np.testing.assert_allclose(moments.variance, values.var(0), rtol=1e-9)
 
 
+def test_a_document_is_in_one_split_and_its_text_is_what_it_was(store: ActivationStore, text_file: Path) -> None:
+    texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
+    of_split = {name: {int(d) for unit in store.split(name) for d in store.documents(unit).flat} for name in SPLITS}
+    assert all(of_split.values()) and sum(map(len, of_split.values())) == len(set().union(*of_split.values()))
+    for number, document in zip(store.array("document_number")[:].flat, store.array("document")[:].flat, strict=True):
+        assert document == hash_of(texts[number])
+
+
 def test_splits(store: ActivationStore) -> None:
     assert store.is_complete and len(store.units) == UNITS
-    assert store.split("held_out") == [15, 31]
+    assert (store.split("validation"), store.split("test")) == ([7, 23], [15, 31])
     assert store.chunk_rows == UNIT_ROWS * CONTEXT
 
 

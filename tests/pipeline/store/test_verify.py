@@ -112,3 +112,14 @@ def test_commands_and_exit_codes(store: ActivationStore, copy: Path, tmp_path: P
     code, said = run("verify", copy)
     assert code == 1 and said.endswith("2 problems\n")
     assert run("verify", tmp_path / "nowhere")[0] == 2
+
+
+def test_a_document_in_two_splits_is_named(copy: Path) -> None:
+    group: Any = zarr.open_group(copy, mode="r+")
+    document = int(group["document"][0, 3])
+    group["document"][7 * UNIT_ROWS, 3] = document  # unit 7 is for validation
+    name = "document/c/7/0"
+    edit_record(copy, 7, lambda r: r["shards"].update({name: commit.checksum((copy / name).read_bytes())}))
+    assert list(problems(place_at(copy))) == [
+        f"unit 7: document: {document:016x} is in the validation split and in the train split"
+    ]

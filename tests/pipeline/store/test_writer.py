@@ -107,7 +107,9 @@ def test_a_worker_of_a_shorter_capture_commits_nothing(tmp_path: Path, cache_con
     assert 17 not in commit.committed_units(store.place)
 
 
-@pytest.mark.parametrize("other", [None, "context", "repeat", "model", "rows", "broken", "unreadable"])
+@pytest.mark.parametrize(
+    "other", [None, "context", "repeat", "model", "units", "by unit", "part", "rows", "broken", "unreadable"]
+)
 def test_token_rows_of_a_neighbour_are_taken_if_they_are_the_same(
     tmp_path: Path, cache_config: Any, capture_here: Any, other: str | None, capsys: Any
 ) -> None:
@@ -117,7 +119,9 @@ def test_token_rows_of_a_neighbour_are_taken_if_they_are_the_same(
     metadata = json.loads((store.path / "zarr.json").read_text())
     identity = metadata["attributes"]["identity"]
     changed = {"context": {"context": 8}, "repeat": {"repeat": True}, "model": {"model": {"fingerprint": "x"}}}
-    identity |= changed.get(other or "", {})
+    identity |= (changed | {"units": {"unit_rows": 2}, "part": {"held_out_rows": 9}}).get(other or "", {})
+    if other == "by unit":  # a store of before, whose documents cross splits
+        del identity["split_scheme"], identity["held_out_rows"]
     (store.path / "zarr.json").write_text("[]" if other == "broken" else json.dumps(metadata))
     if other == "unreadable":
         (tmp_path / "loop.zarr").symlink_to(tmp_path / "loop.zarr")
@@ -127,6 +131,15 @@ def test_token_rows_of_a_neighbour_are_taken_if_they_are_the_same(
     (tmp_path / "alone").mkdir()
     alone = capture_here(cache_config(tmp_path / "alone" / "s.zarr", rows=40))
     assert files(second.path) == files(alone.path)
+
+
+@pytest.mark.parametrize(("rows", "taken"), [(40, 2), (20, 1)])
+def test_units_are_a_neighbours_where_that_leaves_enough(
+    rows: int, taken: int, tmp_path: Path, cache_config: Any, capture_here: Any
+) -> None:
+    """So that its rows can be taken and row i is the same token in both."""
+    capture_here(cache_config(tmp_path / "first.zarr", ("layers.0.mlp",), rows=40, unit_rows=2))
+    assert capture_here(cache_config(tmp_path / "second.zarr", rows=rows, unit_rows=None)).unit_rows == taken
 
 
 def test_finished_store_is_left_alone(store: ActivationStore, cache_config: Any, capsys: Any) -> None:

@@ -1,24 +1,15 @@
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from skipcoder.errors import UserError
-from skipcoder.pipeline.config import DataConfig, ModelConfig, SourceKind
-from skipcoder.pipeline.model import load as model
-from skipcoder.pipeline.text import rows as tokens
+from skipcoder.pipeline.config import DataConfig, SourceKind
 from skipcoder.pipeline.text import sources as text
 from skipcoder.testing import SourceTests
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: Path) -> Any:
-    return model.load_tokenizer(ModelConfig(name="tiny", id=str(tiny_model)))
 
 
 def source(kind: SourceKind, path: Path, **more: Any) -> DataConfig:
@@ -95,45 +86,6 @@ def test_parquet_without_the_column(tmp_path: Path) -> None:
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="found no file"):
         list(text.documents(source(SourceKind.text, tmp_path / "none.txt")))
-
-
-def test_packing_loses_nothing_but_the_last_partial_row(tokenizer: Any) -> None:
-    documents = ["alpha beta", "", "gamma " * 40, "delta"]
-    context = 8
-    rows = np.stack(list(tokens.pack(documents, tokenizer, context)))
-    stream = [i for d in documents if d for i in [*tokenizer(d, add_special_tokens=False).input_ids, 1]]
-    assert (rows[:, 0] == tokenizer.bos_token_id).all()
-    body = rows[:, 1:].ravel().tolist()
-    assert body == stream[: len(body)]
-    assert len(stream) - len(body) < context - 1
-
-
-def test_too_little_text_states_both_numbers(tmp_path: Path, tokenizer: Any) -> None:
-    (tmp_path / "x.txt").write_text("a few words only, " * 4)
-    cfg = source(SourceKind.text, tmp_path / "x.txt", context=8)
-    with pytest.raises(UserError, match=r"holds \d+ tokens in full rows of 8, but data.tokens asks for 8,000"):
-        list(tokens.rows_of(cfg, tokenizer, 1000))
-    cfg.repeat = True
-    assert len(list(tokens.rows_of(cfg, tokenizer, 1000))) == 1000
-
-
-@pytest.mark.parametrize("rows", [3, 30])
-def test_text_that_is_used_again_is_said_to_be(
-    rows: int, tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = [json.dumps({"text": f"Document number {i} of a hundred, of many words."}) for i in range(100)]
-    (tmp_path / "x.jsonl").write_text("\n".join(lines[:10] if rows > 3 else lines))
-    cfg = source(SourceKind.jsonl, tmp_path / "x.jsonl", context=16, repeat=True)
-    assert len(list(tokens.rows_of(cfg, tokenizer, rows))) == rows
-    said = capsys.readouterr().out
-    assert said.count("is used again") == (rows == 30) and ("data.repeat=true" in said) == (rows == 30)
-
-
-def test_repeating_nothing_ends(tmp_path: Path, tokenizer: Any) -> None:
-    (tmp_path / "x.txt").write_text("")
-    cfg = source(SourceKind.text, tmp_path / "x.txt", context=8, repeat=True)
-    with pytest.raises(UserError, match="holds 0 tokens"):
-        list(tokens.rows_of(cfg, tokenizer, 1))
 
 
 def test_a_stream_from_the_hub_that_breaks_off_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,10 +229,10 @@ def test_metrics_say_where_the_time_went_and_what_held_out_tokens_show(store: Ac
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert set(lines[0]["ms"]) == {"read", "encode", "decode", "backward", "optimiser"}
     assert all(ms > 0 for ms in lines[0]["ms"].values())
-    held = next(iter(ActivationStream(store, "layers.1.mlp", 4096, split="held_out", epochs=1)))
+    held = next(iter(ActivationStream(store, "layers.1.mlp", 4096, split="validation", epochs=1)))
     y = held.y.double()
     error = (y - SparseCoder.load(tmp_path)(held.x).y_hat.double()).square().sum()
-    assert summary["held_out_fvu"] == pytest.approx(float(error / (y - y.mean(0)).square().sum()), rel=1e-5)
+    assert summary["validation_fvu"] == pytest.approx(float(error / (y - y.mean(0)).square().sum()), rel=1e-5)
 
 
 def test_jobs_of_different_streams_do_not_make_a_bank(store: ActivationStore, tmp_path: Path) -> None:

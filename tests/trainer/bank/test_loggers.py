@@ -27,7 +27,7 @@ def test_events_are_those_of_metrics_jsonl(
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("fvu")] == [(x["step"], x["fvu"]) for x in lines]
-    assert {"dead", "recall", "ms/encode", "held_out_fvu"} <= set(events.Tags()["scalars"])
+    assert {"dead", "recall", "ms/encode", "validation_fvu"} <= set(events.Tags()["scalars"])
 
 
 def test_without_the_package_the_remedy_is_named(

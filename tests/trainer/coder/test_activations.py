@@ -24,7 +24,7 @@ FLAT = (ActivationName.batchtopk, ActivationName.jumprelu)
 
 
 def held_out(store: ActivationStore) -> torch.Tensor:
-    return next(iter(ActivationStream(store, "layers.1.mlp", 4096, split="held_out", epochs=1))).x
+    return next(iter(ActivationStream(store, "layers.1.mlp", 4096, split="validation", epochs=1))).x
 
 
 class TestTopK(ActivationTests):
