@@ -12,7 +12,7 @@ COLUMNS = {
     "fvu": "FVU",
     "fvu_per_dim": "FVU per dim",
     "dead_fraction": "dead",
-    "ce_spliced": "CE spliced",
+    "ce_increase": "CE increase",
     "kl_spliced": "KL",
     "ce_recovered_zero": "recovered",
     "ce_skip_only": "CE skip only",

@@ -105,7 +105,7 @@ class RavelConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Evaluate one run, or all that a glob matches, on the held-out units of their store."""
+    """Evaluate one run, or all that a glob matches, on the test split of their store."""
 
     run: str | None = None
     """A run directory."""
@@ -124,10 +124,10 @@ class EvaluateConfig:
     saebench: str | None = None
     """Folder for results in SAEBench's JSON form."""
     ce_tokens: int | None = None
-    """Held-out tokens on which the language model runs: whole rows, spread evenly over the held-out ones. null: 4,096,
-    but at least 16 rows."""
+    """Test tokens on which the language model runs: whole rows, spread evenly over the split. null: 4,096, but at least
+    24 rows."""
     intervals: bool = True
-    """Refuse `ce_tokens` that give fewer than eight rows, the least for a 95 % interval."""
+    """95 % intervals over documents, where there are 20 or more, and paired differences between coders."""
     batch_rows: int = 4
     """Token rows per forward pass of the language model."""
     device: str | None = None

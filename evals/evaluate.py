@@ -23,8 +23,9 @@ def evaluate(cfg: EvaluateConfig) -> None:
     from skipcoder.evals.core.evaluator import Evaluator
     from skipcoder.evals.core.joint_splice import sets_of
     from skipcoder.evals.explain.records import judged
+    from skipcoder.evals.stats.pairs import ByDocument
     from skipcoder.evals.tables import saebench
-    from skipcoder.evals.tables.metrics import Row, printed
+    from skipcoder.evals.tables.metrics import Row, printed, why_no_intervals
     from skipcoder.evals.tasks import labelled
     from skipcoder.evals.tasks.registry import TASKS, run_tasks
     from skipcoder.pipeline.store.reader import ActivationStore
@@ -50,17 +51,21 @@ def evaluate(cfg: EvaluateConfig) -> None:
     if {TaskName.probing, TaskName.tpp, TaskName.scr} & set(cfg.tasks):
         labelled.bundled()
     rows: dict[Path, Row] = {}
+    by_document: dict[Path, dict[str, ByDocument]] = {}
     for path, evaluator in evaluators.items():
         of_it = [run for run in runs if run.store_path == path]
         if cfg.controls:
             controls = control_runs(cfg.controls, of_it, evaluator.model, evaluator.store)
             of_it, runs = of_it + controls, runs + controls
         for run, result in run_tasks(evaluator, of_it, cfg):
+            by_document.setdefault(run.path, {}).update(result.pop(results.BY_DOCUMENT, {}))
             if not run.is_control:
                 result = {**results.record(run, result), **judged(run)}
             names = {"run": str(run.path), "configuration": run.configuration}
             rows[run.path] = {**run.summary, **rows.get(run.path, {}), **result, **names}
             print(printed(rows[run.path]), flush=True)
+        if TaskName.core in cfg.tasks:
+            print("".join(f"{why}\n" for why in why_no_intervals(rows[of_it[0].path])), end="", flush=True)
     if cfg.saebench is not None:
         for run in runs:
             if not run.is_control:
@@ -69,7 +74,8 @@ def evaluate(cfg: EvaluateConfig) -> None:
         from skipcoder.evals.tables.files import write_tables
 
         runs = [run for run in runs if run.path in rows]  # the affine map takes part only in core
-        write_tables(Path(cfg.out), [rows[run.path] for run in runs], runs, evaluators, cfg.together)
+        found = [by_document[run.path] for run in runs]
+        write_tables(Path(cfg.out), [rows[run.path] for run in runs], found, runs, evaluators, cfg.together)
 
 
 @hydra.main(version_base="1.3", config_path=cli.CONF, config_name="evaluate")

@@ -1,53 +1,77 @@
 """Turn every token's losses into what is reported of a coder spliced into its model.
 
-Legend: B rows, T positions.
+Legend: B rows, T positions, G documents.
 """
 
 from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
+from torch import Tensor
 
 from skipcoder.evals.core.passes import TokenLosses
-from skipcoder.evals.core.results import Result
-from skipcoder.evals.stats.bootstrap import interval
+from skipcoder.evals.core.results import BY_DOCUMENT, Result
+from skipcoder.evals.stats.intervals import share
+from skipcoder.evals.stats.pairs import ByDocument
 
 BUCKETS = (1, 2, 4, 16, 64, 256, 1024, 4096)
 """Positions in a row where a range of `by_position` begins."""
 
 
-def summary(clean: TokenLosses, losses: Mapping[str, TokenLosses]) -> Result:
-    """`ce_NAME` and `kl_NAME` (mean nats per predicted token) for each of `losses`, and the share of the cost of
-    ablation that the splice avoids: `ce_recovered_zero`, `ce_recovered_mean` (1: as good as the model, 0: as bad as
-    ablation). `kl_recovered_*`: the same for the divergence. `_ci`: 95 % intervals over rows; null with too few rows,
-    or where the cost of ablation is not clearly above 0."""
+def summary(clean: TokenLosses, losses: Mapping[str, TokenLosses], document_BT: np.ndarray | None = None) -> Result:
+    """`ce_NAME` and `kl_NAME` (mean nats per predicted token) for each of `losses`; what splicing costs, `ce_increase`;
+    and the share of the cost of ablation that it avoids: `ce_recovered_zero`, `ce_recovered_mean` (1: as good as the
+    model, 0: as bad as ablation), None unless ablation clearly costs. `kl_recovered_*`: the same for the divergence.
+    `document_BT`: the document of each predicted token, for intervals (`_ci`)."""
     result: Result = {
         "ce_tokens": clean.ce_BT.shape[0] * (clean.ce_BT.shape[1] + 1),
         "ce_rows": len(clean.ce_BT),
         "ce_clean": float(clean.ce_BT.mean()),
     }
+    pieces = _Pieces(document_BT if document_BT is not None else np.indices(clean.ce_BT.shape)[0])
     for suffix in ("", "_all"):
         for way in ("zero", "mean", "spliced", "skip_only"):
             if (name := way + suffix) in losses:
                 result[f"ce_{name}"] = float(losses[name].ce_BT.mean())
                 result[f"kl_{name}"] = float(losses[name].kl_BT.mean())
+        spliced_G, clean_G = pieces.sums(losses[f"spliced{suffix}"].ce_BT), pieces.sums(clean.ce_BT)
         for ablated in ("zero", "mean"):
-            key, of = f"ce_recovered_{ablated}{suffix}", (clean, losses[f"spliced{suffix}"], losses[ablated + suffix])
-            result[key] = recovered(result["ce_clean"], result[f"ce_spliced{suffix}"], result[f"ce_{ablated}{suffix}"])
-            result[f"{key}_ci"] = _interval(*of)
+            key, ablated_G = f"ce_recovered_{ablated}{suffix}", pieces.sums(losses[ablated + suffix].ce_BT)
+            found = share(ablated_G - spliced_G, ablated_G - clean_G, pieces.tokens_G)
+            result[key], result[f"{key}_ci"] = found if document_BT is not None else (found[0], None)
             kl, kl_ablated = result[f"kl_spliced{suffix}"], result[f"kl_{ablated}{suffix}"]
             result[f"kl_recovered_{ablated}{suffix}"] = 1 - kl / kl_ablated if kl_ablated else None
         if f"skip_only{suffix}" in losses:
-            skip_only, zero = result[f"ce_skip_only{suffix}"], result[f"ce_zero{suffix}"]
-            result[f"ce_recovered_zero_skip_only{suffix}"] = recovered(result["ce_clean"], skip_only, zero)
-    result["ce_spliced_ci"] = interval(lambda ce: ce / len(clean.ce_BT), _row_means(losses["spliced"]))
+            zero_G, skip_G = (pieces.sums(losses[f"{way}{suffix}"].ce_BT) for way in ("zero", "skip_only"))
+            result[f"ce_recovered_zero_skip_only{suffix}"] = share(zero_G - skip_G, zero_G - clean_G, pieces.tokens_G)[
+                0
+            ]
+        result[f"ce_increase{suffix}"] = result[f"ce_spliced{suffix}"] - result["ce_clean"]
+    result |= {"ce_increase_ci": None, "kl_spliced_ci": None}
+    if document_BT is not None:
+        increase = pieces.of(losses["spliced"].ce_BT - clean.ce_BT)
+        kl = pieces.of(losses["spliced"].kl_BT)
+        result |= {"ce_documents": len(pieces.tokens_G)}
+        result |= {"ce_increase_ci": increase.interval(), "kl_spliced_ci": kl.interval(positive=True)}
+        result[BY_DOCUMENT] = {"ce_increase": increase, "kl_spliced": kl}
     result["by_position"] = by_position(clean, losses["spliced_all"])
     return result
 
 
-def recovered(clean: float, spliced: float, ablated: float) -> float | None:
-    """The share recovered; None where ablation costs nothing."""
-    return None if ablated == clean else (ablated - spliced) / (ablated - clean)
+class _Pieces:
+    """The predicted tokens by document."""
+
+    def __init__(self, document_BT: np.ndarray) -> None:
+        self._place = np.unique(document_BT, return_inverse=True)[1].ravel()
+        self.tokens_G = np.bincount(self._place).astype(np.float64)
+
+    def sums(self, z_BT: Tensor) -> np.ndarray:
+        """Sums [G] over each document."""
+        return np.bincount(self._place, z_BT.numpy().ravel())
+
+    def of(self, z_BT: Tensor) -> ByDocument:
+        """The mean over all tokens, by document."""
+        return ByDocument(self.sums(z_BT), self.tokens_G, self.tokens_G)
 
 
 def by_position(clean: TokenLosses, spliced: TokenLosses) -> list[dict[str, float | int]]:
@@ -60,17 +84,3 @@ def by_position(clean: TokenLosses, spliced: TokenLosses) -> list[dict[str, floa
         {"first": a, "last": b - 1, "ce": float(cost_T[a:b].mean()), "kl": float(kl_T[a:b].mean())}
         for a, b in pairwise(edges)
     ]
-
-
-def _row_means(losses: TokenLosses) -> np.ndarray:
-    return losses.ce_BT.mean(1).numpy()
-
-
-def _interval(clean: TokenLosses, spliced: TokenLosses, ablated: TokenLosses) -> list[float] | None:
-    def share(clean: np.ndarray, spliced: np.ndarray, ablated: np.ndarray) -> np.ndarray:
-        cost = ablated - clean
-        # A share of a cost that may be 0 has no interval.
-        result: np.ndarray = np.divide(ablated - spliced, cost, out=np.full_like(cost, np.nan), where=cost > 0)
-        return result
-
-    return interval(share, *map(_row_means, (clean, spliced, ablated)))

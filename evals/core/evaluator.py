@@ -1,4 +1,4 @@
-"""Evaluate the coders of run directories on held-out units: reconstruction from the store, cross-entropy from the
+"""Evaluate the coders of run directories on the test split: reconstruction from the store, cross-entropy from the
 model. Runs of one store and hookpoint share the model and its clean and ablated passes."""
 
 import time
@@ -14,8 +14,7 @@ from skipcoder.errors import UserError
 from skipcoder.evals.core.ce_kl import summary
 from skipcoder.evals.core.metrics import ReconstructionMetrics, Targets
 from skipcoder.evals.core.passes import Part, Replace, TokenLosses, ablation, token_losses
-from skipcoder.evals.core.results import Result
-from skipcoder.evals.stats.bootstrap import MIN_ROWS
+from skipcoder.evals.core.results import BY_DOCUMENT, Result
 from skipcoder.pipeline.model import load as models
 from skipcoder.pipeline.store.attrs import model_config
 from skipcoder.pipeline.store.reader import ActivationStore
@@ -26,8 +25,8 @@ from skipcoder.trainer.run.run import Run
 
 Key = tuple[Any, ...]
 
-CE_TOKENS, CE_ROWS = 4096, 16
-"""At least, by default."""
+CE_TOKENS, CE_ROWS = 4096, 24
+"""At least, by default: enough rows for intervals where each is of a document of its own."""
 
 AT_ONCE = 8
 """Coders on the device at the same time."""
@@ -48,7 +47,7 @@ class Replacement(NamedTuple):
 
 
 class Evaluator:
-    """Evaluates runs of one store, several at once: in one pass over its held-out units, and in one pass of the model
+    """Evaluates runs of one store, several at once: in one pass over its test units, and in one pass of the model
     over `ce_tokens` of their tokens, in evenly spread rows."""
 
     def __init__(
@@ -57,18 +56,17 @@ class Evaluator:
         self.store, self.batch_rows, self.device = store, batch_rows, device
         units = store.split("test")
         if not units:
-            raise UserError(f"{store.place} has no finished held-out unit; finish the capture first")
+            raise UserError(f"{store.place} has no finished test unit; finish the capture first")
         rows = np.concatenate([store.tokens(unit) for unit in units])
         ce_tokens = ce_tokens or max(CE_TOKENS, CE_ROWS * store.context)
-        if intervals and min(ce_tokens // store.context, len(rows)) < MIN_ROWS:
-            raise UserError(
-                f"ce_tokens={ce_tokens} gives {min(ce_tokens // store.context, len(rows))} rows of {store.context} "
-                f"({len(rows)} are held out), too few for intervals; ask for {MIN_ROWS * store.context} or more, "
-                "capture more text, or set intervals=false"
-            )
         spread = np.linspace(0, len(rows) - 1, min(max(1, ce_tokens // store.context), len(rows))).astype(int)
         self.tokens_BT = torch.from_numpy(rows[spread]).long().to(device)
         self.row_numbers = torch.cat([torch.arange(*store.rows_of(unit)) for unit in units])
+        documents, place = np.unique(np.concatenate([store.documents(unit) for unit in units]), return_inverse=True)
+        self.documents = len(documents) if intervals else 0
+        self._document_RT = torch.from_numpy(place.reshape(rows.shape))
+        self.predicted_BT = place.reshape(rows.shape)[spread][:, 1:] if intervals else None
+        """The document of each predicted token, int64 [B, T - 1]; None without intervals."""
         self._shared: dict[Key | None, TokenLosses] = {}
 
     @cached_property
@@ -92,20 +90,22 @@ class Evaluator:
         for some in (runs[i : i + AT_ONCE] for i in range(0, len(runs), AT_ONCE)):
             begun = time.perf_counter()
             with on_device([run.coder for run in some], self.device):
-                results = [a | b for a, b in zip(self.reconstruction(some), self.behaviour(some), strict=True)]
+                results = [
+                    a | b | ({BY_DOCUMENT: a[BY_DOCUMENT] | b[BY_DOCUMENT]} if self.documents else {})
+                    for a, b in zip(self.reconstruction(some), self.behaviour(some), strict=True)
+                ]
             share = {"evaluation_seconds": round((time.perf_counter() - begun) / len(some), 2)}
             yield from (result | share for result in results)
 
     @torch.no_grad()
     def reconstruction(self, runs: Sequence[Run]) -> list[Result]:
-        """ReconstructionMetrics on all held-out tokens that training would have kept."""
+        """ReconstructionMetrics on all test tokens that training would have kept."""
         every: dict[int, ReconstructionMetrics] = {}
         streams = {(run.summary["hookpoint"], run.filter) for run in runs}
         for hookpoint, kept in sorted(streams, key=repr):
             mine = {i: run for i, run in enumerate(runs) if (run.summary["hookpoint"], run.filter) == (hookpoint, kept)}
             targets = {
-                run.write_site.side: Targets(run.coder.d_out, len(self.row_numbers), self.device)
-                for run in mine.values()
+                run.write_site.side: Targets(run.coder.d_out, self.documents, self.device) for run in mine.values()
             }
             for i, run in mine.items():
                 every[i] = ReconstructionMetrics(run.coder.cfg.width, targets[run.write_site.side])
@@ -114,12 +114,19 @@ class Evaluator:
             )
             for batch in stream:
                 sides = {"input": batch.x, "output": batch.y}
-                row = torch.searchsorted(self.row_numbers, batch.position // self.store.context)
-                target = {side: of_side.add(sides[side], row) for side, of_side in targets.items()}
+                document = self._document(batch.position)
+                target = {side: of_side.add(sides[side], document) for side, of_side in targets.items()}
                 for i, run in mine.items():
                     out = run.coder(sides[run.read_site.side])
                     every[i].update(target[run.write_site.side], out.y_hat, out.values, out.indices)
         return [every[i].result() for i in range(len(runs))]
+
+    def _document(self, position_N: Tensor) -> Tensor | None:
+        """int64 [N]: the documents of stored tokens, from 0; None without intervals."""
+        if not self.documents:
+            return None
+        row = torch.searchsorted(self.row_numbers, position_N // self.store.context)
+        return self._document_RT[row, position_N % self.store.context]
 
     def behaviour(self, runs: Sequence[Run]) -> list[Result]:
         """Cross-entropy and KL with the MLP replaced by the coder, by zero, by its mean and, for skip transcoders, by
@@ -134,10 +141,12 @@ class Evaluator:
         new = {key: parts for key, parts in replacements.items() if key not in self._shared}
         losses = self._shared | self.losses(new)
         self._shared |= {key: of for key, of in losses.items() if key is None or key[0] in ("zero", "mean")}
-        return [summary(losses[None], {name: losses[key] for name, key in mine.items()}) for mine in keys]
+        return [
+            summary(losses[None], {name: losses[key] for name, key in mine.items()}, self.predicted_BT) for mine in keys
+        ]
 
     def losses(self, replacements: Mapping[Key, Sequence[Part]]) -> dict[Key | None, TokenLosses]:
-        """Losses of the chosen held-out rows under each replacement."""
+        """Losses of the chosen test rows under each replacement."""
         return token_losses(self.model, self.tokens_BT, self.batch_rows, replacements)
 
     def replacements(self, run: Run) -> dict[str, Replacement]:

@@ -7,7 +7,7 @@ from skipcoder.errors import UserError
 from skipcoder.evals.core.ce_kl import summary
 from skipcoder.evals.core.evaluator import Evaluator
 from skipcoder.evals.core.passes import Part
-from skipcoder.evals.core.results import Result
+from skipcoder.evals.core.results import BY_DOCUMENT, Result
 from skipcoder.trainer.run.device import on_device
 from skipcoder.trainer.run.run import Run
 
@@ -27,7 +27,10 @@ def spliced_together(evaluator: Evaluator, runs: Sequence[Run]) -> list[Result]:
             losses = evaluator.losses(parts)
         row: Result = {key: value for key, value in some[0].summary.items() if key in _SAME}
         row["hookpoints"] = [run.summary["hookpoint"] for run in some]
-        rows.append(row | summary(losses[None], {key[0]: found for key, found in losses.items() if key is not None}))
+        found = {key[0]: of for key, of in losses.items() if key is not None}
+        result = summary(losses[None], found, evaluator.predicted_BT)
+        result.pop(BY_DOCUMENT, None)
+        rows.append(row | result)
     return rows
 
 

@@ -2,19 +2,18 @@
 
     FVU = sum ||y - y_hat||^2 / sum ||y - mean(y)||^2   over exactly the tokens seen
 
-FVU is 1 for the mean predictor and unchanged by scaling. Intervals are over token rows (bootstrap.py).
+FVU is 1 for the mean predictor and unchanged by scaling. Intervals are over documents (stats/intervals.py).
 Sums stay on the device of the batches, and are added up in an order that does not change.
-Legend: N tokens, E dimensions, K active latents, M latents, R token rows.
+Legend: N tokens, E dimensions, K active latents, M latents, G documents.
 """
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from skipcoder.evals.core.results import Result
-from skipcoder.evals.stats.bootstrap import interval
+from skipcoder.evals.core.results import BY_DOCUMENT, Result
+from skipcoder.evals.stats.pairs import ByDocument
 
 DENSE = 0.1
 
@@ -34,27 +33,27 @@ class Target(NamedTuple):
     norm_N: Tensor
     spread_N: Tensor
     """Squared distance from the batch's mean."""
-    row_N: Tensor | None
-    """Each token's row, from 0."""
+    document_N: Tensor | None
+    """Each token's document, from 0."""
 
 
 class Targets:
     """What the targets have to do with it: computed once for all coders that see them."""
 
-    def __init__(self, d_out: int, rows: int = 0, device: str | torch.device = "cpu") -> None:
-        """`rows`: number of token rows that the tokens come from, for intervals."""
-        self.n, self.rows = 0, rows
+    def __init__(self, d_out: int, documents: int = 0, device: str | torch.device = "cpu") -> None:
+        """`documents`: number of documents that the tokens come from, for intervals."""
+        self.n, self.documents = 0, documents
         self.mean_E, self.m2_E, self.centre_E = torch.zeros(3, d_out, dtype=torch.float64, device=device)
         self.length = torch.zeros((), dtype=torch.float64, device=device)
         self.n_long = torch.zeros((), dtype=torch.int64, device=device)
-        self.per_row = [self.length.new_zeros((rows, *shape)) for shape in ((), (d_out,), ())]
-        """Of each row: token count, sum of y - centre [E], and of its squared length."""
+        self.count_G, self.spread_G = self.length.new_zeros((2, documents))
+        """Of each document: its tokens, and the sum of their squared distances from the centre."""
 
-    def add(self, y_NE: Tensor, row_N: Tensor | None = None) -> Target:
-        """Add a batch; `row_N`: each token's row, from 0, if there are to be intervals."""
+    def add(self, y_NE: Tensor, document_N: Tensor | None = None) -> Target:
+        """Add a batch; `document_N`: each token's document, from 0, if there are to be intervals."""
         y = y_NE.to(self.mean_E.device, torch.float64)
         n, mean = len(y), y.mean(0)
-        if not self.n:  # a centre near the mean keeps sums of squares precise
+        if not self.n:  # of a random sample, so near that of all
             self.centre_E = mean
         delta, total = mean - self.mean_E, self.n + len(y)
         spread = (y - mean).square()
@@ -65,17 +64,16 @@ class Targets:
         norm = y.norm(dim=1)
         self.length += norm.sum()
         self.n_long += (norm > 0).sum()
-        if row_N is not None:
-            row_N = row_N.to(y.device)
-            near = y - self.centre_E
-            for of_row, parts in zip(self.per_row, (torch.ones_like(norm), near, near.square().sum(1)), strict=True):
-                add_rows(of_row, row_N, parts)
-        return Target(y, norm, spread.sum(1), row_N)
+        if document_N is not None:
+            document_N = document_N.to(y.device)
+            add_to(self.count_G, document_N, torch.ones_like(norm))
+            add_to(self.spread_G, document_N, (y - self.centre_E).square().sum(1))
+        return Target(y, norm, spread.sum(1), document_N)
 
 
-def add_rows(total: Tensor, row_N: Tensor, parts: Tensor) -> None:
-    """total[row_N[i]] += parts[i]. `index_add_` would be no faster, and on a GPU add in any order."""
-    total.index_put_((row_N,), parts, accumulate=True)
+def add_to(total_G: Tensor, place_N: Tensor, parts_N: Tensor) -> None:
+    """total_G[place_N[i]] += parts_N[i]. `index_add_` would be no faster, and on a GPU add in any order."""
+    total_G.index_put_((place_N,), parts_N, accumulate=True)
 
 
 class ReconstructionMetrics:
@@ -84,19 +82,19 @@ class ReconstructionMetrics:
     def __init__(self, width: int, targets: Targets) -> None:
         self.targets = targets
         self.error_E = torch.zeros_like(targets.mean_E)
-        self.error_R = torch.zeros_like(targets.per_row[0])
+        self.error_G = torch.zeros_like(targets.count_G)
         self.sums: dict[str, Tensor] = {}
         self.fired_M = torch.zeros(width, dtype=torch.int64, device=targets.mean_E.device)
 
     def update(self, target: Target, y_hat_NE: Tensor, values_NK: Tensor, indices_NK: Tensor) -> None:
         """Add reconstructions and codes of a batch that `targets.add` gave."""
-        y, norm, spread, row_N = target
+        y, norm, spread, document_N = target
         y_hat, values, indices = (z.to(y.device) for z in (y_hat_NE.double(), values_NK, indices_NK))
         squares = (y - y_hat).square()
         self.error_E += squares.sum(0)
         error, dot, norm_hat = squares.sum(1), (y * y_hat).sum(1), y_hat.norm(dim=1)
-        if row_N is not None:
-            add_rows(self.error_R, row_N, error)
+        if document_N is not None:
+            add_to(self.error_G, document_N, error)
         found = {
             "cosine": dot / (norm.clamp_min(_SHORTEST) * norm_hat.clamp_min(_SHORTEST)),
             "l2_ratio": torch.where(norm > 0, norm_hat / norm, 0),
@@ -110,14 +108,18 @@ class ReconstructionMetrics:
             self.sums[name] = self.sums.get(name, 0) + parts.sum()
         self.fired_M.scatter_add_(0, indices.long().flatten(), (values != 0).long().flatten())
 
-    def _fvu_interval(self) -> list[float] | None:
-        def fvu(n: np.ndarray, sums: np.ndarray, squares: np.ndarray, errors: np.ndarray) -> np.ndarray:
-            result: np.ndarray = errors / (squares - (sums**2).sum(1) / n)
-            return result
-
-        of_rows = [total.cpu() for total in (*self.targets.per_row, self.error_R)]
-        seen = of_rows[0] > 0
-        return interval(fvu, *(total[seen].numpy() for total in of_rows))
+    def _of_documents(self) -> Result:
+        """FVU's interval, and FVU as a ratio of sums over documents: squared errors, and squared distances from the
+        mean."""
+        if not self.targets.documents:
+            return {"fvu_ci": None}
+        count_G, spread_G, error_G = (
+            z.cpu().numpy() for z in (self.targets.count_G, self.targets.spread_G, self.error_G)
+        )
+        seen = count_G > 0
+        spread_G = spread_G * (float(self.targets.m2_E.sum()) / spread_G.sum())  # from the mean, not from the centre
+        fvu = ByDocument(error_G[seen], spread_G[seen], count_G[seen])
+        return {"documents": int(seen.sum()), "fvu_ci": fvu.interval(positive=True), BY_DOCUMENT: {"fvu": fvu}}
 
     def result(self) -> Result:
         """FVU, explained variance, per-dimension FVU, cosine, L0, L2 ratio, relative reconstruction bias, dead and
@@ -134,7 +136,7 @@ class ReconstructionMetrics:
         return {
             "n": n,
             "fvu": fvu,
-            **({"fvu_ci": self._fvu_interval()} if self.targets.rows else {}),
+            **self._of_documents(),
             "explained_variance": 1 - fvu,
             "fvu_per_dim": float((error_E[alive_dims] / m2_E[alive_dims]).mean()),
             "flat_dims": int((~alive_dims).sum()),

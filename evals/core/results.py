@@ -18,6 +18,10 @@ Result = dict[str, Any]
 """What an evaluation found of one run, on its way into `Evaluation`; a plain dict, for its numbers for each k or N."""
 
 
+BY_DOCUMENT = "by_document"
+"""Key of a result's numbers by document (stats/pairs.py), which are compared between runs and not recorded."""
+
+
 class Histogram(TypedDict):
     """How many latents fire how often."""
 
@@ -63,6 +67,7 @@ class Evaluation(TypedDict, total=False):
     """Fingerprint of the weights that the results are for."""
     # core: reconstruction
     n: int
+    documents: int
     fvu: float
     fvu_ci: Interval | None
     explained_variance: float
@@ -83,11 +88,15 @@ class Evaluation(TypedDict, total=False):
     # core: cross-entropy
     ce_tokens: int
     ce_rows: int
+    ce_documents: int
     ce_clean: float
     ce_spliced: float
+    ce_increase: float
+    ce_increase_ci: Interval | None
     ce_zero: float
     ce_mean: float
     kl_spliced: float
+    kl_spliced_ci: Interval | None
     kl_zero: float
     kl_mean: float
     ce_recovered_zero: float | None

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from skipcoder.evals.stats.bootstrap import of_mean
+from skipcoder.evals.stats.intervals import of_mean
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Answers:
 
 
 def over_latents(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over latents with 95 % intervals (latents resampled), null below eight latents."""
+    """Means over latents with 95 % intervals, null below 20 latents."""
     found: dict[str, Any] = {"latents": len(scores), "failed": sum(score["failed"] for score in scores)}
     for key in ("balanced_accuracy", "f1", "auroc", "correlation"):
         if scores and key not in scores[0]:

@@ -1,4 +1,5 @@
-"""The tables of an evaluation: JSON, Parquet, means over seeds, coders spliced together, the report."""
+"""The tables of an evaluation: JSON, Parquet, means over seeds, paired differences, coders spliced together, the
+report."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 
 from skipcoder.evals.core.evaluator import Evaluator
 from skipcoder.evals.core.joint_splice import spliced_together
+from skipcoder.evals.stats.pairs import ByDocument, pairs
 from skipcoder.evals.stats.seeds import over_seeds
 from skipcoder.evals.tables import report
 from skipcoder.evals.tables.metrics import METRICS, Row, printed
@@ -16,18 +18,28 @@ from skipcoder.trainer.run.run import Run
 
 
 def write_tables(
-    out: Path, table: list[Row], runs: Sequence[Run], evaluators: Mapping[str, Evaluator], together: bool
+    out: Path,
+    table: list[Row],
+    by_document: Sequence[Mapping[str, ByDocument]],
+    runs: Sequence[Run],
+    evaluators: Mapping[str, Evaluator],
+    together: bool,
 ) -> None:
-    """Write `out` (NAME.json) and the files beside it, and print their names. `table` has one row per run."""
+    """Write `out` (NAME.json) and the files beside it, and print their names. `table` has one row per run, and
+    `by_document` its numbers by document."""
     out.parent.mkdir(parents=True, exist_ok=True)
     wrote = [out, out.with_suffix(".parquet"), out.with_suffix(".seeds.json")]
     _write_json(table, out)
     _write_parquet(table, wrote[1])
     seeds = over_seeds(table, [None if run.is_control else run for run in runs])
     _write_json(seeds, wrote[2])
+    differences = pairs(table, by_document)
+    if differences:
+        wrote.append(out.with_suffix(".pairs.json"))
+        _write_json(differences, wrote[-1])
     page = out.with_name("report.html")
     if all("fvu" in row for row in table):
-        report.write(table, seeds, {path: evaluator.store for path, evaluator in evaluators.items()}, page)
+        report.write(table, seeds, differences, {path: evaluator.store for path, evaluator in evaluators.items()}, page)
         wrote.append(page)
     else:
         print("no report: it shows reconstruction first, and not all of these runs have been evaluated with task core")

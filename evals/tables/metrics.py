@@ -6,6 +6,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from skipcoder.evals.stats.intervals import LEAST
+
 Row = dict[str, Any]
 """A row of a table: summary, evaluation and interpretation of one run side by side."""
 
@@ -54,15 +56,23 @@ METRICS = {
             "ce_clean", "cross-entropy, model as it is (nats)", "CE", unit="nats", line="CE", card=True, table=False
         ),
         Metric(
-            "ce_spliced", "cross-entropy, coder spliced in", "CE spliced", unit="nats", better="lower", interval=True,
-            baseline="ce_clean", line="spliced", card=True, figure="Cross-entropy with the coder spliced in",
-            caption="Nats; the dotted line is the untouched model.",
+            "ce_increase", "cross-entropy, increase with the coder spliced in (nats)", "CE increase", unit="nats",
+            better="lower", interval=True, line="increase", card=True, figure="Cross-entropy: what splicing costs",
+            caption="Nats above the untouched model.",
+        ),
+        Metric(
+            "kl_spliced", "KL divergence from the model as it is (nats)", "KL", unit="nats", better="lower",
+            interval=True, line="KL", card=True, figure="KL divergence", caption="Nats; 0 is the untouched model.",
+        ),
+        Metric(
+            "ce_spliced", "cross-entropy, coder spliced in", "CE spliced", unit="nats", better="lower",
+            baseline="ce_clean", card=True, table=False,
         ),
         Metric("ce_zero", "cross-entropy, MLP zeroed", "CE zeroed", unit="nats", card=True, table=False),
         Metric(
             "ce_recovered_zero", "cross-entropy recovered, against zero", "recovered (zero)", better="higher",
             interval=True, line="recovered", card=True, figure="Cross-entropy recovered",
-            caption="Share of what zeroing the MLP costs; 1 is the untouched model.",
+            caption="Share of what zeroing the MLP costs, where that clearly costs; 1 is the untouched model.",
         ),
         Metric("ce_recovered_mean", "against the mean", "recovered (mean)", better="higher", interval=True, card=True),
         Metric("ce_skip_only", "cross-entropy, skip alone", "CE skip only", unit="nats", better="lower"),
@@ -98,9 +108,6 @@ METRICS = {
 }  # fmt: skip
 """The metrics by key, in the order in which they are shown."""
 
-BEST = ("fvu", "fvu_per_dim", "ce_spliced")
-"""Metrics for which the report marks the best coder."""
-
 
 def interval_of(row: Row, key: str) -> tuple[float, float] | None:
     """The interval of a metric in a row, if it has one."""
@@ -116,6 +123,20 @@ def printed(row: Row) -> str:
             value = row[metric.key]
             facts.append(f"{metric.line} {'-' if value is None else f'{value:.3f}'}")
     return f"{row.get('run', '')} {row['kind']} k={row['k']}  {'  '.join(facts)}".strip()
+
+
+def why_no_intervals(row: Row) -> list[str]:
+    """What keeps a row from having intervals, and what to do."""
+    said = []
+    for count, key, of, remedy in (
+        ("documents", "fvu_ci", "FVU", "capture more text"),
+        ("ce_documents", "ce_increase_ci", "cross-entropy and KL", "set a larger ce_tokens, or capture more text"),
+    ):
+        if count in row and row.get(key) is None:
+            said.append(
+                f"no interval for {of}: {row[count]} documents count as fewer than {LEAST} of equal size; {remedy}"
+            )
+    return said
 
 
 def documented() -> str:

@@ -1,5 +1,6 @@
 """report.html: one self-contained page about a set of evaluated runs."""
 
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -7,16 +8,18 @@ from typing import Any
 import jinja2
 from matplotlib import pyplot as plt
 
+from skipcoder.evals.stats.pairs import clear_best
 from skipcoder.evals.tables import figures
-from skipcoder.evals.tables.metrics import BEST, METRICS, Row, interval_of
+from skipcoder.evals.tables.metrics import METRICS, Row, interval_of, why_no_intervals
 from skipcoder.pipeline.capture.job import runs as capture_runs
 from skipcoder.pipeline.store.attrs import compression_of
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.run.run import METRICS as METRICS_FILE
 
 
-def write(rows: list[Row], seeds: list[Row], stores: dict[str, ActivationStore], path: Path) -> Path:
-    """Write the page for evaluated runs (rows as in the table), their means over seeds, and their stores."""
+def write(rows: list[Row], seeds: list[Row], pairs: list[Row], stores: dict[str, ActivationStore], path: Path) -> Path:
+    """Write the page for evaluated runs (rows as in the table), their means over seeds, their paired differences, and
+    their stores."""
     template = Path(__file__).with_name("report.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["cell"] = _cell
@@ -52,7 +55,7 @@ def write(rows: list[Row], seeds: list[Row], stores: dict[str, ActivationStore],
                 ),
                 (
                     "How often latents fire",
-                    f"Latents by the share of {rows[0]['n']:,} held-out tokens they fire on, silent ones left out.",
+                    f"Latents by the share of {rows[0]['n']:,} test tokens they fire on, silent ones left out.",
                     figures.figure(lambda a: figures.densities(a, shown)),
                 ),
             ]
@@ -64,7 +67,8 @@ def write(rows: list[Row], seeds: list[Row], stores: dict[str, ActivationStore],
         | {m.key: m.short for m in METRICS.values() if m.table and any(m.key in row for row in rows)},
         seed_columns={key: key for key in ("kind", "k", "width")}
         | {m.key: m.short for m in METRICS.values() if m.table and m.unit != "s" and any(m.key in r for r in seeds)},
-        best={key: min(r[key] for r in rows if r["kind"] not in ("neurons", "affine")) for key in BEST},
+        best=clear_best(pairs),
+        why=why_no_intervals(rows[0]),
         figures=shown_figures,
         stores=[_describe(store) for store in stores.values()],
         version=version("skipcoder"),
@@ -81,7 +85,11 @@ def _cell(value: Any) -> str:
 
 def _with_interval(row: Row, key: str) -> str:
     ends = interval_of(row, key)
-    return _cell(row.get(key)) if not ends else f"{_cell(row[key])} \u00b1 {(ends[1] - ends[0]) / 2:.2g}"
+    if not ends:
+        return _cell(row.get(key))
+    half = (ends[1] - ends[0]) / 2
+    digits = max(0, 1 - math.floor(math.log10(half))) if half > 0 else 4  # two of the half width
+    return f"{row[key]:.{digits}f} \u00b1 {half:.{digits}f}"
 
 
 def _describe(store: ActivationStore) -> dict[str, Any]:
@@ -97,7 +105,8 @@ def _describe(store: ActivationStore) -> dict[str, Any]:
             for name, h in store.hookpoints.items()
         ),
         "text": " ".join(filter(None, (identity["data"]["kind"], identity["data"]["place"]))),
-        "tokens": f"{tokens:,} in rows of {store.context}",
+        "tokens": f"{tokens:,} in rows of {store.context}; "
+        + ("no document is in two splits" if store.split_scheme else "documents cross from training to held-out text"),
         "disk": f"{size / 1e6:,.0f} MB, {size / tokens:,.0f} bytes per token "
         f"({identity['codec']}, {compression_of(store.attrs)})",
         "capture": f"{sum(c['seconds'] for c in captured):,.0f} s" if captured else "not recorded",

@@ -19,7 +19,7 @@ from sklearn.metrics import f1_score
 from sklearn.model_selection import cross_val_predict
 
 from skipcoder.evals.core.results import Result
-from skipcoder.evals.stats.bootstrap import interval
+from skipcoder.evals.stats.intervals import interval
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SPLIT_GAIN = 0.03

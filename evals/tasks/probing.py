@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from skipcoder.errors import UserError
 from skipcoder.evals.config import ProbingConfig
 from skipcoder.evals.core.results import Result
-from skipcoder.evals.stats.bootstrap import of_mean
+from skipcoder.evals.stats.intervals import of_mean
 from skipcoder.evals.tasks import labelled
 from skipcoder.evals.tasks.texts import TextReader, pool_dense, pooled
 from skipcoder.trainer.coder.coder import SparseCoder

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from skipcoder.errors import UserError
 from skipcoder.evals.config import RavelConfig
 from skipcoder.evals.core.results import Result
-from skipcoder.evals.stats.bootstrap import interval
+from skipcoder.evals.stats.intervals import interval
 from skipcoder.evals.tasks.texts import TextReader
 from skipcoder.pipeline.model.sites import Site, replacing
 from skipcoder.trainer.run.run import Run
@@ -187,7 +187,8 @@ def _score(patch: Patch, cause: list[Pair], isolation: list[Pair], mask_M: Tenso
 
     def by_city(right: np.ndarray, some: list[Pair]) -> list[float] | None:
         city = np.unique([pair.base.city for pair in some], return_inverse=True)[1]
-        return interval(np.divide, np.bincount(city, right), np.bincount(city).astype(float))
+        pairs = np.bincount(city).astype(float)
+        return interval(np.divide, np.bincount(city, right), pairs, sizes=pairs)
 
     caused, kept = share(cause, "source"), share(isolation, "base")
     return {

@@ -12,17 +12,14 @@ import numpy as np
 from skipcoder.errors import UserError
 from skipcoder.evals.config import ErasureConfig
 from skipcoder.evals.core.results import Result
-from skipcoder.evals.stats.bootstrap import interval
+from skipcoder.evals.stats.intervals import share
 from skipcoder.evals.tasks import ablation, labelled
 from skipcoder.evals.tasks.texts import TextReader
 from skipcoder.trainer.run.run import Run
 
-LEAST = 1e-3
-"""SCR is reported only where the unwanted attribute costs the probe more than this."""
-
 
 def scr(reader: TextReader, runs: Sequence[Run], cfg: ErasureConfig) -> list[Result]:
-    """For each run: `scr_N` for each N, of the attribute that the other spoils more; null if it costs LEAST or less."""
+    """For each run: `scr_N` for each N, of the attribute that the other spoils more; null unless it clearly costs."""
     texts, attributes_T2 = two_attributes(cfg)
     cells = labelled.Labelled("scr", texts, attributes_T2 @ [2, 1], ["0", "1", "2", "3"])
     cells, rows = labelled.distinct(cells, reader.tokens(cells.texts, cfg.tokens))
@@ -55,9 +52,8 @@ def scr(reader: TextReader, runs: Sequence[Run], cfg: ErasureConfig) -> list[Res
             "scr_accuracy_biased": float(before.mean()), "scr_accuracy_oracle": float(best.mean()),
         }  # fmt: skip
         for n, right in after.items():
-            room = best.mean() - before.mean()
-            result[f"scr_{n}"] = float((right.mean() - before.mean()) / room) if room > LEAST else None
-            result[f"scr_{n}_ci"] = interval(_share_regained, *(a.astype(float) for a in (right, before, best)))
+            gained, room = (a.astype(float) - before for a in (right, best))
+            result[f"scr_{n}"], result[f"scr_{n}_ci"] = share(gained, room, np.ones(len(room)))
         results.append(result)
     return results
 
@@ -90,9 +86,3 @@ def _scr_split(cells: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, n
     used = set(test.tolist())
     agree = np.array([place for place in np.flatnonzero((cells == 0) | (cells == 3)) if place not in used])
     return test, balanced, agree[labelled.balanced(cells[agree], count, "scr biased")]
-
-
-def _share_regained(right: np.ndarray, before: np.ndarray, best: np.ndarray) -> np.ndarray:
-    room = best - before
-    result: np.ndarray = np.divide(right - before, room, out=np.full_like(room, np.nan), where=room > 0)
-    return result

@@ -10,7 +10,7 @@ import numpy as np
 from skipcoder.errors import UserError
 from skipcoder.evals.config import ErasureConfig
 from skipcoder.evals.core.results import Result
-from skipcoder.evals.stats.bootstrap import of_mean
+from skipcoder.evals.stats.intervals import of_mean
 from skipcoder.evals.tasks import ablation, labelled
 from skipcoder.evals.tasks.texts import TextReader
 from skipcoder.trainer.run.run import Run

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t as student
 
 from skipcoder.evals.core.metrics import ReconstructionMetrics, Targets
-from skipcoder.evals.stats.bootstrap import resamples
+from skipcoder.evals.core.results import BY_DOCUMENT
 
 
 def metrics(y: torch.Tensor, y_hat: torch.Tensor, batch: int = 100) -> dict:
@@ -64,25 +65,28 @@ def test_latents(y: torch.Tensor) -> None:
     assert result["density_histogram"]["latents"][-1] == 1
 
 
-def test_interval_of_fvu_is_that_of_fvus_computed_anew_on_resampled_rows() -> None:
-    """Tokens of a row are alike, so that taking each for a row of its own would be far too sure."""
+def test_interval_of_fvu_is_that_of_fvus_computed_anew_without_each_document() -> None:
+    """Tokens of a document are alike, so that taking each for itself would be far too sure."""
     rng = torch.Generator().manual_seed(0)
-    rows = torch.arange(400) // 10
-    y = torch.randn(40, 5, generator=rng)[rows] + 0.3 * torch.randn(400, 5, generator=rng) + 100
-    y_hat = y + torch.randn(40, 5, generator=rng)[rows]
-    none, intervals = torch.zeros(400, 1, dtype=torch.int64), []
-    for place in (rows, torch.arange(400)):
+    documents = torch.arange(1000) // 25
+    y = torch.randn(40, 5, generator=rng)[documents] + 0.3 * torch.randn(1000, 5, generator=rng) + 100
+    y_hat = y + torch.randn(40, 5, generator=rng)[documents]
+    none, order, intervals = torch.zeros(1000, 1, dtype=torch.int64), torch.randperm(1000, generator=rng), []
+    for place in (documents, torch.arange(1000)):
         targets = Targets(5, len(place.unique()))
         m = ReconstructionMetrics(8, targets)
-        for part in torch.arange(400).split(37):  # a row may be cut by a batch
+        for part in order.split(437):  # in a stream's order, where each batch is a sample of the whole
             m.update(targets.add(y[part], place[part]), y_hat[part], none[part].float(), none[part])
-        intervals.append(m.result()["fvu_ci"])
+        result = m.result()
+        intervals.append(result["fvu_ci"])
+        assert result["documents"] == len(place.unique())
+        assert result[BY_DOCUMENT]["fvu"].value == pytest.approx(result["fvu"], rel=1e-12)
     found = []
-    for weights in torch.from_numpy(np.concatenate(resamples(40))).long():
-        chosen = torch.arange(40).repeat_interleave(weights)[:, None] * 10 + torch.arange(10)
-        part, part_hat = y[chosen.flatten()].double(), y_hat[chosen.flatten()].double()
+    for document in range(40):
+        part, part_hat = (z[documents != document].double() for z in (y, y_hat))
         found.append(float((part - part_hat).square().sum() / (part - part.mean(0)).square().sum()))
-    assert intervals[0] == pytest.approx(np.quantile(found, [0.025, 0.975]).tolist(), rel=1e-9)
+    half = student.ppf(0.975, 39) * np.sqrt(39 / 40 * np.square(np.log(found) - np.log(found).mean()).sum())
+    assert intervals[0] == pytest.approx([result["fvu"] * np.exp(-half), result["fvu"] * np.exp(half)], rel=0.02)
     (low, high), (low_tokens, high_tokens) = intervals
     assert high - low > 2 * (high_tokens - low_tokens)
 

@@ -9,10 +9,8 @@ import pytest
 import torch
 import transformers as tf
 
-from skipcoder.evals.core.ce_kl import by_position, recovered, summary
+from skipcoder.evals.core.ce_kl import by_position, summary
 from skipcoder.evals.core.passes import Part, TokenLosses, ablation, token_losses
-from skipcoder.evals.stats import bootstrap
-from skipcoder.evals.stats.bootstrap import interval
 from skipcoder.pipeline.model.hookpoints import resolve
 from skipcoder.pipeline.model.sites import Site, replacing
 from tests.pipeline.capture.test_capture import ARCHITECTURES
@@ -121,12 +119,12 @@ def test_identity_recovers_all_and_zero_nothing(lm: Any, tokens: torch.Tensor) -
 
     def of(way: str) -> dict[str, Any]:
         named = {"spliced": losses[way], "zero": losses["zero"], "mean": losses["mean"]}
-        return summary(losses[None], {f"{n}{suffix}": v for n, v in named.items() for suffix in ("", "_all")})
+        every = {f"{n}{suffix}": v for n, v in named.items() for suffix in ("", "_all")}
+        return summary(losses[None], every, np.arange(12 * 15).reshape(12, 15))
 
     assert of("identity")["ce_recovered_zero"] == 1 and of("identity")["ce_recovered_zero_ci"] == [1, 1]
     assert of("identity")["kl_spliced"] == 0 and all(b["ce"] == 0 for b in of("identity")["by_position"])
     assert of("zero")["ce_recovered_zero"] == 0 and of("mean")["ce_recovered_mean_all"] == 0
-    assert recovered(clean=2.0, spliced=2.0, ablated=2.0) is None
 
 
 def test_positions() -> None:
@@ -136,23 +134,28 @@ def test_positions() -> None:
     assert [r["ce"] for r in ranges] == [0, 1, 2.5, 9.5, 18] and ranges[-1]["kl"] == 36
 
 
-def test_intervals_cover_what_they_promise() -> None:
-    """Of 300 samples of 200 normal numbers, the mean is inside in 95 %, give or take four binomial deviations (5 %)."""
-    rng = np.random.default_rng(1)
-    inside = 0
-    for _ in range(300):
-        sample = rng.normal(3.0, 2.0, 200)
-        low, high = interval(lambda s, n: s / n, sample, np.ones(200)) or (0, 0)
-        inside += low <= 3.0 <= high
-        assert high - low == pytest.approx(4 * 1.96 / 200**0.5 * (sample.std() / 2), rel=0.2)
-    assert inside / 300 >= 0.90
-    assert interval(lambda s: s, np.ones(bootstrap.MIN_ROWS - 1)) is None
-
-
-def test_a_share_of_a_cost_that_may_be_none_has_no_interval() -> None:
-    noise = torch.randn(16, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def test_a_share_of_a_cost_that_may_be_none_is_not_given() -> None:
+    noise = torch.randn(40, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     clean, ablated = (TokenLosses(z, z.abs()) for z in (noise, noise.flip(0)))
     names = ("spliced", "zero", "mean", "spliced_all", "zero_all", "mean_all")
-    result = summary(clean, dict.fromkeys(names, ablated))
-    assert result["ce_recovered_zero_ci"] is None and result["ce_spliced_ci"] is not None
+    documents = np.indices((40, 5))[0]
+    result = summary(clean, dict.fromkeys(names, ablated), documents)
+    assert result["ce_recovered_zero"] is result["ce_recovered_zero_ci"] is None
+    assert result["ce_increase_ci"] is not None and result["ce_documents"] == 40
     assert summary(clean, dict.fromkeys(names, clean))["ce_recovered_zero"] is None
+
+
+def test_what_splicing_costs_is_told_by_document_and_in_pairs() -> None:
+    """Documents differ much more than what splicing does to each: clean and spliced intervals would overlap."""
+    rng = torch.Generator().manual_seed(0)
+    documents = np.sort(np.random.default_rng(0).integers(0, 60, (30, 20)).ravel()).reshape(30, 20)
+    level = 2 * torch.randn(60, generator=rng, dtype=torch.float64)[torch.from_numpy(documents)]
+    cost = 0.05 + 0.02 * torch.randn(30, 20, generator=rng, dtype=torch.float64)
+    clean, spliced, zero = (TokenLosses(level + z, (level + z).exp()) for z in (0, cost, cost + 1))
+    losses = {f"{n}{s}": v for n, v in (("spliced", spliced), ("zero", zero), ("mean", zero)) for s in ("", "_all")}
+    result = summary(clean, losses, documents)
+    assert result["ce_increase"] == pytest.approx(float(cost.mean()))
+    low, high = result["ce_increase_ci"]
+    assert 0.03 < low < result["ce_increase"] < high < 0.07
+    assert result["ce_recovered_zero"] == pytest.approx(1 / (1 + float(cost.mean())))
+    assert summary(clean, losses)["ce_increase_ci"] is None  # without documents
