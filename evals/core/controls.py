@@ -15,8 +15,12 @@ from skipcoder.evals.config import Control
 from skipcoder.pipeline.model.hooks import argument, first_tensor
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.coder.coder import CoderOutput
+from skipcoder.trainer.data.stream import ActivationStream
 from skipcoder.trainer.run.run import Run, Summary
 from skipcoder.trainer.step.skip_init import ridge
+
+SAMPLE = 4096
+"""Training tokens from which the mean of the neurons that are left out is taken."""
 
 
 @dataclass
@@ -28,16 +32,18 @@ class Size:
 
 
 class Neurons(nn.Module):
-    """The k neurons of an MLP that add the longest vectors to its output: a coder that needs no training."""
+    """The k neurons of an MLP that add the longest vectors to its output, and the mean of what the others add: a coder
+    that needs no training."""
 
     W_skip = None
     W_dec: Tensor
     b_dec: Tensor
 
     def __init__(self, mlp: nn.Module, k: int, sample_ND: Tensor) -> None:
-        """`sample_ND`: any inputs of the MLP. UserError unless its output is that of one last linear map."""
+        """`sample_ND`: inputs of the MLP, from which the mean is taken. UserError unless its output is that of one last
+        linear map."""
         super().__init__()
-        last = _last_linear(mlp, sample_ND)
+        last = _last_linear(mlp, sample_ND[:8])
         self._model = (mlp, last)  # in a tuple, not as submodules: they stay with the model
         weight = last.weight.detach().float()
         W_dec_ME = weight.T.contiguous() if isinstance(last, nn.Linear) else weight  # GPT-2's Conv1D is [M, E]
@@ -45,22 +51,29 @@ class Neurons(nn.Module):
         self.register_buffer("W_dec", W_dec_ME)
         self.register_buffer("b_dec", W_dec_ME.new_zeros(W_dec_ME.shape[1]) if bias is None else bias.detach().float())
         self.cfg, self.d_out = Size(min(k, len(W_dec_ME)), len(W_dec_ME)), W_dec_ME.shape[1]
+        whole_E = self._neurons(sample_ND).mean(0) @ self.W_dec + self.b_dec
+        self.b_dec += whole_E - self(sample_ND).y_hat.mean(0)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> CoderOutput:
         """Activations of the chosen neurons, which may be negative, and the output that they add up to."""
-        mlp, last = self._model
-        found: list[Tensor] = []
-        handle = last.register_forward_pre_hook(lambda _, args: found.append(args[0]))
-        try:
-            mlp.forward(x.to(last.weight.dtype)[None])  # bypasses its hooks, from which we may be called
-        finally:
-            handle.remove()
-        neurons_NM = found[0][0].float()
+        neurons_NM = self._neurons(x)
         indices = (neurons_NM.abs() * self.W_dec.norm(dim=1)).topk(self.cfg.k, sorted=False).indices
         values = neurons_NM.gather(1, indices)
         sparse = torch.zeros_like(neurons_NM).scatter_(1, indices, values)
         return CoderOutput(sparse @ self.W_dec + self.b_dec, values, indices)
+
+    @torch.no_grad()
+    def _neurons(self, x_ND: Tensor) -> Tensor:
+        """Activations of all neurons, float32 [N, M]."""
+        mlp, last = self._model
+        found: list[Tensor] = []
+        handle = last.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+        try:
+            mlp.forward(x_ND.to(last.weight.dtype)[None])  # bypasses its hooks, from which we may be called
+        finally:
+            handle.remove()
+        return found[0][0].float()
 
 
 class Affine(nn.Module):
@@ -103,10 +116,11 @@ def control_runs(asked: list[Control], runs: list[Run], model: nn.Module, store:
                     raise UserError(
                         f"controls=[neurons]: {write.module} stands between the MLP's neurons and its output"
                     )
-                sample = store.activations(hookpoint, "input", 0, 8)
+                stream = ActivationStream(store, hookpoint, SAMPLE, filter=run.filter, epochs=1)
+                sample = next(iter(stream)).x
                 coder = Neurons(mlp, k, sample.to(next(mlp.parameters()).device))
             else:
-                coder = Affine(*ridge(store, hookpoint, run.filter))
+                coder = Affine(*ridge(store, hookpoint, run.filter, every=True))
             summary: Summary = {
                 "hookpoint": hookpoint, "model": run.summary["model"], "kind": control.value, "k": k,
                 "width": coder.cfg.width, "seed": None, "train_tokens": 0, "seconds": 0.0,

@@ -68,6 +68,7 @@ def write(rows: list[Row], seeds: list[Row], pairs: list[Row], stores: dict[str,
         seed_columns={key: key for key in ("kind", "k", "width")}
         | {m.key: m.short for m in METRICS.values() if m.table and m.unit != "s" and any(m.key in r for r in seeds)},
         best=clear_best(pairs),
+        seconds=sum((row.get("seconds") or 0) / row.get("bank_coders", 1) for row in rows),
         why=why_no_intervals(rows[0]),
         figures=shown_figures,
         stores=[_describe(store) for store in stores.values()],

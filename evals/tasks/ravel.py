@@ -77,7 +77,7 @@ def known_prompts(model: nn.Module, reader: TextReader) -> list[Prompt]:
 
 def pairs_of(prompts: Sequence[Prompt], attribute: str, count: int) -> tuple[list[Pair], list[Pair]]:
     """(pairs that ask for `attribute`, pairs that ask for others). The source's city has another value of `attribute`;
-    its prompt asks for the same attribute as the base."""
+    its prompt asks for the same attribute as the base, and has another answer."""
     by_key = {(p.city, p.attribute): p for p in prompts}
     value = {p.city: p.answer for p in prompts if p.attribute == attribute}
     rng = np.random.default_rng(0)
@@ -89,7 +89,7 @@ def pairs_of(prompts: Sequence[Prompt], attribute: str, count: int) -> tuple[lis
                 continue
             if base.attribute == attribute:
                 cause.append(Pair(base, source))
-            else:
+            elif source.answer != base.answer:  # else nothing could go wrong
                 isolation.append(Pair(base, source))
     return tuple([some[i] for i in rng.permutation(len(some))[:count]] for some in (cause, isolation))  # type: ignore[return-value]
 

@@ -126,6 +126,8 @@ def _train(members: list[Member], store: ActivationStore, outcomes: dict[Path, O
     begin = min(positions)
     stream.load_state_dict(positions[begin] or stream.beginning())
     begun = [member for member in members if member.directory not in outcomes]
+    for member in begun:
+        member.bank_coders = len(begun)
     _loop(begun, begin, stream, _held_out(cfg, store, device), outcomes, ranks)
 
 

@@ -36,6 +36,8 @@ class Member:
         self.loggers: list[Logger] = []
         self.last: MetricsLine | None = None
         """The latest line of metrics."""
+        self.bank_coders = 1
+        """Coders that were trained together, and share the time."""
         self._learner: Learner | None = None
 
     @property
@@ -191,6 +193,7 @@ class Member:
             "encode_mode": self.last["encode_mode"],
             "chunk_bytes": self.learner.coder.search.chunk_bytes,
             "seconds": round(self.seconds, 2),
+            "bank_coders": self.bank_coders,
         }
         if self.ranks.is_main:
             coder.save(self.directory / FOLDER)

@@ -62,6 +62,9 @@ class Summary(TypedDict):
     encode_mode: NotRequired[str]
     chunk_bytes: NotRequired[int]
     seconds: float | None
+    """Of the whole bank."""
+    bank_coders: NotRequired[int]
+    """Coders of the bank."""
 
 
 class MetricsLine(TypedDict):

@@ -117,6 +117,17 @@ def test_what_keeps_intervals_away_is_said(sweep: Path, capsys: pytest.CaptureFi
     assert "There is no interval for FVU" in page and 'class="best"' not in page
 
 
+def test_time_that_a_bank_s_coders_share_is_counted_once(tmp_path: Path, store: ActivationStore) -> None:
+    jobs = [(config(store, kind), tmp_path / kind.value) for kind in (Kind.sae, Kind.transcoder)]
+    outcomes = training.train_bank(jobs)
+    seconds = [outcome.summary["seconds"] or 0 for outcome in outcomes if outcome.summary]
+    assert len(seconds) == 2 and all(o.summary and o.summary["bank_coders"] == 2 for o in outcomes)
+    for summary in tmp_path.glob("*/summary.json"):  # long enough to be told apart in whole seconds
+        summary.write_text(json.dumps(json.loads(summary.read_text()) | {"seconds": 500.0}))
+    evaluate(EvaluateConfig(runs=f"{tmp_path}/*", out=str(tmp_path / "t.json"), ce_tokens=64))
+    assert "<dd>500 s for 2 coders</dd>" in (tmp_path / "report.html").read_text()
+
+
 def test_controls_are_rows(table: Path) -> None:
     rows = {(row["kind"], row["hookpoint"]): row for row in read(table)}
     for layer in LAYERS:

@@ -10,7 +10,7 @@ from skipcoder.errors import UserError
 from skipcoder.evals.config import ErasureConfig, ProbingConfig
 from skipcoder.evals.tables.saebench_adapter import SaeBenchSAE
 from skipcoder.evals.tasks.probing import probing
-from skipcoder.evals.tasks.ravel import Pair, Patch, Prompt
+from skipcoder.evals.tasks.ravel import Pair, Patch, Prompt, pairs_of
 from skipcoder.evals.tasks.scr import scr
 from skipcoder.evals.tasks.texts import Pooled, TextReader, pool_dense
 from skipcoder.evals.tasks.tpp import tpp
@@ -157,3 +157,21 @@ def test_coders_with_varying_numbers_of_latents(
     with pytest.raises(UserError, match="sae-bench evaluates SAEs alone"):
         run.coder.cfg.kind = Kind.transcoder
         SaeBenchSAE(run.coder, "tiny", "blocks.1.hook_mlp_out", 1)
+
+
+def test_ravel_s_isolation_pairs_can_go_wrong() -> None:
+    """Where base and source have the same answer, no patch could change it."""
+    answers = {"a": (1, 7), "b": (2, 7), "c": (3, 8)}  # of the attribute in question, and of another
+    prompts = [
+        Prompt(city, attribute, [0], 0, answer)
+        for city, both in answers.items()
+        for attribute, answer in zip(("country", "continent"), both, strict=True)
+    ]
+    cause, isolation = pairs_of(prompts, "country", 99)
+    assert len(cause) == 6
+    assert {(pair.base.city, pair.source.city) for pair in isolation} == {
+        ("a", "c"),
+        ("b", "c"),
+        ("c", "a"),
+        ("c", "b"),
+    }

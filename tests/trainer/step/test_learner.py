@@ -190,6 +190,16 @@ def test_ridge_solution_is_kept_beside_the_store(store: ActivationStore, monkeyp
     assert file.stat().st_size > 100  # mended
 
 
+def test_ridge_of_every_token_fits_them_as_well_as_can_be(store: ActivationStore) -> None:
+    W, b = ridge(store, HOOKPOINT, TokenFilter(), every=True)
+    (whole,) = ActivationStream(store, HOOKPOINT, store.rows * store.context, epochs=1)
+    x, y = whole.x.double(), whole.y.double()
+    error, x = y - x @ W.T - b, x - x.mean(0)
+    torch.testing.assert_close(error.mean(0), torch.zeros_like(b), rtol=0, atol=1e-9)
+    # No direction of x tells anything about the error, but for lambda = 1e-6.
+    assert (error.T @ x).abs().max() < 1e-4 * (y.T @ x).abs().max()
+
+
 def test_skip_starts_from_ridge_where_the_text_suffices(
     store: ActivationStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
