@@ -18,7 +18,7 @@ COLUMNS = {
     "ce_skip_only": "CE skip only",
     "probing_k1": "probing k=1",
     "probing_k5": "probing k=5",
-    "probing_random_k5": "random coder k=5",
+    "probing_gain_k5": "less a random coder",
     "tpp_20": "TPP 20",
     "scr_20": "SCR 20",
     "absorption_full": "absorption",

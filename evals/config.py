@@ -38,7 +38,7 @@ class ProbingConfig:
     datasets: list[str] | None = None
     """Names of data sets in sae-probes, or paths of CSV files (columns prompt, target); [all]: the 113 binary ones;
     null: `count` of these, spread over the list."""
-    count: int = 16
+    count: int = 20
     texts: int = 600
     """Texts per data set; two thirds of them train the probes."""
     tokens: int = 64

@@ -86,6 +86,10 @@ METRICS = {
             baseline="probing_dense_y",
         ),
         Metric(
+            "probing_gain_k5", "sparse probing, five latents, less those of a random coder on the same side",
+            "probing gain k=5", better="higher", interval=True,
+        ),
+        Metric(
             "absorption_full", "feature absorption", "absorption", better="lower", interval=True, line="absorption",
             card=True, figure="Feature absorption",
             caption="Share of words whose first letter is fully absorbed; lower is better.",

@@ -61,6 +61,7 @@ def probing(reader: TextReader, runs: Sequence[Run], cfg: ProbingConfig) -> list
             features = pooled(run.coder, batches, side, len(places))
             row = {"dataset": name, "train": split, "test": len(places) - split, **task.sparse(features), **shared}
             row |= {f"random_{key}": value for key, value in random[same].items()}
+            row |= {f"gain_{key}": row[key] - row[f"random_{key}"] for key in random[same]}
             row |= {f"permuted_{key}": value for key, value in task.sparse(features, permuted=True).items()}
             found.append(row)
     return [_summary(found) for found in details]

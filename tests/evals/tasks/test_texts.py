@@ -84,6 +84,7 @@ def test_probing_tpp_and_scr_on_real_texts(reader: TextReader, run: Run) -> None
     assert found["probing_datasets"] == 2 and [row["test"] for row in found["probing_details"]] == [30, 30]
     for key in ("k1", "k5_auc", "dense_x", "dense_y", "random_k2", "y_dims_k1", "permuted_k1"):
         assert 0 <= found[f"probing_{key}"] <= 1
+    assert found["probing_gain_k2"] == pytest.approx(found["probing_k2"] - found["probing_random_k2"])
     (effects,) = tpp(reader, [run], ErasureConfig(texts=120, tokens=12, ablate=[2, 20]))
     assert effects["tpp_classes"] == ["Entertainment", "Politics", "Sport", "Technology"]
     assert -1 <= effects["tpp_2"] <= 1 and effects["tpp_texts"] == 60
