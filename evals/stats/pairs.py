@@ -65,6 +65,7 @@ def pairs(rows: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, ByDocu
                     table.append(
                         {
                             "metric": metric,
+                            "over": "documents",
                             "run": rows[i]["run"],
                             "best": rows[places[least]]["run"],
                             "difference": found[i][metric].minus(best).value,

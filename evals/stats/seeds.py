@@ -57,7 +57,40 @@ def over_seeds(rows: Sequence[dict[str, Any]], runs: Sequence[Run | None]) -> li
     return table
 
 
-def _interval(values: np.ndarray) -> list[float]:
+def seed_pairs(rows: Sequence[dict[str, Any]], stores: Sequence[str], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Each configuration's difference to the best of its store and hookpoint (lower is better), seed by seed, where
+    they have the same seeds, two or more. Student's t; the intervals hold all together with 95 % (Bonferroni).
+    `stores`: of each row; `run` and `best` are configurations."""
+    table = []
+    for metric in metrics:
+        of: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+        for row, store in zip(rows, stores, strict=True):
+            if row.get(metric) is not None and row.get("seed") is not None:
+                alike = of.setdefault((store, row["hookpoint"]), {})
+                alike.setdefault(row["configuration"], {})[row["seed"]] = row[metric]
+        for every in of.values():
+            alike = {name: values for name, values in every.items() if len(values) > 1}
+            best = min(alike, key=lambda name: float(np.mean(list(alike[name].values()))), default="")
+            seeds = alike[best].keys() if alike else set()
+            others = [name for name in alike if name != best and alike[name].keys() == seeds]
+            for name in others:
+                differences = np.array([alike[name][seed] - alike[best][seed] for seed in sorted(seeds)])
+                table.append(
+                    {
+                        "metric": metric,
+                        "over": "seeds",
+                        "run": name,
+                        "best": best,
+                        "difference": float(differences.mean()),
+                        "difference_ci": _interval(differences, 1 - 0.05 / len(others)),
+                        "seeds": len(differences),
+                        "comparisons": len(others),
+                    }
+                )
+    return table
+
+
+def _interval(values: np.ndarray, confidence: float = 0.95) -> list[float]:
     n = len(values)
-    half = float(student.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
+    half = float(student.ppf((1 + confidence) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n))
     return [float(values.mean()) - half, float(values.mean()) + half]

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from skipcoder.evals.core.evaluator import Evaluator
 from skipcoder.evals.core.joint_splice import spliced_together
 from skipcoder.evals.stats.pairs import ByDocument, pairs
-from skipcoder.evals.stats.seeds import over_seeds
+from skipcoder.evals.stats.seeds import over_seeds, seed_pairs
 from skipcoder.evals.tables import report
 from skipcoder.evals.tables.metrics import METRICS, Row, printed
 from skipcoder.trainer.run.run import Run
@@ -34,6 +34,8 @@ def write_tables(
     seeds = over_seeds(table, [None if run.is_control else run for run in runs])
     _write_json(seeds, wrote[2])
     differences = pairs(table, by_document)
+    told = list(dict.fromkeys(key for found in by_document for key in found))
+    differences += seed_pairs(table, [run.store_path for run in runs], told)
     if differences:
         wrote.append(out.with_suffix(".pairs.json"))
         _write_json(differences, wrote[-1])

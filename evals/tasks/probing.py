@@ -59,7 +59,13 @@ def probing(reader: TextReader, runs: Sequence[Run], cfg: ProbingConfig) -> list
                 twin = random_twin(run, dense[side].mean(0))
                 random[same] = task.sparse(pooled(twin, batches, side, len(places)))
             features = pooled(run.coder, batches, side, len(places))
-            row = {"dataset": name, "train": split, "test": len(places) - split, **task.sparse(features), **shared}
+            row: Result = {
+                "dataset": name,
+                "train": split,
+                "test": len(places) - split,
+                **task.sparse(features),
+                **shared,
+            }
             row |= {f"random_{key}": value for key, value in random[same].items()}
             row |= {f"gain_{key}": row[key] - row[f"random_{key}"] for key in random[same]}
             row |= {f"permuted_{key}": value for key, value in task.sparse(features, permuted=True).items()}

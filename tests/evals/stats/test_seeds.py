@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from skipcoder.evals.stats.seeds import groups, over_seeds, shared_latents
+from skipcoder.evals.stats.pairs import clear_best
+from skipcoder.evals.stats.seeds import groups, over_seeds, seed_pairs, shared_latents
 from skipcoder.trainer.config import TrainConfig
 from skipcoder.trainer.run.run import Run, RunDirectory
 
@@ -41,6 +43,26 @@ def test_means_and_intervals_over_seeds() -> None:
     # t(0.975, 2) = 4.3027; the deviation is 0.1
     assert three["fvu_ci"] == pytest.approx([0.2 - 4.3027 * 0.1 / 3**0.5, 0.2 + 4.3027 * 0.1 / 3**0.5], abs=1e-5)
     assert one["fvu_ci"] == [0.4, 0.6] and one["seeds"] == 1
+
+
+def test_differences_are_seed_by_seed() -> None:
+    """Seeds that are good for one are good for the other: differences are clear where the means' intervals overlap."""
+    rows = [
+        {"hookpoint": "h", "configuration": name, "seed": seed, "fvu": luck + better}
+        for name, better in (("a", 0.0), ("b", 0.01), ("c", 0.012))
+        for seed, luck in enumerate((0.1, 0.2, 0.3 + better / 100))
+    ]
+    rows += [{"hookpoint": "h", "configuration": "d", "seed": 0, "fvu": 0.05}]  # one seed tells nothing
+    rows += [{"hookpoint": "h", "configuration": "e", "seed": None, "fvu": 0.0}]  # a control
+    of_one_store = seed_pairs(rows[:9], ["s"] * 9, ["fvu"])
+    assert [(row["run"], row["best"], row["seeds"]) for row in of_one_store] == [("b", "a", 3), ("c", "a", 3)]
+    low, high = of_one_store[0]["difference_ci"]
+    # t(1 - 0.025 / 2, 2) = 6.2053; differences 0.01, 0.01 and 0.0101
+    half = 6.2053 * np.std([0.01, 0.01, 0.0101], ddof=1) / 3**0.5
+    assert (low, high) == pytest.approx((0.01 + 1e-4 / 3 - half, 0.01 + 1e-4 / 3 + half), abs=1e-8)
+    assert clear_best(of_one_store) == {("fvu", "a")}
+    assert seed_pairs(rows, ["s"] * 11, ["fvu"]) == of_one_store
+    assert seed_pairs(rows[:6], ["s"] * 3 + ["t"] * 3, ["fvu"]) == []
 
 
 def test_seeds_are_those_of_the_start_and_of_the_order(tmp_path: Path) -> None:
