@@ -15,6 +15,7 @@ class TaskName(StrEnum):
     tpp = "tpp"
     scr = "scr"
     ravel = "ravel"
+    contextfree = "contextfree"
 
 
 class Control(Enum):
@@ -68,6 +69,17 @@ class AbsorptionConfig:
 
 
 @dataclass
+class ContextFreeConfig:
+    """How far activations follow from the tokens at hand."""
+
+    tokens: int = 262144
+    """Tokens of training text that make the tables, and of test text that try them, at most."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "tokens")
+
+
+@dataclass
 class ErasureConfig:
     """Ablation of a concept's latents: TPP and SCR."""
 
@@ -115,7 +127,7 @@ class EvaluateConfig:
     """With `runs`: the table, NAME.json; NAME.parquet, NAME.seeds.json and report.html are written beside it."""
     tasks: list[str] = field(default_factory=lambda: [str(TaskName.core)])
     """core: reconstruction and cross-entropy; probing, absorption, tpp, scr, ravel: SAEBench's, for both sides of
-    an MLP; or your own (docs/extending.md)."""
+    an MLP; contextfree: how far latents follow from the tokens at hand; or your own (docs/extending.md)."""
     controls: list[Control] = field(default_factory=list)
     """With `out`: rows of the table to compare coders with. neurons: the k largest of the MLP's own neurons, for each k
     of the runs; affine: the best affine map from input to output."""
@@ -135,6 +147,7 @@ class EvaluateConfig:
     absorption: AbsorptionConfig = field(default_factory=AbsorptionConfig)
     erasure: ErasureConfig = field(default_factory=ErasureConfig)
     ravel: RavelConfig = field(default_factory=RavelConfig)
+    contextfree: ContextFreeConfig = field(default_factory=ContextFreeConfig)
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.runs is None):

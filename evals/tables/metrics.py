@@ -100,6 +100,18 @@ METRICS = {
         Metric("scr_20", "spurious correlation removal, 20 latents", "SCR 20", interval=True, line="SCR 20"),
         Metric("ravel_disentangle", "RAVEL, disentanglement", "RAVEL", better="higher", interval=True, line="RAVEL"),
         Metric(
+            "contextfree_token", "R² of activations from the token alone", "R² by token", interval=True,
+            baseline="contextfree_token_shuffled", line="by token",
+        ),
+        Metric(
+            "contextfree_triple", "R² of activations from three tokens", "R² by three tokens", interval=True,
+            baseline="contextfree_triple_shuffled", line="by three",
+        ),
+        Metric(
+            "contextfree_entropy", "entropy of a latent's tokens", "token entropy", unit="bits", interval=True,
+            baseline="contextfree_entropy_shuffled",
+        ),
+        Metric(
             "shared_latents", "latents that two seeds share", "shared by seeds", better="higher",
             figure="Latents that two seeds share", caption="Matched one to one; cosine of at least 0.7.",
         ),

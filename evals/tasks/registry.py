@@ -71,6 +71,12 @@ def _ravel(context: Context, runs: Sequence[Run]) -> Iterable[Result]:
     return ravel(context.evaluator.model, context.reader, runs, context.cfg.ravel)
 
 
+def _contextfree(context: Context, runs: Sequence[Run]) -> Iterable[Result]:
+    from skipcoder.evals.tasks.contextfree import contextfree
+
+    return contextfree(context.evaluator.store, context.hookpoint, runs, context.cfg.contextfree)
+
+
 TASKS: Registry[Task] = Registry(
     "tasks",
     {
@@ -80,6 +86,7 @@ TASKS: Registry[Task] = Registry(
         TaskName.tpp: _tpp,
         TaskName.scr: _scr,
         TaskName.ravel: _ravel,
+        TaskName.contextfree: _contextfree,
     },
 )
 
