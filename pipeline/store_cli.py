@@ -57,8 +57,8 @@ def info(place: Place) -> int:
 
 
 def _text(store: ActivationStore) -> dict[str, str]:
-    """Tokens and documents of each split, and how much of the held-out text stands in training. Found in one reading of
-    the text, and kept beside the store."""
+    """Tokens and documents of each split, and how much of the held-out text stands in training. All of the text is read
+    for it, so it is kept beside the store."""
     file = f"text-{store.content}.json"
     with suppress(OSError, ValueError):
         kept: dict[str, str] = json.loads(store.derived.read(file))

@@ -19,6 +19,8 @@ from skipcoder.trainer.data.stream import ActivationStream
 from skipcoder.trainer.run.run import Run, Summary
 from skipcoder.trainer.step.skip_init import ridge
 
+AFFINE = 1024
+"""Training tokens for each dimension from which the affine map is made, where there are so many."""
 SAMPLE = 4096
 """Training tokens from which the mean of the neurons that are left out is taken."""
 
@@ -52,7 +54,7 @@ class Neurons(nn.Module):
         self.register_buffer("b_dec", W_dec_ME.new_zeros(W_dec_ME.shape[1]) if bias is None else bias.detach().float())
         self.cfg, self.d_out = Size(min(k, len(W_dec_ME)), len(W_dec_ME)), W_dec_ME.shape[1]
         whole_E = self._neurons(sample_ND).mean(0) @ self.W_dec + self.b_dec
-        self.b_dec += whole_E - self(sample_ND).y_hat.mean(0)
+        self.b_dec = self.b_dec + (whole_E - self(sample_ND).y_hat.mean(0))  # not in place: it may be the model's own
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> CoderOutput:
@@ -120,7 +122,8 @@ def control_runs(asked: list[Control], runs: list[Run], model: nn.Module, store:
                 sample = next(iter(stream)).x
                 coder = Neurons(mlp, k, sample.to(next(mlp.parameters()).device))
             else:
-                coder = Affine(*ridge(store, hookpoint, run.filter, every=True))
+                device = str(next(model.parameters()).device)
+                coder = Affine(*ridge(store, hookpoint, run.filter, device, AFFINE))
             summary: Summary = {
                 "hookpoint": hookpoint, "model": run.summary["model"], "kind": control.value, "k": k,
                 "width": coder.cfg.width, "seed": None, "train_tokens": 0, "seconds": 0.0,

@@ -128,8 +128,8 @@ class Evaluation(TypedDict, total=False):
     ravel_disentangle: float | None
 
 
-_OTHER_PREFIXES = {"absorption": ("split_latents",)}
-"""Beginnings of keys of a task's results that are not its name."""
+_OTHER_PREFIXES = {"absorption": ("split_latents",), "evaluation": ("ce_", "kl_", "fvu", "documents")}
+"""Beginnings of keys of a task's results that are not its name; core's time is `evaluation_seconds`."""
 
 
 def read(run: Run) -> Evaluation:

@@ -6,7 +6,7 @@ narrower than either's own; overlapping intervals say nothing about which is bet
 Legend: G documents.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,25 +38,34 @@ class ByDocument(NamedTuple):
         return self._replace(over_G=self.over_G - other.over_G)
 
 
+def comparisons(coders: int) -> int:
+    """Pairs among so many coders."""
+    return coders * (coders - 1) // 2
+
+
 def to_the_least(numbers: Sequence[ByDocument]) -> tuple[int, list[Interval | None]]:
     """Which of several coders' numbers is the least, and for each the interval of its difference to that (None for
-    itself). All of these hold together with 95 %: Bonferroni's correction."""
+    itself). All of these hold together with 95 %: Bonferroni's correction, for every pair, as any could have been the
+    least."""
     least = min(range(len(numbers)), key=lambda i: numbers[i].value)
-    confidence = 1 - 0.05 / max(1, len(numbers) - 1)
+    confidence = 1 - 0.05 / max(1, comparisons(len(numbers)))
     return least, [
         None if i == least else of.minus(numbers[least]).interval(confidence=confidence) for i, of in enumerate(numbers)
     ]
 
 
-def pairs(rows: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, ByDocument]]) -> list[dict[str, Any]]:
-    """For each metric and each set of coders that can be compared (of one store, hookpoint and filter; lower is
-    better): every coder's difference to the best. `rows`: those of the table; `found`: what each has by document."""
+def pairs(
+    rows: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, ByDocument]], alike: Sequence[Hashable]
+) -> list[dict[str, Any]]:
+    """For each metric and each set of coders that can be compared (lower is better): every coder's difference to the
+    best. `rows`: those of the table; `found`: what each has by document; `alike`: equal for those that can be compared,
+    as they are of one store, hookpoint and filter."""
     table = []
     for metric in dict.fromkeys(key for of in found for key in of):
-        groups: dict[bytes, list[int]] = {}
+        groups: dict[Hashable, list[int]] = {}
         for i, of in enumerate(found):
             if metric in of:
-                groups.setdefault(of[metric].under_G.tobytes() + rows[i]["hookpoint"].encode(), []).append(i)
+                groups.setdefault((alike[i], of[metric].under_G.tobytes()), []).append(i)
         for places in groups.values():
             least, intervals = to_the_least([found[i][metric] for i in places])
             best = found[places[least]][metric]
@@ -71,7 +80,7 @@ def pairs(rows: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, ByDocu
                             "difference": found[i][metric].minus(best).value,
                             "difference_ci": ends,
                             "documents": len(best.over_G),
-                            "comparisons": len(places) - 1,
+                            "comparisons": comparisons(len(places)),
                         }
                     )
     return table

@@ -1,7 +1,7 @@
 """What several seeds of one configuration have in common, and how far their numbers scatter."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import t as student
 from torch import Tensor
 
+from skipcoder.evals.stats.pairs import comparisons
 from skipcoder.trainer.run.run import Run
 
 SHARED = 0.7
@@ -57,34 +58,39 @@ def over_seeds(rows: Sequence[dict[str, Any]], runs: Sequence[Run | None]) -> li
     return table
 
 
-def seed_pairs(rows: Sequence[dict[str, Any]], stores: Sequence[str], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """Each configuration's difference to the best of its store and hookpoint (lower is better), seed by seed, where
-    they have the same seeds, two or more. Student's t; the intervals hold all together with 95 % (Bonferroni).
-    `stores`: of each row; `run` and `best` are configurations."""
+def seed_pairs(
+    rows: Sequence[Mapping[str, Any]], seeds: Sequence[Hashable], alike: Sequence[Hashable], metrics: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Each configuration's difference to the best of those that can be compared (lower is better), seed by seed.
+    Student's t; the intervals hold all together with 95 % (Bonferroni, for every pair); None unless both have the same
+    seeds, two or more. `seeds`: of each row, None of a control; `alike`: equal for rows that can be compared; `run` and
+    `best` are configurations."""
     table = []
     for metric in metrics:
-        of: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
-        for row, store in zip(rows, stores, strict=True):
-            if row.get(metric) is not None and row.get("seed") is not None:
-                alike = of.setdefault((store, row["hookpoint"]), {})
-                alike.setdefault(row["configuration"], {})[row["seed"]] = row[metric]
+        of: dict[Hashable, dict[str, dict[Any, float]]] = {}
+        for row, seed, group in zip(rows, seeds, alike, strict=True):
+            if row.get(metric) is not None and seed is not None:
+                of.setdefault(group, {}).setdefault(row["configuration"], {})[seed] = row[metric]
         for every in of.values():
-            alike = {name: values for name, values in every.items() if len(values) > 1}
-            best = min(alike, key=lambda name: float(np.mean(list(alike[name].values()))), default="")
-            seeds = alike[best].keys() if alike else set()
-            others = [name for name in alike if name != best and alike[name].keys() == seeds]
-            for name in others:
-                differences = np.array([alike[name][seed] - alike[best][seed] for seed in sorted(seeds)])
+            means = {name: float(np.mean(list(values.values()))) for name, values in every.items()}
+            best, together = min(means, key=lambda name: means[name]), comparisons(len(every))
+            if all(len(values) < 2 for values in every.values()):
+                continue
+            for name in filter(lambda name: name != best, every):
+                paired = every[name].keys() == every[best].keys() and len(every[name]) > 1
+                differences = np.array(
+                    [every[name][seed] - every[best][seed] for seed in every[best]] if paired else []
+                )
                 table.append(
                     {
                         "metric": metric,
                         "over": "seeds",
                         "run": name,
                         "best": best,
-                        "difference": float(differences.mean()),
-                        "difference_ci": _interval(differences, 1 - 0.05 / len(others)),
+                        "difference": means[name] - means[best],
+                        "difference_ci": _interval(differences, 1 - 0.05 / together) if paired else None,
                         "seeds": len(differences),
-                        "comparisons": len(others),
+                        "comparisons": together,
                     }
                 )
     return table

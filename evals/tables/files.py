@@ -33,9 +33,10 @@ def write_tables(
     _write_parquet(table, wrote[1])
     seeds = over_seeds(table, [None if run.is_control else run for run in runs])
     _write_json(seeds, wrote[2])
-    differences = pairs(table, by_document)
+    alike = [(run.store_path, run.summary["hookpoint"], run.filter, run.write_site.side) for run in runs]
+    differences = pairs(table, by_document, alike)
     told = list(dict.fromkeys(key for found in by_document for key in found))
-    differences += seed_pairs(table, [run.store_path for run in runs], told)
+    differences += seed_pairs(table, [run.seeds for run in runs], alike, told)
     if differences:
         wrote.append(out.with_suffix(".pairs.json"))
         _write_json(differences, wrote[-1])

@@ -26,7 +26,11 @@ SEEN = 4
 """Occurrences in training from which a context has a mean of its own."""
 FIRING = 20
 """Occurrences in either text from which a latent is looked at."""
-BATCH = 4096
+BATCH, AT_ONCE = 4096, 8
+"""Tokens, and coders whose codes are in memory: 8 bytes for each active latent, in half a million tokens by default."""
+BITS = 21
+NONE = 2**BITS - 1
+"""In place of a token; no vocabulary is as large."""
 CONTEXTS = {
     "token": ("token",),
     "before": ("before",),
@@ -51,8 +55,11 @@ class Sample(NamedTuple):
 
 def contextfree(store: ActivationStore, hookpoint: str, runs: Sequence[Run], cfg: ContextFreeConfig) -> list[Result]:
     """Results of each of the runs, all of one hookpoint, whose coders are on their device."""
-    train, test = (_samples(store, hookpoint, runs, split, cfg.tokens) for split in ("train", "test"))
-    return [_result(*both) for both in zip(train, test, strict=True)]
+    results = []
+    for some in (runs[i : i + AT_ONCE] for i in range(0, len(runs), AT_ONCE)):
+        train, test = (_samples(store, hookpoint, some, split, cfg.tokens) for split in ("train", "test"))
+        results += [_result(*both) for both in zip(train, test, strict=True)]
+    return results
 
 
 def _result(train: Sample, test: Sample) -> Result:
@@ -73,8 +80,8 @@ def _result(train: Sample, test: Sample) -> Result:
 def r_squared(train: Sample, test: Sample, levels: Sequence[str]) -> np.ndarray:
     """[M]: 1 - squared error / variance in `test` of what the means of `train` predict."""
     codes = test.codes_NM
-    n, total_M, squares_M = codes.shape[0], codes.sum(0), codes.multiply(codes).sum(0)
-    mean_M = train.codes_NM.sum(0) / train.codes_NM.shape[0]
+    n, total_M, squares_M = codes.shape[0], _total(codes), _total(codes.multiply(codes))
+    mean_M = _total(train.codes_NM) / train.codes_NM.shape[0]
     rest, dot_M, norm_M = np.ones(n, bool), np.zeros(len(mean_M)), np.zeros(len(mean_M))
     for level in levels:
         contexts, place, counts = np.unique(train.contexts[level], return_inverse=True, return_counts=True)
@@ -84,7 +91,7 @@ def r_squared(train: Sample, test: Sample, levels: Sequence[str]) -> np.ndarray:
         dot_M += _sums(at[known], codes[known], len(contexts)).multiply(mean_CM).sum(0)
         norm_M += mean_CM.multiply(mean_CM).T @ np.bincount(at[known], minlength=len(contexts))
         rest &= ~known
-    dot_M += mean_M * codes[rest].sum(0)
+    dot_M += mean_M * _total(codes[rest])
     norm_M += mean_M**2 * rest.sum()
     found: np.ndarray = 1 - (squares_M - 2 * dot_M + norm_M) / (squares_M - total_M**2 / n)
     return found
@@ -99,6 +106,12 @@ def entropy(sample: Sample) -> np.ndarray:
     share.data *= -np.log2(share.data)
     found: np.ndarray = share.sum(0)
     return found
+
+
+def _total(codes_NM: scipy.sparse.csr_array) -> np.ndarray:
+    """[M], in float64: of float32 codes."""
+    total: np.ndarray = np.ones(codes_NM.shape[0]) @ codes_NM
+    return total
 
 
 def _sums(place_N: np.ndarray, codes_NM: scipy.sparse.csr_array, count: int) -> scipy.sparse.csr_array:
@@ -124,28 +137,30 @@ def _samples(store: ActivationStore, hookpoint: str, runs: Sequence[Run], split:
                 codes[i].append(_sparse(out.values, out.indices, run.coder.cfg.width))
             if sum(map(len, positions)) >= tokens:
                 break
-        contexts = _contexts(store, split, np.concatenate(positions))
+        contexts = _contexts(store, np.concatenate(positions))
         found |= {i: Sample(scipy.sparse.vstack(of, format="csr"), contexts) for i, of in codes.items()}
     return [found[i] for i in range(len(runs))]
 
 
 def _sparse(values_NK: torch.Tensor, indices_NK: torch.Tensor, width: int) -> scipy.sparse.csr_array:
-    values, indices = values_NK.double().cpu().numpy(), indices_NK.cpu().numpy()
-    row = np.arange(len(values)).repeat(values.shape[1])
+    values, indices = values_NK.float().cpu().numpy(), indices_NK.int().cpu().numpy()
+    row = np.arange(len(values), dtype=np.int32).repeat(values.shape[1])
     codes = scipy.sparse.csr_array((values.ravel(), (row, indices.ravel())), shape=(len(values), width))
     codes.eliminate_zeros()
     return codes
 
 
-def _contexts(store: ActivationStore, split: str, position_N: np.ndarray) -> dict[str, np.ndarray]:
-    """What stands at each stored position and before it in its row; beyond the row's beginning, a token of its own."""
-    units = np.array(store.split(split))
-    text = [store.tokens(unit).ravel() for unit in units]
-    starts = np.cumsum([0, *map(len, text)])
-    tokens, none = np.concatenate(text).astype(np.int64), int(max(of.max() for of in text)) + 1
-    unit_tokens = store.unit_rows * store.context
-    at = starts[np.searchsorted(units, position_N // unit_tokens)] + position_N % unit_tokens
-    inside = position_N % store.context
-    token, before, earlier = (np.where(inside >= i, tokens[at - i], none) for i in range(3))
-    pair = before * (none + 1) + token
-    return {"token": token, "before": before, "pair": pair, "triple": earlier * (none + 1) ** 2 + pair}
+def _contexts(store: ActivationStore, position_N: np.ndarray) -> dict[str, np.ndarray]:
+    """What stands at each stored position and before it in its row; before the row's beginning stands NONE."""
+    unit_N = position_N // (store.unit_rows * store.context)
+    inside_N = position_N % store.context
+    found = np.full((3, len(position_N)), NONE, np.int64)
+    for unit in np.unique(unit_N):
+        here = np.flatnonzero(unit_N == unit)
+        tokens = store.tokens(int(unit)).ravel()
+        for back in range(3):
+            there = here[inside_N[here] >= back]
+            found[back, there] = tokens[position_N[there] - store.unit_range(int(unit))[0] - back]
+    token, before, earlier = found
+    pair = before << BITS | token
+    return {"token": token, "before": before, "pair": pair, "triple": earlier << 2 * BITS | pair}

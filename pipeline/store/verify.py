@@ -21,7 +21,8 @@ _RTOL = 1e-9
 
 
 def problems(place: Place) -> Iterator[str]:
-    """Yield each problem of the store at `place` as a line; UserError if there is no store. Memory: one unit."""
+    """Yield each problem of the store at `place` as a line; UserError if there is no store. Memory: one unit, and
+    eight bytes or so for each document."""
     attrs = read_attrs(place)
     if attrs is None:
         raise UserError(f"no activation store at {place}")

@@ -197,6 +197,13 @@ class Run:
         text = json.dumps(kept, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    @property
+    def seeds(self) -> tuple[int, int] | None:
+        """Those of the coder and of the order; None of a control or an imported coder."""
+        if self.is_control or self.summary["seed"] is None:
+            return None
+        return self.summary["seed"], int(OmegaConf.select(RunDirectory(self.path).config(), "stream.seed", default=0))
+
     def check(self, store: ActivationStore) -> None:
         """Raise UserError if the run is of another capture than the store holds."""
         if self.coder.meta["hookpoint"] not in store.hookpoints:

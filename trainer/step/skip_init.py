@@ -23,32 +23,40 @@ TOKENS_PER_DIMENSION = 64
 
 
 def ridge(
-    store: ActivationStore, hookpoint: str, kept: TokenFilter, device: str = "cpu", every: bool = False
+    store: ActivationStore,
+    hookpoint: str,
+    kept: TokenFilter,
+    device: str = "cpu",
+    per_dimension: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (W [E, D], b [E]) in float64 from training tokens of a store, as many as suffice or `every` one; kept
-    beside it for later runs. The products are made on `device`."""
+    """Return (W [E, D], b [E]) in float64 from training tokens of a store, `per_dimension` (null: 64) for each of D;
+    kept beside it for later runs. The products are made on `device`."""
+    per_dimension = per_dimension or TOKENS_PER_DIMENSION
     stream = ActivationStream(store, hookpoint, 8192, filter=kept, epochs=1, device=device)
-    file = cache_file(store, stream, every)
+    file = cache_file(store, stream, per_dimension)
     try:
         found = load(store.derived.read(file))
         return found["W"], found["b"]
     except (OSError, SafetensorError, KeyError):
         pass  # missing or incomplete: solved anew
-    W, b = (t.cpu() for t in solve(stream, store.hookpoints[hookpoint]["d_in"], every=every))
+    W, b = (t.cpu() for t in solve(stream, store.hookpoints[hookpoint]["d_in"], per_dimension=per_dimension))
     with suppress(OSError, UserError):  # where a (shared) store cannot be written, each run solves for itself
         store.derived.write(file, save({"W": W.contiguous(), "b": b.contiguous()}))
     return W, b
 
 
-def cache_file(store: ActivationStore, stream: ActivationStream, every: bool = False) -> str:
+def cache_file(store: ActivationStore, stream: ActivationStream, per_dimension: int | None = None) -> str:
     """Return the name of the file beside the store, made from all that the solution depends on."""
-    tokens = "every" if every else TOKENS_PER_DIMENSION
+    tokens = per_dimension or TOKENS_PER_DIMENSION
     key = hashlib.sha256(f"{store.content} {stream.layout_hash()} {LAMBDA} {tokens}".encode()).hexdigest()[:16]
     return f"ridge-{key}.safetensors"
 
 
-def solve(stream: ActivationStream, d_in: int, lam: float = LAMBDA, every: bool = False) -> tuple[Tensor, Tensor]:
-    """Return (W [E, D], b [E]) in float64 from at least 64 d_in filtered training tokens of `stream`, or `every` one.
+def solve(
+    stream: ActivationStream, d_in: int, lam: float = LAMBDA, per_dimension: int = TOKENS_PER_DIMENSION
+) -> tuple[Tensor, Tensor]:
+    """Return (W [E, D], b [E]) in float64 from `per_dimension` d_in filtered training tokens of `stream`, or as many as
+    there are, but at least 64 d_in.
 
     Moments are centred on the mean of the first batch, which keeps the sums well conditioned, and corrected to the
     true mean at the end.
@@ -67,7 +75,7 @@ def solve(stream: ActivationStream, d_in: int, lam: float = LAMBDA, every: bool 
         sum_x, sum_y = sum_x + x.sum(0), sum_y + y.sum(0)
         xx += x.T @ x
         yx += y.T @ x
-        if n >= wanted and not every:
+        if n >= per_dimension * d_in:
             break
     if n < wanted or shift_x is None or shift_y is None:
         raise UserError(

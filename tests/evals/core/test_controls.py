@@ -41,3 +41,10 @@ def test_affine_has_no_latents() -> None:
     out = Affine(W.double(), b.double())(x := torch.randn(10, 4))
     torch.testing.assert_close(out.y_hat, x @ W.T + b)
     assert not out.values.any()
+
+
+def test_neurons_leave_a_float32_model_as_it_is() -> None:
+    mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+    before = [p.clone() for p in mlp.parameters()]
+    Neurons(mlp, 2, torch.randn(50, 4))
+    assert all(torch.equal(p, b) for p, b in zip(mlp.parameters(), before, strict=True))

@@ -25,7 +25,7 @@ def test_a_difference_far_smaller_than_either_s_own_interval_is_found() -> None:
     rng = np.random.default_rng(0)
     level = rng.lognormal(0, 0.5, G)
     found = [coder(rng, level), coder(rng, level, better_by=0.005)]
-    table = pairs(rows(2), [{"fvu": of} for of in found])
+    table = pairs(rows(2), [{"fvu": of} for of in found], ["h"] * 2)
     assert [(row["run"], row["best"], row["documents"]) for row in table] == [("0", "1", G)]
     low, high = table[0]["difference_ci"]
     assert 0.003 < low < 0.005 < high < 0.007
@@ -53,22 +53,34 @@ def test_the_best_of_many_equals_is_not_marked() -> None:
     rng, marked = np.random.default_rng(0), 0
     for _ in range(300):
         level = rng.lognormal(0, 0.5, G)
-        marked += bool(clear_best(pairs(rows(10), [{"fvu": coder(rng, level)} for _ in range(10)])))
+        marked += bool(clear_best(pairs(rows(10), [{"fvu": coder(rng, level)} for _ in range(10)], ["h"] * 10)))
     assert marked / 300 <= 0.05
 
 
 def test_only_what_can_be_compared_is() -> None:
+    """Not coders of other stores, hookpoints or filters, whatever tokens they were measured on."""
     rng = np.random.default_rng(0)
     found = [coder(rng, np.ones(G)) for _ in range(3)]
-    found[2] = found[2]._replace(under_G=found[2].under_G + 1)  # other tokens: another store, or filter
-    table = pairs([*rows(1), *rows(1, hookpoint="other"), *rows(1)], [{"fvu": of} for of in found])
+    assert pairs(rows(3), [{"fvu": of} for of in found], ["a", "b", "c"]) == []
+    found[2] = found[2]._replace(under_G=found[2].under_G + 1)  # other targets
+    table = pairs(rows(3), [{"fvu": of} for of in found], ["a", "b", "a"])
     assert table == [] and clear_best(table) == set()
     with pytest.raises(AssertionError, match="not of the same tokens"):
         found[0].minus(found[2])
 
 
+def test_intervals_hold_all_together() -> None:
+    """Of six equal coders, any interval that excludes 0 is a mistake: in no more than 5 % of trials, chance added."""
+    rng, mistaken = np.random.default_rng(0), 0
+    for _ in range(400):
+        level = rng.lognormal(0, 0.5, G)
+        table = pairs(rows(6), [{"fvu": coder(rng, level)} for _ in range(6)], ["h"] * 6)
+        mistaken += any(row["difference_ci"][0] > 0 for row in table)
+    assert mistaken / 400 <= 0.05 + 4 * (0.05 * 0.95 / 400) ** 0.5
+
+
 def test_too_few_documents_tell_nothing() -> None:
     rng = np.random.default_rng(0)
     few = [ByDocument(*(z[:10] for z in coder(rng, np.ones(G), better_by))) for better_by in (0.0, 0.1)]
-    table = pairs(rows(2), [{"fvu": of} for of in few])
+    table = pairs(rows(2), [{"fvu": of} for of in few], ["h"] * 2)
     assert table[0]["difference_ci"] is None and table[0]["difference"] > 0.09 and clear_best(table) == set()

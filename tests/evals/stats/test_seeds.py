@@ -48,21 +48,27 @@ def test_means_and_intervals_over_seeds() -> None:
 def test_differences_are_seed_by_seed() -> None:
     """Seeds that are good for one are good for the other: differences are clear where the means' intervals overlap."""
     rows = [
-        {"hookpoint": "h", "configuration": name, "seed": seed, "fvu": luck + better}
+        {"configuration": name, "seed": seed, "fvu": luck + better}
         for name, better in (("a", 0.0), ("b", 0.01), ("c", 0.012))
         for seed, luck in enumerate((0.1, 0.2, 0.3 + better / 100))
     ]
-    rows += [{"hookpoint": "h", "configuration": "d", "seed": 0, "fvu": 0.05}]  # one seed tells nothing
-    rows += [{"hookpoint": "h", "configuration": "e", "seed": None, "fvu": 0.0}]  # a control
-    of_one_store = seed_pairs(rows[:9], ["s"] * 9, ["fvu"])
-    assert [(row["run"], row["best"], row["seeds"]) for row in of_one_store] == [("b", "a", 3), ("c", "a", 3)]
-    low, high = of_one_store[0]["difference_ci"]
-    # t(1 - 0.025 / 2, 2) = 6.2053; differences 0.01, 0.01 and 0.0101
-    half = 6.2053 * np.std([0.01, 0.01, 0.0101], ddof=1) / 3**0.5
+    rows.append({"configuration": "control", "fvu": 0.0})
+
+    def compared(rows: list[dict[str, Any]], alike: list[str]) -> list[dict[str, Any]]:
+        return seed_pairs(rows, [row.get("seed") for row in rows], alike, ["fvu"])
+
+    table = compared(rows, ["s"] * 10)
+    assert [(row["run"], row["best"], row["seeds"]) for row in table] == [("b", "a", 3), ("c", "a", 3)]
+    low, high = table[0]["difference_ci"]
+    # t(1 - 0.05 / 3 / 2, 2) = 7.6488; differences 0.01, 0.01 and 0.0101
+    half = 7.6488 * np.std([0.01, 0.01, 0.0101], ddof=1) / 3**0.5
     assert (low, high) == pytest.approx((0.01 + 1e-4 / 3 - half, 0.01 + 1e-4 / 3 + half), abs=1e-8)
-    assert clear_best(of_one_store) == {("fvu", "a")}
-    assert seed_pairs(rows, ["s"] * 11, ["fvu"]) == of_one_store
-    assert seed_pairs(rows[:6], ["s"] * 3 + ["t"] * 3, ["fvu"]) == []
+    assert clear_best(table) == {("fvu", "a")}
+    one = [*rows, {"configuration": "d", "seed": 0, "fvu": 0.9}]  # one seed tells nothing: nor is there a clear best
+    assert [row["difference_ci"] is None for row in compared(one, ["s"] * 11)] == [False, False, True]
+    assert clear_best(compared(one, ["s"] * 11)) == set()
+    assert compared(rows[:6], ["s"] * 3 + ["t"] * 3) == []  # of two stores
+    assert compared(rows[::3], ["s"] * 4) == []  # no configuration has two seeds
 
 
 def test_seeds_are_those_of_the_start_and_of_the_order(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_dense_probe_finds_what_no_single_column_tells() -> None:
 def test_bundled_data_are_the_113_binary_tasks_of_sae_probes() -> None:
     names = labelled.binary_names()
     assert len(names) == 113
-    assert len(chosen(ProbingConfig())) == 16 and chosen(ProbingConfig(datasets=["all"])) == names
+    assert len(chosen(ProbingConfig())) == 20 and chosen(ProbingConfig(datasets=["all"])) == names
     data = labelled.find("161_agnews_0")
     places = labelled.balanced(data.labels, 200, "seed")
     assert len(set(places)) == 200 and data.labels[places].mean() == 0.5

@@ -191,7 +191,7 @@ def test_ridge_solution_is_kept_beside_the_store(store: ActivationStore, monkeyp
 
 
 def test_ridge_of_every_token_fits_them_as_well_as_can_be(store: ActivationStore) -> None:
-    W, b = ridge(store, HOOKPOINT, TokenFilter(), every=True)
+    W, b = ridge(store, HOOKPOINT, TokenFilter(), per_dimension=10**6)
     (whole,) = ActivationStream(store, HOOKPOINT, store.rows * store.context, epochs=1)
     x, y = whole.x.double(), whole.y.double()
     error, x = y - x @ W.T - b, x - x.mean(0)
