@@ -31,8 +31,10 @@ paper: setup
 	$(BIN)/python pipeline/cache.py store.path=$(PAPER)/store.zarr data.tokens=524288
 	$(BIN)/python trainer/train.py -m +experiment=paper-smollm2 store.path=$(PAPER)/store.zarr \
 		hydra.sweep.dir=$(PAPER)/train
-	$(BIN)/python evals/evaluate.py runs='$(PAPER)/train/*' out=$(PAPER)/summary.json \
-		tasks='[core,probing,tpp,scr]' controls='[neurons,affine]' ce_tokens=8192
+	$(BIN)/python trainer/train.py -m +experiment=paper-smollm2 store.path=$(PAPER)/store.zarr \
+		coder=sae coder.side=input hydra.sweep.dir=$(PAPER)/input
+	$(BIN)/python evals/evaluate.py runs='$(PAPER)/[ti]*/*' out=$(PAPER)/summary.json \
+		tasks='[core,probing,tpp,scr,contextfree]' controls='[neurons,affine]' ce_tokens=8192
 	$(BIN)/python pipeline/cache.py store.path=$(PAPER)/spelling.zarr data.tokens=262144 hookpoints='[layers.0.mlp]'
 	$(BIN)/python trainer/train.py -m +experiment=paper-smollm2 store.path=$(PAPER)/spelling.zarr \
 		hookpoint=layers.0.mlp coder.k=32 train.tokens=500000 hydra.sweep.dir=$(PAPER)/spelling
