@@ -64,7 +64,7 @@ class Evaluator:
         self.row_numbers = torch.cat([torch.arange(*store.rows_of(unit)) for unit in units])
         documents, place = np.unique(np.concatenate([store.documents(unit) for unit in units]), return_inverse=True)
         self.documents = len(documents) if intervals else 0
-        self._document_RT = torch.from_numpy(place.reshape(rows.shape))
+        self._document_RT = torch.from_numpy(place.reshape(rows.shape).astype(np.int32))
         self.predicted_BT = place.reshape(rows.shape)[spread][:, 1:] if intervals else None
         """The document of each predicted token, int64 [B, T - 1]; None without intervals."""
         self._shared: dict[Key | None, TokenLosses] = {}
@@ -126,7 +126,7 @@ class Evaluator:
         if not self.documents:
             return None
         row = torch.searchsorted(self.row_numbers, position_N // self.store.context)
-        return self._document_RT[row, position_N % self.store.context]
+        return self._document_RT[row, position_N % self.store.context].long()
 
     def behaviour(self, runs: Sequence[Run]) -> list[Result]:
         """Cross-entropy and KL with the MLP replaced by the coder, by zero, by its mean and, for skip transcoders, by
