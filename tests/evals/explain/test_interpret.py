@@ -18,6 +18,7 @@ from skipcoder.errors import UserError
 from skipcoder.evals.config import ExamplesConfig, InterpretConfig, JudgeConfig, Scorer
 from skipcoder.evals.explain import simulation
 from skipcoder.evals.explain.intervention import Steering
+from skipcoder.evals.explain.scores import over_latents
 from skipcoder.evals.export.export import export
 from skipcoder.evals.interpret import interpret
 from skipcoder.evals.latents.examples import ExampleMaker
@@ -81,7 +82,7 @@ def test_oracles_score_what_they_must(
         assert found[scorer]["balanced_accuracy"] == accuracy
         assert found[scorer]["auroc"] == auroc
         assert found[scorer]["latents"] == LATENTS and found[scorer]["failed"] == 0
-        assert found[scorer]["balanced_accuracy_ci"] == [accuracy, accuracy]
+        assert found[scorer]["balanced_accuracy_ci"] is None  # of fewer than 20 latents
     assert found["calibration"]["balanced_accuracy"] == accuracy
     assert found["calibration"]["usable"] == (mood == "honest")
     assert ("unusable" in capsys.readouterr().out) == (mood != "honest")
@@ -211,7 +212,6 @@ def test_simulation_reads_what_the_judge_would_have_said(fresh: Path, store: Act
     found = outcome(fresh)["simulation"]
     assert found["latents"] == LATENTS and found["failed"] == 0
     assert found["correlation"] > 0.8  # activations are 1 to 7 where the oracle always says 8
-    assert found["correlation_ci"][0] < found["correlation"] < found["correlation_ci"][1]
     oracle.logprobs = False  # as most servers: nothing is scored, and that is said
     with oracle.serving() as url:
         interpret(asked(fresh, url, scorers=[Scorer.simulation]))
@@ -261,3 +261,14 @@ def test_no_server(fresh: Path) -> None:
     cfg.judge.attempts = 1
     with pytest.raises(UserError, match=r"the judge at http://127.0.0.1:9/v1 does not answer: ConnectError"):
         interpret(cfg)
+
+
+def test_means_over_latents_have_intervals_from_twenty_on() -> None:
+    scores = [{"failed": 0, "balanced_accuracy": 0.5 + 0.01 * i, "f1": None, "auroc": None} for i in range(25)]
+    found, few = over_latents(scores), over_latents(scores[:19])
+    assert found["balanced_accuracy"] == pytest.approx(0.62)
+    # t(0.975, 24) = 2.0639, and the deviation of 0 to 24 is 7.3598
+    half = 2.0639 * 0.073598 / 5
+    assert found["balanced_accuracy_ci"] == pytest.approx([0.62 - half, 0.62 + half], abs=1e-5)
+    assert few["balanced_accuracy_ci"] is None and few["balanced_accuracy_latents"] == 19
+    assert found["f1"] is None and found["f1_ci"] is None
