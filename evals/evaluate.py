@@ -65,7 +65,8 @@ def evaluate(cfg: EvaluateConfig) -> None:
             rows[run.path] = {**run.summary, **rows.get(run.path, {}), **result, **names}
             print(printed(rows[run.path]), flush=True)
         if TaskName.core in cfg.tasks:
-            print("".join(f"{why}\n" for why in why_no_intervals(rows[of_it[0].path])), end="", flush=True)
+            for why in why_no_intervals(rows[of_it[0].path]):
+                print(why, flush=True)
     if cfg.saebench is not None:
         for run in runs:
             if not run.is_control:

@@ -68,7 +68,9 @@ def _text(store: ActivationStore) -> dict[str, str]:
     found = {"splits": store.split_scheme or "by unit: documents cross from training to held-out text"}
     for name, of in units.items():
         documents = {int(document) for unit in of for document in np.unique(store.documents(unit))}
-        found[name] = f"{sum(store.tokens(unit).size for unit in of):,} tokens of {len(documents):,} documents"
+        found[name] = (
+            f"{sum(stop - start for start, stop in map(store.unit_range, of)):,} tokens of {len(documents):,} documents"
+        )
         both = None if name == TRAIN or not of else shared(map(store.tokens, of), map(store.tokens, units[TRAIN]))
         if both is not None:
             found[name] += f"; {both:.2%} of what is {NGRAM} tokens long stands in train, too"

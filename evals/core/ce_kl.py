@@ -43,15 +43,14 @@ def summary(clean: TokenLosses, losses: Mapping[str, TokenLosses], document_BT: 
             result[f"kl_recovered_{ablated}{suffix}"] = 1 - kl / kl_ablated if kl_ablated else None
         if f"skip_only{suffix}" in losses:
             zero_G, skip_G = (pieces.sums(losses[f"{way}{suffix}"].ce_BT) for way in ("zero", "skip_only"))
-            result[f"ce_recovered_zero_skip_only{suffix}"] = share(zero_G - skip_G, zero_G - clean_G, pieces.tokens_G)[
-                0
-            ]
+            found = share(zero_G - skip_G, zero_G - clean_G, pieces.tokens_G)
+            result[f"ce_recovered_zero_skip_only{suffix}"] = found[0]
         result[f"ce_increase{suffix}"] = result[f"ce_spliced{suffix}"] - result["ce_clean"]
     result |= {"ce_increase_ci": None, "kl_spliced_ci": None}
     if document_BT is not None:
         increase = pieces.of(losses["spliced"].ce_BT - clean.ce_BT)
         kl = pieces.of(losses["spliced"].kl_BT)
-        result |= {"ce_documents": len(pieces.tokens_G)}
+        result["ce_documents"] = len(pieces.tokens_G)
         result |= {"ce_increase_ci": increase.interval(), "kl_spliced_ci": kl.interval(positive=True)}
         result[BY_DOCUMENT] = {"ce_increase": increase, "kl_spliced": kl}
     result["by_position"] = by_position(clean, losses["spliced_all"])

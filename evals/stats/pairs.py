@@ -59,7 +59,7 @@ def pairs(
 ) -> list[dict[str, Any]]:
     """For each metric and each set of coders that can be compared (lower is better): every coder's difference to the
     best. `rows`: those of the table; `found`: what each has by document; `alike`: equal for those that can be compared,
-    as they are of one store, hookpoint and filter."""
+    being of one store, hookpoint, filter and side."""
     table = []
     for metric in dict.fromkeys(key for of in found for key in of):
         groups: dict[Hashable, list[int]] = {}

@@ -31,8 +31,8 @@ def split(units: int, scheme: str | None) -> dict[str, list[int]]:
     """The units of each split. In a store of before `scheme`, validation and test are the same units, and documents
     cross from training to them.
 
-    >>> split(17, BY_DOCUMENT)["test"], split(17, None)["validation"]
-    ([15], [15])
+    >>> split(17, "document-1")["validation"], split(17, None)["validation"]
+    ([7], [15])
     """
     split_of_unit = [split_of(unit) for unit in range(units)]
     of = {name: [unit for unit in range(units) if split_of_unit[unit] == name] for name in SPLITS}

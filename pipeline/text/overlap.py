@@ -26,7 +26,7 @@ def hashes(tokens_RT: np.ndarray, n: int) -> np.ndarray:
 
 def shared(blocks: Iterable[np.ndarray], others: Iterable[np.ndarray], n: int = NGRAM) -> float | None:
     """Share of the n-grams of `blocks` [R, T] that `others` have, too; None if there is none. Reads both once and holds
-    eight bytes for each n-gram of `blocks`."""
+    some thirty bytes for each n-gram of `blocks`."""
     mine, counts = np.unique(np.concatenate([hashes(b, n).ravel() for b in blocks]), return_counts=True)
     if not len(mine):
         return None

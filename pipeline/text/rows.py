@@ -108,7 +108,7 @@ def rows_of(cfg: DataConfig, tokenizer: Any, rows: int, unit_rows: int | None) -
             for row in packer.add(number, document, ids):
                 yield row
                 if packer.rows == rows:
-                    return
+                    return _say_what_is_left_out(packer)
         if not cfg.repeat or before == (packer.rows, packer.waiting[packer.next_split]):
             raise _too_little(cfg, packer, rows, found)
         if not again:
@@ -117,6 +117,11 @@ def rows_of(cfg: DataConfig, tokenizer: Any, rows: int, unit_rows: int | None) -
             print(
                 f"data.repeat=true: the text ends after {packer.rows * cfg.context:,} tokens and is used again; {apart}"
             )
+
+
+def _say_what_is_left_out(packer: Packer) -> None:
+    if packer.left_out:
+        print(f"left out: {packer.left_out:,} times a document that came before, where its split had text enough")
 
 
 def _too_little(cfg: DataConfig, packer: Packer, rows: int, documents: int) -> UserError:

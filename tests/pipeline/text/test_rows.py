@@ -146,6 +146,7 @@ def test_text_that_is_used_again_is_said_to_be(
     assert len(rows) == 150
     said = capsys.readouterr().out
     assert said.count("is used again; documents stay in their splits") == (documents == 10)
+    assert said.count("times a document that came before") == (documents == 10)
     held_out = {int(d) for i, row in enumerate(rows) for d in row["document"] if split_of(i) != TRAIN}
     assert held_out and not held_out & {
         int(d) for i, row in enumerate(rows) for d in row["document"] if split_of(i) == TRAIN
