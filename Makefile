@@ -8,7 +8,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 # Two files at a time: much of a test's time goes into starting programs.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo paper check test test-slow soak lint typecheck docs release gpu-check gpu-data clean-demo
+.PHONY: setup demo paper scaling check test test-slow soak lint typecheck docs release gpu-check gpu-data clean-demo
 
 setup: $(STAMP)
 
@@ -25,21 +25,32 @@ demo: setup
 	$(BIN)/python evals/evaluate.py runs='$(DEMO)/train/*' out=$(DEMO)/summary.json ce_tokens=2048
 	@echo "Open $(DEMO)/report.html"
 
-# The paper's comparison on SmolLM2 (docs/paper.md): two hookpoints, three seeds. Hours on a laptop; resumes.
+# The paper's comparison on SmolLM2 (docs/paper.md): one capture, three seeds. About three hours on 2 cores; resumes.
 PAPER := runs/paper
+CAPTURE := $(BIN)/python pipeline/cache.py store.path=$(PAPER)/store.zarr data.tokens=1048576 \
+	hookpoints='[layers.0.mlp,layers.10.mlp]'
+TRAIN := $(BIN)/python trainer/train.py -m store.path=$(PAPER)/store.zarr
 paper: setup
-	$(BIN)/python pipeline/cache.py store.path=$(PAPER)/store.zarr data.tokens=524288
-	$(BIN)/python trainer/train.py -m +experiment=paper-smollm2 store.path=$(PAPER)/store.zarr \
-		hydra.sweep.dir=$(PAPER)/train
-	$(BIN)/python trainer/train.py -m +experiment=paper-smollm2 store.path=$(PAPER)/store.zarr \
-		coder=sae coder.side=input hydra.sweep.dir=$(PAPER)/input
+	$(CAPTURE)
+	$(TRAIN) +experiment=paper-smollm2 hydra.sweep.dir=$(PAPER)/train
+	$(TRAIN) +experiment=paper-smollm2 coder=sae coder.side=input hydra.sweep.dir=$(PAPER)/input
+	$(TRAIN) +experiment=paper-smollm2 hookpoint=layers.0.mlp coder.k=32 train.tokens=450000 \
+		hydra.sweep.dir=$(PAPER)/spelling
 	$(BIN)/python evals/evaluate.py runs='$(PAPER)/[ti]*/*' out=$(PAPER)/summary.json \
-		tasks='[core,probing,tpp,scr,contextfree]' controls='[neurons,affine]' ce_tokens=8192
-	$(BIN)/python pipeline/cache.py store.path=$(PAPER)/spelling.zarr data.tokens=262144 hookpoints='[layers.0.mlp]'
-	$(BIN)/python trainer/train.py -m +experiment=paper-smollm2 store.path=$(PAPER)/spelling.zarr \
-		hookpoint=layers.0.mlp coder.k=32 train.tokens=500000 hydra.sweep.dir=$(PAPER)/spelling
+		tasks='[core,probing,contextfree]' controls='[neurons,affine]' ce_tokens=8192
 	$(BIN)/python evals/evaluate.py runs='$(PAPER)/spelling/*' out=$(PAPER)/spelling.json tasks='[core,absorption]'
 	$(BIN)/python benchmarks/paper.py $(PAPER)/summary.seeds.json $(PAPER)/spelling.seeds.json
+
+# Do small runs predict larger ones? (docs/studies/scaling.md)
+SIZES := $(TRAIN) hookpoint=layers.10.mlp coder=transcoder coder.skip_init=zero coder.k=16,32,64 optim.lr=1e-3 \
+	train.batch_tokens=128 train.eval_tokens=0
+scaling: setup
+	$(CAPTURE)
+	$(SIZES) coder.width=288,576,1152 train.tokens=57000,114000,228000 hydra.sweep.dir=$(PAPER)/sizes
+	$(SIZES) coder.width=4608 train.tokens=912000 hydra.sweep.dir=$(PAPER)/larger
+	$(BIN)/python evals/evaluate.py runs='$(PAPER)/sizes/*' ce_tokens=512
+	$(BIN)/python evals/evaluate.py runs='$(PAPER)/larger/*' ce_tokens=512
+	$(BIN)/python evals/scaling.py runs='$(PAPER)/sizes/*' against='$(PAPER)/larger/*' out=docs/studies/scaling.json
 
 clean-demo:
 	rm -rf $(DEMO)

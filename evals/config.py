@@ -1,4 +1,4 @@
-"""Configuration of `evals/evaluate.py` and `evals/interpret.py`."""
+"""Configuration of the programs of evals/."""
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
@@ -23,12 +23,12 @@ class Control(Enum):
     affine = "affine"
 
 
-def _at_least(config: object, least: int, *names: str) -> None:
+def _at_least(config: object, least: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value < least:
             section = type(config).__name__.removesuffix("Config").lower()
-            key = name if section in ("evaluate", "interpret") else f"{section}.{name}"
+            key = name if section in ("evaluate", "interpret", "scaling") else f"{section}.{name}"
             raise UserError(f"{key}={value}: must be at least {least}")
 
 
@@ -161,6 +161,38 @@ class EvaluateConfig:
         if not self.tasks:
             raise UserError(f"tasks=[]: name some of {', '.join(TaskName)}")
         _at_least(self, 1, "ce_tokens", "batch_rows")
+
+
+@dataclass
+class ScalingConfig:
+    """Fit how errors depend on k, width and training tokens to the evaluated runs of a sweep, and predict others."""
+
+    runs: str = "???"
+    """A glob of run directories that were evaluated: 20 or more of a kind, with three values of k and of width."""
+    against: str | None = None
+    """A glob of further evaluated runs, which are not fitted: predictions beside what was measured."""
+    predict: str | None = None
+    """A run to predict, 'k=64 width=65536 tokens=1e9'; several with commas between them."""
+    compute: float | None = None
+    """Operations of a whole training run: for each k of the runs, the best width and number of tokens."""
+    memory_gib: float | None = None
+    """Memory of a GPU for one coder in training: the same, among the widths that fit."""
+    tokens: float | None = None
+    """Training tokens that there are, for compute and memory_gib; null: as many as compute allows or, without it, as
+    the longest run had."""
+    out: str | None = None
+    """What was printed, as NAME.json, and a figure beside it, NAME.svg."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "compute", "tokens")
+        if self.memory_gib is not None and self.memory_gib <= 0:
+            raise UserError(f"memory_gib={self.memory_gib}: must be above 0")
+        if self.tokens is not None and self.compute is None and self.memory_gib is None:
+            raise UserError(
+                "tokens goes with compute or memory_gib; for one prediction write predict='k= width= tokens='"
+            )
+        if self.out is not None and not self.out.endswith(".json"):
+            raise UserError(f"out={self.out}: name a file that ends in .json")
 
 
 class Negatives(Enum):

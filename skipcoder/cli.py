@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def run(main: Callable[[], object]) -> int:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its own traceback and exits 1
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries would draw bars beside our own
+    sys.argv[1:] = map(quoted, sys.argv[1:])
     try:
         main()
     except UserError as error:
@@ -38,6 +40,26 @@ def run(main: Callable[[], object]) -> int:
             raise
         return _fail(no_space(error))
     return DONE
+
+
+def quoted(argument: str) -> str:
+    """A setting whose value Hydra cannot read, such as a path with a bracket in it, with the quotes that it asks for.
+
+    >>> quoted("store.path=/data/my (new) store"), quoted("coder.k=32,64")
+    ("store.path='/data/my (new) store'", 'coder.k=32,64')
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    key, equals, value = argument.partition("=")
+    in_quotes = f"{key}='" + value.replace("'", "\\'") + "'"
+    is_text = equals and not argument.startswith("-") and not value.startswith(("[", "{", "'", '"'))
+    for form in (argument, in_quotes) if is_text else ():
+        with suppress(HydraException):
+            parser.parse_override(form)
+            return form
+    return argument
 
 
 def task(function: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -11,6 +11,7 @@ ENTRIES = {
     "store_cli": "pipeline",
     "train": "trainer",
     "evaluate": "evals",
+    "scaling": "evals",
     "interpret": "evals",
     "export": "trainer",
     "import_coder": "trainer",

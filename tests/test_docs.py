@@ -25,7 +25,16 @@ from tests.evals.explain.judging import Oracle
 
 pytestmark = pytest.mark.docs
 
-ELSEWHERE = ("ray.address", "launcher.address", "model=gemma", "judge=llama", "s3://", "tasks=", "circuit_tracer")
+ELSEWHERE = (
+    "ray.address",
+    "launcher.address",
+    "model=gemma",
+    "judge=llama",
+    "s3://",
+    "tasks=",
+    "circuit_tracer",
+    "runs/sizes",
+)
 SMALL = {
     "cache": {"data.tokens": "2048", "data.context": "16", "store.unit_rows": "4", "micro_batch_tokens": "64"},
     "train": {"train.tokens": "640", "train.batch_tokens": "64", "coder.width": "128", "train.eval_tokens": "64"},

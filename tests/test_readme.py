@@ -18,13 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 
 import skipcoder.evals.evaluate
 import skipcoder.evals.interpret
+import skipcoder.evals.scaling
 import skipcoder.pipeline.cache
 import skipcoder.trainer.export
 import skipcoder.trainer.import_coder
 import skipcoder.trainer.train  # noqa: F401 (importing an entry point registers its schema)
 from skipcoder import registry
+from skipcoder.cli import quoted
 from skipcoder.errors import UserError
-from skipcoder.evals.config import EvaluateConfig, InterpretConfig
+from skipcoder.evals.config import EvaluateConfig, InterpretConfig, ScalingConfig
 from skipcoder.evals.evaluate import evaluate
 from skipcoder.evals.tables.metrics import documented
 from skipcoder.evals.tasks.registry import TASKS
@@ -56,6 +58,7 @@ SCHEMAS = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "interpret": InterpretConfig,
+    "scaling": ScalingConfig,
     "export": ExportConfig,
     "import_coder": ImportConfig,
 }
@@ -68,7 +71,8 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_commands_compose(command: Command) -> None:
     """Every key, type and preset is known; of a sweep, the first job is taken."""
-    overrides = [word if "[" in word else word.split(",")[0] for word in command.words if word != "-m"]
+    words = [quoted(word) for word in command.words if word != "-m"]
+    overrides = [word if "[" in word else word.split(",")[0] for word in words]
     cfg = composed(command.entry, overrides)
     del cfg.hydra
     assert typed(cfg, SCHEMAS[command.entry])
@@ -80,7 +84,7 @@ def test_settings_in_the_text_are_settings(setting: str) -> None:
     errors = []
     for entry in SCHEMAS:
         try:
-            composed(entry, shlex.split(setting))
+            composed(entry, [quoted(word) for word in shlex.split(setting)])
             return
         except HydraException as error:
             errors.append(str(error))
@@ -92,6 +96,19 @@ def composed(entry: str, overrides: list[str]) -> DictConfig:
         cfg = compose(entry.removesuffix("_coder"), overrides, return_hydra_config=True)
     OmegaConf.set_struct(cfg, False)
     return cfg
+
+
+def test_the_scaling_study_says_what_was_measured() -> None:
+    """Every row of its table is a prediction of its JSON, and every law's error is in the text."""
+    text = (REPO / "docs" / "studies" / "scaling.md").read_text()
+    (found,) = json.loads((REPO / "docs" / "studies" / "scaling.json").read_text())
+    assert found["formula"] in text
+    for one in found["predictions"]:
+        (low, high), off = one["ci"], 100 * (one["value"] / one["measured"] - 1)
+        row = f"| {one['k']} | {one['value']:.4f} | {low:.4f} to {high:.4f} | {one['measured']:.4f} | {off:+.1f} % |"
+        assert row in text and abs(off) < 5 and low < one["measured"] < high
+    for off in found["off"].values():
+        assert f"{100 * off:.1f} %" in text.replace("\n", " ")
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])

@@ -1,6 +1,7 @@
 """report.html: one self-contained page about a set of evaluated runs."""
 
 import math
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jinja2
 from matplotlib import pyplot as plt
 
+from skipcoder.evals.stats.law import TooFewError, groups, law_of
 from skipcoder.evals.stats.pairs import clear_best
 from skipcoder.evals.tables import figures
 from skipcoder.evals.tables.metrics import METRICS, Row, interval_of, why_no_intervals
@@ -45,6 +47,7 @@ def write(rows: list[Row], seeds: list[Row], pairs: list[Row], stores: dict[str,
             if (judged := [row for row in rows if row.get(scorer) is not None])
         ]
         trained = [row for row in rows if (Path(row["run"]) / METRICS_FILE).exists()]
+        shown_figures += _scaling(trained)
         shown = _one_seed(trained)
         if shown:
             shown_figures += [
@@ -76,6 +79,18 @@ def write(rows: list[Row], seeds: list[Row], pairs: list[Row], stores: dict[str,
     )
     path.write_text(page)
     return path
+
+
+def _scaling(rows: list[Row]) -> list[tuple[str, str, str]]:
+    """A figure for each set of runs that a law can be fitted to."""
+    found = []
+    for key, group in groups(rows).items():
+        with suppress(TooFewError):
+            law = law_of(group, "fvu")
+            title = " ".join(("FVU by size:", *key[1:3])).replace("_", " ")
+            caption = f"{law.formula} for k, n latents and T tokens, fitted to {len(group)} runs (evals/scaling.py)."
+            found.append((title, caption, figures.figure(lambda a, law=law: figures.against_width(a, law, "fvu"))))  # type: ignore[misc]
+    return found
 
 
 def _cell(value: Any) -> str:
