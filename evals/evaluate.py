@@ -9,7 +9,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from skipcoder import cli
+from skipcoder.errors import UserError
 from skipcoder.evals.config import EvaluateConfig, TaskName
+from skipcoder.files import refuse_unwritable
 from skipcoder.settings import typed
 
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
@@ -34,7 +36,9 @@ def evaluate(cfg: EvaluateConfig) -> None:
 
     for name in cfg.tasks:
         TASKS[name]  # UserError for an unknown name
-    paths = [Path(cfg.run)] if cfg.run else find_runs(cfg.runs or "")
+    paths = [Path(cfg.run)] if cfg.run else _finished(find_runs(cfg.runs or ""))
+    for folder in [*paths, *([Path(cfg.out).parent] if cfg.out else [])]:
+        refuse_unwritable(folder)
     with ThreadPoolExecutor() as threads:
         runs = list(threads.map(Run.open, paths))
         list(threads.map(lambda run: run.weights, runs))  # a second for gigabytes
@@ -77,6 +81,19 @@ def evaluate(cfg: EvaluateConfig) -> None:
         runs = [run for run in runs if run.path in rows]  # the affine map takes part only in core
         found = [by_document[run.path] for run in runs]
         write_tables(Path(cfg.out), [rows[run.path] for run in runs], found, runs, evaluators, cfg.together)
+
+
+def _finished(paths: list[Path]) -> list[Path]:
+    """Those of the run directories that hold a finished run; the others are named. UserError if there is none."""
+    from skipcoder.trainer.run.run import RunDirectory
+
+    finished = [path for path in paths if RunDirectory(path).summary is not None]
+    for path in paths:
+        if path not in finished:
+            print(f"{path} is no finished run and is left out", flush=True)
+    if not finished:
+        raise UserError(f"no finished run among {', '.join(map(str, paths))}; train one to its end")
+    return finished
 
 
 @hydra.main(version_base="1.3", config_path=cli.CONF, config_name="evaluate")

@@ -83,6 +83,8 @@ def _capture(cfg: CacheConfig, place: Place, alone: bool) -> None:
     every = range(layout.num_units(rows, unit_rows))
     missing = sorted(set(every) - commit.committed_units(place))
     where = f"{place}: {rows * cfg.data.context:,} tokens, {len(every)} units, {', '.join(attrs['hookpoints'])}"
+    if not layout.split(len(every), None)["test"]:
+        print(f"{place} will have {len(every)} {layout.TOO_FEW}")
     if not missing:
         print(f"{where}: complete, nothing to do")
         return _say_loss(place)

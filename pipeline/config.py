@@ -38,7 +38,7 @@ class ModelConfig:
     """The language model whose MLPs are read."""
 
     name: str = "???"
-    """Short name, used for default paths and in reports."""
+    """Short name, used for default paths and in reports; `local` becomes that of the folder or hub id."""
     id: str = "???"
     """Hub id, directory, or `package:NAME` for weights inside an installed Python package."""
     revision: str | None = None
@@ -58,6 +58,10 @@ class ModelConfig:
     """Hookpoint glob -> module whose output is captured, if that is not the hooked module itself;
     `*` in the value stands for what `*` in the key matched. Gemma-2's MLP output passes through
     `post_feedforward_layernorm` before it enters the residual stream."""
+
+    def __post_init__(self) -> None:
+        if self.name == "local" and self.id != "???":
+            self.name = self.id.rstrip("/").rpartition("/")[2].strip(".") or "local"
 
 
 @dataclass

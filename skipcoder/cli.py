@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from skipcoder.errors import UserError
-from skipcoder.files import DISK_FULL, no_space
+from skipcoder.files import explained
 from skipcoder.settings import explain
 
 # Absolute, since Hydra looks up a relative config path beside the caller, which fails for console scripts.
@@ -35,10 +35,13 @@ def run(main: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if (message := explained(error)) is None:
             raise
-        return _fail(no_space(error))
+        return _fail(message)
     return DONE
 
 
@@ -63,8 +66,8 @@ def quoted(argument: str) -> str:
 
 
 def task(function: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Wrap a Hydra task so that a UserError ends the program before Hydra adds its own messages. In a sweep the
-    error goes to the launcher instead, and the other jobs go on."""
+    """Wrap a Hydra task so that a UserError, or a place that cannot be written, ends the program before Hydra adds its
+    own messages. In a sweep the error goes to the launcher instead, and the other jobs go on."""
 
     @functools.wraps(function)
     def guarded(cfg: Any) -> None:
@@ -73,10 +76,11 @@ def task(function: Callable[[Any], None]) -> Callable[[Any], None]:
 
         try:
             function(cfg)
-        except UserError as error:
-            if HydraConfig.get().mode is RunMode.MULTIRUN:
+        except (UserError, OSError) as error:
+            message = explained(error) if isinstance(error, OSError) else str(error)
+            if HydraConfig.get().mode is RunMode.MULTIRUN or message is None:
                 raise
-            sys.exit(_fail(str(error)))
+            sys.exit(_fail(message))
 
     return guarded
 

@@ -12,6 +12,7 @@ from typing import BinaryIO
 from skipcoder.errors import UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT)
 
 PARTIAL = re.compile(r"\..+\.\d+-\d+\.partial")
 """Pattern of the names that `partial_file` gives its files."""
@@ -68,9 +69,21 @@ def sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def no_space(error: OSError) -> str:
-    """The message for a full disk."""
-    return f"no space left on the disk ({error.filename or 'unknown file'}); free some and run again"
+def explained(error: OSError) -> str | None:
+    """The message for a full disk, or for a place that cannot be used; None for any other error."""
+    if error.errno in DISK_FULL:
+        return f"no space left on the disk ({error.filename or 'unknown file'}); free some and run again"
+    if error.errno in _UNUSABLE and error.filename is not None:
+        return f"{error.filename}: {os.strerror(error.errno)}; name another place, or make it readable and writable"
+    return None
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Make a folder, before work whose results will go there; raise what keeps a file from being written in it."""
+    make_folder(folder)
+    probe = folder / f".{os.getpid()}-{threading.get_ident()}.partial"
+    probe.touch()
+    probe.unlink()
 
 
 def refuse_full(path: Path, key: str) -> None:

@@ -1,6 +1,8 @@
 """Turn Hydra's configurations into typed dataclasses, compare them, and explain what is wrong with them."""
 
 import dataclasses
+import math
+import re
 from typing import Any, TypeVar
 
 from skipcoder.errors import UserError
@@ -46,6 +48,11 @@ def typed(cfg: Any, schema: type[T]) -> T:
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
     assert isinstance(config, schema)
+    assert isinstance(plain, dict)
+    keyed: dict[str, Any] = plain  # type: ignore[assignment]
+    for key, value in flat(keyed).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={value}: must be a number")
     return config
 
 
@@ -68,6 +75,8 @@ def explain(error: BaseException) -> str:
         if type(cause).__name__ in ("ValidationError", "OverrideParseException"):
             message = str(cause)
         cause = cause.__cause__
+    if "is not a ListConfig" in message and (key := re.search(r"full_key: (\S+)", message)):
+        message = f"{key[1]} takes a list, {key[1]}='[A]' or '[A,B]'"
     if "mismatched input" in message or "token recognition" in message or "no viable alternative" in message:
         message += "\nhint: put values that hold = ( [ ~ or spaces in two sets of quotes, 'key=\"value\"'"
     return message

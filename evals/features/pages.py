@@ -12,6 +12,7 @@ The data are JavaScript calls: a page on disk can load no other data files. Lege
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ from skipcoder.trainer.run.run import Run
 
 TEMPLATE = Path(__file__).with_name("site")
 CHUNK, TOP, QUANTILES, WORDS, NEAREST, BINS = 64, 12, 10, 10, 6, 24
+BEFORE, AFTER = 9, 7
+"""Tokens around the largest activation in a latent's preview."""
+DENSE = 0.05
+"""Share of tokens above which a latent comes late in the list."""
 
 
 def write_pages(
@@ -45,7 +50,7 @@ def write_pages(
     shutil.rmtree(site, ignore_errors=True)
     shutil.copytree(TEMPLATE, site)
     (site / "data").mkdir()
-    _write(site, "table", _table(index, others))
+    rows = _Rows()
     up_MK, down_MK = promoted(model, run.coder.W_dec)
     nearest = nearest_latents(run.coder.W_dec, run.coder.W_dec, NEAREST, same=True)
     used: set[int] = set()
@@ -56,6 +61,7 @@ def write_pages(
             largest = float(firing.value.max(initial=0))
             shown = dict(zip(("top", "quantiles"), maker.shown(latent, firing, TOP, QUANTILES), strict=True))
             used.update(int(token) for windows in shown.values() for window in windows for token in window.tokens)
+            rows.add(firing.value, shown["top"], tokenizer)
             part.append({
                 "n": len(firing.value), "largest": largest,
                 "histogram": np.histogram(firing.value, BINS, (0, largest or 1))[0].tolist(),
@@ -66,6 +72,7 @@ def write_pages(
             })  # fmt: skip
         _write(site, f"latents-{first // CHUNK}", part)
         advance(len(part))
+    _write(site, "table", _table(index, others, rows) | {"window": [maker.each_row, maker.size]})
     _write(site, "words", {token: _text(tokenizer, token) for token in sorted(used)})
     for number, other in enumerate(others):
         latent_M1, cosine_M1 = nearest_latents(run.coder.W_dec, other.coder.W_dec, 1)
@@ -121,7 +128,63 @@ def nearest_latents(a_ME: Tensor, b_ME: Tensor, count: int, same: bool = False) 
     return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
 
 
-def _table(index: LatentIndex, others: Sequence[Run]) -> dict[str, Any]:
+class _Rows:
+    """What the list shows of each latent, besides what a judge said."""
+
+    def __init__(self) -> None:
+        self.tokens: list[str] = []
+        """The tokens on which it is largest in its windows, the most frequent first."""
+        self.preview: list[list[str]] = []
+        """Of its first window: what comes before the largest activation, that token, and what follows."""
+        self.largest: list[float] = []
+        self._peaks: list[tuple[int, float]] = []
+        """Tokens on which it fires; the least of its windows' largest activations, as a multiple of its mean."""
+
+    def add(self, value: np.ndarray, top: Sequence[Window], tokenizer: Any) -> None:
+        """The next latent, its activations and its windows."""
+        at = [int(window.activations.argmax()) for window in top]
+        often = Counter(int(window.tokens[i]) for window, i in zip(top, at, strict=True)).most_common(3)
+        self.tokens.append("  ".join(_line(_text(tokenizer, token)) for token, _ in often))
+        self.preview.append(
+            [
+                _line("".join(_text(tokenizer, token) for token in top[0].tokens[part]))
+                for part in (
+                    slice(max(0, at[0] - BEFORE), at[0]),
+                    slice(at[0], at[0] + 1),
+                    slice(at[0] + 1, at[0] + AFTER),
+                )
+            ]
+            if top
+            else []
+        )
+        largest = float(value.max(initial=0))
+        self.largest.append(float(f"{largest:.4g}"))
+        least = min((float(window.activations.max()) for window in top), default=0.0)
+        self._peaks.append((len(value), least / max(float(value.mean()), 1e-9) if len(value) else 0.0))
+
+    def order(self, tokens: int, explanations: Sequence[str | None]) -> list[int]:
+        """Latents worth looking at first: explained ones, then those that fire neither hardly ever nor very often, by
+        how far all of their first windows are above their mean; of those that are largest on the same tokens one after
+        another, each among others."""
+
+        def peak(latent: int) -> tuple[bool, int, float]:
+            n, above = self._peaks[latent]
+            return explanations[latent] is None, 2 if n < TOP else int(n > DENSE * tokens), -above
+
+        same: Counter[tuple[Any, ...]] = Counter()
+        turn: dict[int, tuple[Any, ...]] = {}
+        for latent in sorted(range(len(self._peaks)), key=peak):
+            alike = (*peak(latent)[:2], self.tokens[latent].partition("  ")[0])
+            turn[latent] = (*peak(latent)[:2], same[alike])
+            same[alike] += 1
+        return sorted(turn, key=lambda latent: turn[latent])
+
+
+def _line(text: str) -> str:
+    return text.replace("\n", "\u21b5").replace("\t", " ")
+
+
+def _table(index: LatentIndex, others: Sequence[Run], rows: _Rows) -> dict[str, Any]:
     run, summary = index.run, index.run.summary
     columns: dict[str, list[Any]] = {name: [None] * index.width for name in ("explanation", "detection", "fuzzing")}
     judged = read_summary(run)
@@ -141,6 +204,8 @@ def _table(index: LatentIndex, others: Sequence[Run]) -> dict[str, Any]:
     return {
         "title": f"{summary['model']} {summary['hookpoint']}, {run.path.name}", "facts": facts, "warning": warning,
         "chunk": CHUNK, "density": [float(f"{n / tokens:.3g}") for n in index.counts], **columns,
+        "tokens": rows.tokens, "preview": rows.preview, "largest": rows.largest,
+        "order": rows.order(tokens, columns["explanation"]),
         "others": [
             {"title": f"{o.path.name}: {o.summary['kind']} k={o.summary['k']} m={o.summary['width']}",
              "path": os.path.relpath(o.path / "features", run.path / "features")} for o in others
@@ -164,9 +229,9 @@ def _skip_share(index: LatentIndex) -> float:
 
 
 def _context(window: Window, largest: float) -> list[Any]:
-    """[tokens, activations in tenths of the latent's largest, the window's largest]."""
+    """[tokens, activations in tenths of the latent's largest, the window's largest, the window's number]."""
     tenths = np.ceil(10 * window.activations / max(largest, 1e-9)).clip(0, 10).astype(int).tolist()
-    return [window.tokens.tolist(), tenths, round(float(window.activations.max(initial=0)), 4)]
+    return [window.tokens.tolist(), tenths, round(float(window.activations.max(initial=0)), 4), window.number]
 
 
 def _text(tokenizer: Any, token: int) -> str:

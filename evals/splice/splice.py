@@ -7,6 +7,7 @@
 Legend: B rows, T positions, N = B T tokens, K active latents, M latents, E written width.
 """
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -114,7 +115,8 @@ def splice(
     `keep_error`: keep the model's own output and add only what edits change. Positions that a coder was not trained on
     are not replaced: the first ones of each row (`first_positions`; None: as in its training) and `special_tokens`
     (token ids; None: the model's begin, end and padding tokens, if its training left special tokens out). ValueError
-    for a hookpoint that the model lacks and, when the model runs, for a coder of another width.
+    for a hookpoint that the model lacks and, when the model runs, for a coder of another width; a warning for a coder
+    that was trained on another hookpoint.
     """
     spliced = {name: Spliced(coder) for name, coder in coders.items()}
     now = _Positions()
@@ -122,6 +124,10 @@ def splice(
         trunk = getattr(model, "base_model", model)
         stack.callback(trunk.register_forward_pre_hook(now.see, with_kwargs=True).remove)
         for name, one in spliced.items():
+            hookpoint = name.removeprefix("" if trunk is model else f"{model.base_model_prefix}.")
+            trained_on = one.coder.meta.get("hookpoint", hookpoint)
+            if trained_on != hookpoint:
+                warnings.warn(f"the coder for {name} was trained on {trained_on}", stacklevel=3)
             kept = one.coder.meta.get("data", {}).get("filter", {})
             first = first_positions if first_positions is not None else kept.get("first_positions", 0)
             special = special_tokens
@@ -130,7 +136,7 @@ def splice(
             stack.enter_context(
                 replacing(
                     model,
-                    *_sites(name, one.coder),
+                    *_sites(hookpoint, one.coder),
                     lambda x, one=one: one._run(x.float(), now.shape, keep_error),  # type: ignore[misc]
                     lambda first=first, special=special: now.excluded(first, special),  # type: ignore[misc]
                     adds=keep_error,

@@ -1,6 +1,7 @@
 """report.html: one self-contained page about a set of evaluated runs."""
 
 import math
+import os
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,9 @@ from skipcoder.pipeline.store.attrs import compression_of
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.run.run import METRICS as METRICS_FILE
 
+LATENTS = Path("features", "index.html")
+"""Pages of a run's latents, if they have been made (features/pages.py)."""
+
 
 def write(rows: list[Row], seeds: list[Row], pairs: list[Row], stores: dict[str, ActivationStore], path: Path) -> Path:
     """Write the page for evaluated runs (rows as in the table), their means over seeds, their paired differences, and
@@ -25,6 +29,7 @@ def write(rows: list[Row], seeds: list[Row], pairs: list[Row], stores: dict[str,
     template = Path(__file__).with_name("report.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["cell"] = _cell
+    environment.filters["name"] = lambda run: Path(run).name
     environment.filters["with_interval"] = _with_interval
     with plt.rc_context(figures.STYLE):
         shown_figures = [
@@ -71,6 +76,11 @@ def write(rows: list[Row], seeds: list[Row], pairs: list[Row], stores: dict[str,
         seed_columns={key: key for key in ("kind", "k", "width")}
         | {m.key: m.short for m in METRICS.values() if m.table and m.unit != "s" and any(m.key in r for r in seeds)},
         best=clear_best(pairs),
+        pages={
+            row["run"]: Path(os.path.relpath(Path(row["run"]) / LATENTS, path.parent)).as_posix()
+            for row in rows
+            if (Path(row["run"]) / LATENTS).exists()
+        },
         seconds=sum((row.get("seconds") or 0) / row.get("bank_coders", 1) for row in rows),
         why=why_no_intervals(rows[0]),
         figures=shown_figures,

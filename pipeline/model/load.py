@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired
 
+from safetensors import SafetensorError
 from typing_extensions import TypedDict
 
 from skipcoder import fingerprint, hub
@@ -96,7 +97,12 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     with _explained(cfg):
-        return AutoTokenizer.from_pretrained(_place(cfg), **_source(cfg))
+        tokenizer = AutoTokenizer.from_pretrained(_place(cfg), **_source(cfg))
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise UserError(
+            f"model.id={cfg.id}: no tokenizer is there (tokenizer.json, for one); put it there with save_pretrained"
+        )
+    return tokenizer
 
 
 class Description(NamedTuple):
@@ -242,5 +248,5 @@ def _explained(cfg: ModelConfig) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ImportError, KeyError, ValueError) as error:
+    except (OSError, ImportError, KeyError, ValueError, SafetensorError) as error:
         raise UserError(f"model {cfg.name} ({cfg.id}) cannot be loaded: {error}") from error

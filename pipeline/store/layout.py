@@ -7,9 +7,13 @@ import numpy as np
 from skipcoder.pipeline.store.attrs import Attributes, compression_of
 from skipcoder.pipeline.store.codecs import Spec, codec_of
 from skipcoder.pipeline.store.codecs.base import Blosc, blosc_of
-from skipcoder.pipeline.text.splits import SPLITS, split_of
+from skipcoder.pipeline.text.splits import EVERY, SPLITS, split_of
 
 MAX_CHUNK_ROWS = 2048
+TOO_FEW = (
+    f"units, too few to hold one out for tests ({EVERY} are needed): capture more with a larger data.tokens, or anew "
+    "with a smaller store.unit_rows"
+)
 
 
 def auto_unit_rows(rows: int, context: int) -> int:

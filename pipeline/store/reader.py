@@ -27,7 +27,6 @@ from skipcoder.pipeline.store.places import beside, place_at
 from skipcoder.pipeline.store.shards import ShardReader
 from skipcoder.pipeline.store.stats import Moments, merge_all, pack, unpack
 from skipcoder.pipeline.text.rows import PIECE
-from skipcoder.pipeline.text.splits import EVERY
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,10 +130,7 @@ class ActivationStore:
         units = layout.num_units(self.rows, self.unit_rows)
         of = layout.split(units, self.split_scheme)
         if not of["test"]:
-            raise UserError(
-                f"{self.place} has {units} units, too few to hold one out for tests ({EVERY} are needed); capture more "
-                "tokens or set a smaller store.unit_rows"
-            )
+            raise UserError(f"{self.place} has {units} {layout.TOO_FEW}")
         return [unit for unit in of[name] if unit in self.commits]
 
     def hookpoint(self, name: str | None) -> str:
@@ -268,6 +264,8 @@ class ActivationStore:
         import torch
 
         d = self.width(hookpoint, side)
+        if not 0 <= start <= stop <= self.rows * self.context:
+            raise UserError(f"tokens [{start}, {stop}): {self.place} holds {self.rows * self.context:,} tokens")
         if out is None:
             out = torch.empty(stop - start, d, dtype=torch.bfloat16)
         # A thread uses its memory again and again: the first touch of fresh memory costs as much as reading.

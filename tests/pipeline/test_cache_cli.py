@@ -74,7 +74,7 @@ CACHE, TRAIN, EVALUATE = (str(REPO / p) for p in ("pipeline/cache.py", "trainer/
         ([CACHE, "model=local", "model.id=/no/where", "hookpoints=[a]"], "no such directory"),
         ([CACHE, "store.path=a=b"], "hint: put values"),
         ([CACHE, "store.path=ftp://host/x"], "begin with s3:// or gs://"),
-        ([CACHE, "data.context=9000", "store.path=x.zarr"], "smollm2-135m takes at most 8192 tokens"),
+        ([CACHE, "data.context=9000", "store.path=x.zarr"], "smollm2-135m-instruct-q4 takes at most 8192 tokens"),
         ([CACHE, "hookpoints=[embed_tokens]", "store.path=x.zarr"], "one vector per token"),
         ([CACHE, "ray.address=10.255.255.1:1", "data.tokens=4096", "ray.workers=0"], "ray.workers=0"),
         ([TRAIN, "optim.clip=0"], "optim.clip=0.0: must be positive"),

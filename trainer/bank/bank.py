@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 
 from skipcoder.errors import UserError
-from skipcoder.files import DISK_FULL, no_space
+from skipcoder.files import explained
 from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.bank import memory
 from skipcoder.trainer.bank.live_table import live_table
 from skipcoder.trainer.bank.member import Member
 from skipcoder.trainer.config import TrainConfig
@@ -119,6 +120,7 @@ def _train(members: list[Member], store: ActivationStore, outcomes: dict[Path, O
     for member in members:
         with _failing(outcomes, member.directory):
             check(member.cfg, ranks.size)
+            memory.refuse_too_large(member.cfg, store, memory.free_bytes(device), device)
             position = member.start(store, stream, device, ranks)
             positions[member.learner.step_number] = position
     if not positions:
@@ -187,7 +189,8 @@ def _held_out(cfg: TrainConfig, store: ActivationStore, device: str) -> Batch | 
 
 @contextmanager
 def _stopping() -> Iterator[Callable[[], bool]]:
-    """Delay Ctrl-C and SIGTERM to the end of a step, so that what is saved is whole; a second Ctrl-C acts at once."""
+    """Delay Ctrl-C, SIGTERM and SIGHUP (a lost connection) to the end of a step, so that what is saved is whole; a
+    second Ctrl-C acts at once."""
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
@@ -198,7 +201,7 @@ def _stopping() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():  # cannot handle signals
         yield lambda: False
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield lambda: bool(asked)
     finally:
@@ -213,8 +216,8 @@ def _failing(outcomes: dict[Path, Outcome], *directories: Path) -> Iterator[None
         yield
     except Exception as error:
         fault: Exception = error
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            fault = UserError(no_space(error))
+        if isinstance(error, OSError) and (message := explained(error)) is not None:
+            fault = UserError(message)
         trace = "" if isinstance(fault, UserError) else traceback.format_exc()
         # Tracebacks hold frames, and frames hold the tensors of the whole bank.
         fault = fault.with_traceback(None)

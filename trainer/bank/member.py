@@ -198,4 +198,9 @@ class Member:
         if self.ranks.is_main:
             coder.save(self.directory / FOLDER)
             self.files.write_summary(summary)
+            if summary["train_fvu"] > 1:
+                print(
+                    f"{self.directory}: its FVU is {summary['train_fvu']:.3g}, worse than always answering the mean: "
+                    f"lower optim.lr (it was {self.learner.optimiser.base_lr:g})"
+                )
         return summary

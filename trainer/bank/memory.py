@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from skipcoder.errors import UserError
+from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.coder.encoding import chunk_bytes
 from skipcoder.trainer.config import Kind, OptimName, TrainConfig
 
@@ -31,6 +33,18 @@ def need(cfg: TrainConfig, d_in: int, d_out: int, device: str) -> Need:
     chunk = min(chunk_bytes(cfg.encode, device), 4 * m * cfg.train.batch_tokens)
     half = 2 * m * d_in if device.startswith("cuda") else 0  # the encoder in bfloat16
     return Need(4 * weights * copies + 8 * m + half, 8 * weights + chunk)
+
+
+def refuse_too_large(cfg: TrainConfig, store: ActivationStore, budget: float, device: str) -> Need:
+    """The need of one coder; UserError if the budget (bytes) does not hold it."""
+    facts = store.hookpoints[store.hookpoint(cfg.hookpoint)]
+    one = need(cfg, facts["d_in"], facts["d_out"], device)
+    if bank_bytes([one]) > budget:
+        raise UserError(
+            f"coder.width={cfg.coder.width}: takes about {bank_bytes([one]) / GIB:,.1f} GiB to train, {device} has "
+            f"{budget / GIB:,.1f} GiB for it; lower the width"
+        )
+    return one
 
 
 def free_bytes(device: str) -> int:

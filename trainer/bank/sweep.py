@@ -75,7 +75,7 @@ def plan(jobs: Sequence[Job], settings: Settings, devices: int, together: bool =
         try:
             device = pick_device(cfg.train.device) if settings.address is None else "there"
             store = open_store(cfg)
-            facts = store.hookpoints[store.hookpoint(cfg.hookpoint)]
+            store.hookpoint(cfg.hookpoint)
         except UserError:  # the bank reports it for each of its jobs
             banks.append(group)
             continue
@@ -83,16 +83,11 @@ def plan(jobs: Sequence[Job], settings: Settings, devices: int, together: bool =
         budget /= len(groups) if together else 1
         needs, fitting = [], []
         for job in group:
-            need = memory.need(job.cfg, facts["d_in"], facts["d_out"], device)
-            if memory.bank_bytes([need]) <= budget:
-                needs.append(need)
+            try:
+                needs.append(memory.refuse_too_large(job.cfg, store, budget, device))
                 fitting.append(job)
-                continue
-            error = UserError(
-                f"coder.width={job.cfg.coder.width} takes about {memory.bank_bytes([need]) / memory.GIB:.1f} GiB to "
-                f"train, {device} has {budget / memory.GIB:.1f} GiB for it; lower the width"
-            )
-            refused.append(Outcome(job.directory, None, error))
+            except UserError as error:
+                refused.append(Outcome(job.directory, None, error))
         banks += [[fitting[i] for i in bank] for bank in memory.pack(needs, budget, devices)]
     for number, bank in enumerate(banks, 1):
         print(f"bank {number} of {len(banks)}: {len(bank)} coder{'s' if len(bank) > 1 else ''} on one stream")

@@ -11,6 +11,7 @@ from typing import Any, NotRequired
 from natsort import natsorted
 from omegaconf import OmegaConf
 from typing_extensions import TypedDict
+from yaml import YAMLError
 
 from skipcoder.errors import UserError
 from skipcoder.files import write_atomically
@@ -105,7 +106,10 @@ class RunDirectory:
         """Return config.yaml as OmegaConf reads it, without keys that no longer exist. UserError where a value refers
         to others, which may be secrets of the environment: what we write never does."""
         file = self.path / CONFIG
-        found = OmegaConf.load(file)
+        try:
+            found = OmegaConf.load(file)
+        except YAMLError as error:
+            raise UserError(f"{file} is damaged ({error}); delete the run to train it again") from None
         if "${" in file.read_text():
             raise UserError(f"{file} refers to other values by ${{...}}; a run's never does: write them out")
         for key, default in _RETIRED.items():
@@ -120,7 +124,7 @@ class RunDirectory:
 
     @property
     def summary(self) -> Summary | None:
-        """The summary of a finished run, None for another; raises UserError if it is damaged."""
+        """The summary of a finished run, None for another; raises UserError if it is damaged or its coder is gone."""
         file = self.path / SUMMARY
         if not file.exists():
             return None
@@ -128,6 +132,10 @@ class RunDirectory:
             found = json.loads(file.read_text())
         except ValueError as error:
             raise UserError(f"{file} is damaged ({error}); delete it and run the same command again") from None
+        if not (self.path / FOLDER / TENSORS).is_file():
+            raise UserError(
+                f"{self.path} is finished, but its coder is gone ({FOLDER}/{TENSORS}); delete {self.path}, train again"
+            )
         return checked(Summary, found, str(file), "delete it and run the same command again")
 
     def write_summary(self, summary: Summary) -> None:
@@ -178,13 +186,12 @@ class Run:
         """Read a run directory; raise UserError saying what is missing."""
         if not path.is_dir():
             raise UserError(f"run={path}: no such directory")
-        coder, directory = SparseCoder.load(path), RunDirectory(path)
+        directory = RunDirectory(path)
         summary = directory.summary
-        for name, missing in ((SUMMARY, summary is None), (CONFIG, not (path / CONFIG).exists())):
-            if missing:
-                raise UserError(f"{path} is no finished run ({name} is missing); train it to its end")
-        assert summary is not None
-        return cls(path, summary, coder, str(directory.config().store.path))
+        if summary is None or not (path / CONFIG).exists():
+            missing = CONFIG if summary else SUMMARY
+            raise UserError(f"{path} is no finished run ({missing} is missing); train it to its end")
+        return cls(path, summary, SparseCoder.load(path), str(directory.config().store.path))
 
     @cached_property
     def configuration(self) -> str:

@@ -36,7 +36,7 @@ function list(columns, count, order, href) {
       if (rows.has(i)) continue;
       const row = make("a", { className: "row grid" + (i === chosen ? " chosen" : ""), href: href(order[i]), tabIndex: -1, role: "row", id: "row-" + i });
       row.style.top = i * HEIGHT + "px";
-      for (const c of columns) row.append(make("span", { textContent: c.show(order[i]), className: c.wide ? "wide" : "", role: "gridcell" }));
+      for (const c of columns) row.append(make("span", { className: c.wide ? "wide" : "", role: "gridcell" }, ...[c.show(order[i])].flat()));
       rows.set(i, row);
       space.append(row);
     }
@@ -61,48 +61,62 @@ function list(columns, count, order, href) {
   return { view, show(next) { order = next; chosen = -1; rows.forEach(n => n.remove()); rows.clear(); view.setAttribute("aria-rowcount", order.length); space.style.cssText = `height:${order.length * HEIGHT}px`; view.scrollTop = 0; draw(); }, draw };
 }
 
-const state = { search: "", sort: "latent", down: false };
+// In the order of the list until a column is chosen; what a latent is about: its explanation, or where it is largest.
+const state = { search: "", sort: null, down: false };
+const judged = table.detection.some(score => score !== null), explained = table.explanation.some(text => text !== null);
+const about = i => table.explanation[i] ?? (table.preview[i].length ? [table.preview[i][0], make("mark", { textContent: table.preview[i][1] }), table.preview[i][2]] : "never fires");
 const COLUMNS = [
-  { key: "latent", title: "latent", value: i => i, show: i => String(i) },
-  { key: "density", title: "density", value: i => table.density[i], show: i => number(table.density[i], 2), wide: true },
-  { key: "explanation", title: "explanation", value: i => table.explanation[i] ?? "\uffff", show: i => table.explanation[i] ?? "" },
-  { key: "detection", title: "detection", value: i => table.detection[i] ?? -1, show: i => number(table.detection[i], 2) },
-  { key: "fuzzing", title: "fuzzing", value: i => table.fuzzing[i] ?? -1, show: i => number(table.fuzzing[i], 2), wide: true },
+  { key: "latent", title: "latent", value: i => i, show: i => String(i), width: "70px" },
+  { key: "tokens", title: "largest on", value: i => table.tokens[i] || "\uffff", show: i => table.tokens[i], width: "minmax(0, .35fr)", wide: true },
+  { key: "about", title: explained ? "explanation" : "in context", value: i => table.explanation[i] ?? "\uffff" + (table.preview[i][1] ?? "\uffff"), show: about, width: "minmax(0, 1fr)" },
+  { key: "density", title: "density", value: i => table.density[i], show: i => number(table.density[i], 2), width: "86px", wide: judged },
+  { key: "largest", title: "largest", value: i => table.largest[i], show: i => number(table.largest[i]), width: "80px", wide: true },
+  ...(judged ? [
+    { key: "detection", title: "detection", value: i => table.detection[i] ?? -1, show: i => number(table.detection[i], 2), width: "92px" },
+    { key: "fuzzing", title: "fuzzing", value: i => table.fuzzing[i] ?? -1, show: i => number(table.fuzzing[i], 2), width: "84px", wide: true },
+  ] : []),
 ];
+const TEXT = ["tokens", "about"]; // columns that begin with A, others with their largest
+let texts; // of each latent, in small letters; made when something is first searched
 
 function showTable() {
-  const search = make("input", { type: "search", placeholder: "search explanations, or a latent's number", value: state.search, ariaLabel: "search" });
+  const search = make("input", { type: "search", placeholder: "search tokens, contexts, explanations, or a number", value: state.search, ariaLabel: "search" });
   const found = make("p", { role: "status" });
   const rows = list(COLUMNS, table.density.length, [], i => "#latent/" + i);
   const head = make("div", { className: "grid head" });
   function update() {
     const words = state.search.toLowerCase(), column = COLUMNS.find(c => c.key === state.sort);
-    let order = [];
-    for (let i = 0; i < table.density.length; i++) {
-      if (!words || String(i) === words || (table.explanation[i] ?? "").toLowerCase().includes(words)) order.push(i);
-    }
-    const keys = order.map(column.value), sign = state.down ? -1 : 1;
-    const by = typeof keys[0] === "string" ? (a, b) => keys[a].localeCompare(keys[b]) : (a, b) => keys[a] - keys[b];
-    order = order.map((_, n) => n).sort((a, b) => sign * by(a, b) || a - b).map(n => order[n]);
+    if (words) texts ??= table.tokens.map((tokens, i) => [table.explanation[i] ?? "", tokens, table.preview[i].join("")].join("\n").toLowerCase());
+    let order = table.order.filter(i => !words || String(i) === words || texts[i].includes(words));
+    if (column) order = sorted(order, column);
     rows.show(order);
     found.textContent = `${order.length.toLocaleString()} of ${table.density.length.toLocaleString()} latents`;
     head.replaceChildren(...COLUMNS.map(c => {
       const button = make("button", { textContent: c.title, className: c.wide ? "wide" : "" });
       if (c.key === state.sort) button.setAttribute("aria-sort", state.down ? "descending" : "ascending");
-      button.onclick = () => { state.down = c.key === state.sort ? !state.down : c.key !== "latent" && c.key !== "explanation"; state.sort = c.key; update(); };
+      button.onclick = () => { state.down = c.key === state.sort ? !state.down : c.key !== "latent" && !TEXT.includes(c.key); state.sort = c.key; update(); };
       return button;
     }));
   }
+  function sorted(order, column) {
+    const keys = order.map(column.value), sign = state.down ? -1 : 1;
+    const by = typeof keys[0] === "string" ? (a, b) => keys[a].localeCompare(keys[b]) : (a, b) => keys[a] - keys[b];
+    return order.map((_, n) => n).sort((a, b) => sign * by(a, b) || a - b).map(n => order[n]);
+  }
   search.oninput = () => { state.search = search.value; update(); };
   const notes = table.warning ? [make("p", { className: "warning", textContent: table.warning })] : [];
-  main.replaceChildren(...notes, make("p", { textContent: table.facts }), search, found, head, rows.view);
+  const listed = make("div", {}, head, rows.view);
+  listed.style.setProperty("--columns", COLUMNS.map(c => c.width).join(" "));
+  main.replaceChildren(...notes, make("p", { textContent: table.facts }), search, found, listed);
   update();
 }
 
 function contexts(title, windows, words, largest) {
   const box = make("div", { className: "contexts" });
-  for (const [tokens, levels, top] of windows) {
-    const line = make("div", { className: "context" }, make("b", { textContent: number(top) }));
+  const [each, size] = table.window;
+  for (const [tokens, levels, top, window] of windows) {
+    const from = window % each * size, where = `row ${Math.floor(window / each)} of the text, tokens ${from} to ${from + tokens.length - 1}`;
+    const line = make("div", { className: "context" }, make("b", { textContent: number(top), title: where }));
     tokens.forEach((token, n) => {
       const span = make("span", { textContent: words[token] });
       if (levels[n]) { span.style.background = `rgba(var(--mark), ${0.12 + 0.07 * levels[n]})`; span.title = number(levels[n] * largest / 10); }
@@ -129,7 +143,7 @@ async function showLatent(i) {
   it.histogram.forEach(n => { const bar = make("i", { title: n.toLocaleString() }); bar.style.height = 100 * n / most + "%"; bars.append(bar); });
   const nearest = make("div", { className: "chips" }, ...it.nearest.map(([j, cosine]) => make("span", {}, link(j, `${j}`), ` ${number(cosine, 2)}`)));
   main.replaceChildren(
-    title, step, make("p", { textContent: table.explanation[i] ?? "no explanation", style: "color: var(--ink)" }), make("p", { textContent: facts }),
+    title, step, make("p", { textContent: table.explanation[i] ?? (table.tokens[i] ? "largest on: " + table.tokens[i] : "never fires"), style: "color: var(--ink)" }), make("p", { textContent: facts }),
     make("div", { className: "two" },
       make("div", {}, make("h2", { textContent: "Promotes" }), chips(it.up), make("h2", { textContent: "Suppresses" }), chips(it.down)),
       make("div", {}, make("h2", { textContent: "Activations" }), bars, make("div", { className: "axis" }, make("span", { textContent: "0" }), make("span", { textContent: number(it.largest) })),
@@ -147,10 +161,10 @@ async function showCompare(other) {
   if (location.hash !== asked) return;
   const theirs = it.table, shared = match.cosine.filter(c => c >= 0.7).length / match.cosine.length;
   const rows = list([
-    { show: i => String(i) }, { show: i => table.explanation[i] ?? "" }, { show: i => String(match.latent[i]) },
-    { show: i => number(match.cosine[i], 2) }, { show: i => theirs.explanation[match.latent[i]] ?? "", wide: true },
+    { show: i => String(i) }, { show: i => table.explanation[i] ?? table.tokens[i] }, { show: i => String(match.latent[i]) },
+    { show: i => number(match.cosine[i], 2) }, { show: i => theirs.explanation[match.latent[i]] ?? theirs.tokens[match.latent[i]], wide: true },
   ], match.latent.length, [], i => "#latent/" + i);
-  const head = make("div", { className: "grid head" }, ...["latent", "explanation", "theirs", "cosine", "their explanation"].map((t, n) => make("button", { textContent: t, tabIndex: -1, className: n === 4 ? "wide" : "" })));
+  const head = make("div", { className: "grid head" }, ...["latent", "explanation, or largest on", "theirs", "cosine", "theirs, the same"].map((t, n) => make("button", { textContent: t, tabIndex: -1, className: n === 4 ? "wide" : "" })));
   main.append(make("p", { textContent: `Here: ${mine.facts}` }), make("p", { textContent: `There: ${theirs.facts}` }),
     make("p", { textContent: `${(100 * shared).toFixed(1)} % of the latents have a near twin (cosine 0.7 or more).` }), make("div", { className: "compare" }, head, rows.view));
   rows.show([...match.cosine.keys()].sort((a, b) => match.cosine[b] - match.cosine[a]));

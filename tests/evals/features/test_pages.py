@@ -1,6 +1,7 @@
 """The feature pages in a real browser: from disk, at desktop and phone width, with hostile text and 100,000 latents."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -124,6 +125,39 @@ def test_search_sort_open_and_compare(site: Path, browser: Any, width: int) -> N
     page.close()
 
 
+def test_a_list_without_a_judge_tells_what_latents_are_about(site: Path, browser: Any) -> None:
+    """Of the second coder: the tokens on which a latent is largest, one of them in its context; both can be searched.
+    First come latents that fire often enough, and not too often."""
+    folder = site.parent / "b"
+    index = LatentIndex(Run.open(folder), ActivationStore.open(Run.open(folder).store_path))
+    page = browser.new_page()
+    page.goto((folder / "features" / "index.html").as_uri())
+    heads = page.locator(".head button").all_inner_texts()
+    assert heads == ["latent", "largest on", "in context", "density", "largest"]
+    first = page.locator(".row").first
+    latent = int(first.locator("span").first.inner_text())
+    firing = index.of(latent)
+    assert len(firing.value) >= 12 and len(firing.value) < 0.05 * index.tokens.size
+    marked = first.locator("mark").evaluate("it => it.textContent")
+    tokenizer = AutoTokenizer.from_pretrained(index.store.attrs["model"]["id"])
+    largest = int(index.tokens.ravel()[firing.position[firing.value.argmax()]])
+    assert marked == str(tokenizer.decode([largest])).replace("\n", "\u21b5")
+    assert float(page.locator(".row").first.locator("span").last.inner_text()) == pytest.approx(
+        firing.value.max(), rel=5e-3
+    )
+    shown = page.evaluate("table.tokens")[latent]
+    page.get_by_label("search").fill(shown.upper())
+    assert page.locator(f".row[href='#latent/{latent}']").count() == 1
+    page.locator(f".row[href='#latent/{latent}']").click()
+    page.wait_for_selector(f"text=Latent {latent}")
+    assert page.get_by_text(f"largest on: {shown}").count() == 1
+    where = page.locator(".context b").first.get_attribute("title")
+    row, start = (int(word) for word in re.findall(r"\d+", where)[:2])
+    there = [tokenizer.decode([int(token)]) for token in index.tokens[row, start : start + 8]]
+    assert page.locator(".context").first.locator("span").all_text_contents() == there
+    page.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours_follow_the_system(site: Path, browser: Any, scheme: str) -> None:
     page = browser.new_page(color_scheme=scheme)
@@ -147,6 +181,8 @@ def test_a_hundred_thousand_latents_are_usable_at_once(browser: Any, tmp_path: P
         "density": rng.random(count).round(5).tolist(),
         "explanation": [f"words about subject {i % 977} and the number {i}" for i in range(count)],
         "detection": rng.random(count).round(3).tolist(), "fuzzing": rng.random(count).round(3).tolist(),
+        "tokens": [f"token{i % 1009}" for i in range(count)], "preview": [["as it", " stood", " there"]] * count,
+        "largest": rng.random(count).round(4).tolist(), "order": list(range(count)), "window": [1, 32],
     }  # fmt: skip
     (site / "data" / "table.js").write_text("window.skipcoderTable = " + json.dumps(table))
     page = browser.new_page()
@@ -156,6 +192,11 @@ def test_a_hundred_thousand_latents_are_usable_at_once(browser: Any, tmp_path: P
     opened = time.perf_counter() - begun
     page.get_by_label("search").fill("subject 976 ")
     assert page.get_by_role("status").inner_text() == f"{count // 977:,} of 100,000 latents"
+    page.get_by_label("search").fill("token1008")
+    begun = time.perf_counter()
+    assert page.get_by_role("status").inner_text() == f"{count // 1009:,} of 100,000 latents"
+    print(f"searched in {time.perf_counter() - begun:.2f} s")
+    page.get_by_label("search").fill("subject 976 ")
     page.get_by_role("button", name="fuzzing").click()
     assert page.locator(".row").count() < 100  # only what is in sight is in the page
     page.get_by_label("search").fill("")

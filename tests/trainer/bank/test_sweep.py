@@ -187,7 +187,7 @@ def test_a_coder_too_large_for_the_device_is_refused(store: ActivationStore, tmp
     jobs = [Job(big, tmp_path / "big"), Job(config(store), tmp_path / "small")]
     one, other = run_sweep(jobs, Settings(memory_gib=0.6))
     assert isinstance(one.error, UserError)
-    assert "coder.width=1048576 takes about" in str(one.error) and other.summary is not None
+    assert "coder.width=1048576: takes about" in str(one.error) and other.summary is not None
 
 
 def test_needed_memory_covers_what_training_holds(store: ActivationStore, tmp_path: Path) -> None:
