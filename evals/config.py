@@ -40,6 +40,7 @@ class ProbingConfig:
     """Names of data sets in sae-probes, or paths of CSV files (columns prompt, target); [all]: the 113 binary ones;
     null: `count` of these, spread over the list."""
     count: int = 20
+    """Data sets, where `datasets` names none."""
     texts: int = 600
     """Texts per data set; two thirds of them train the probes."""
     tokens: int = 64
@@ -88,7 +89,9 @@ class ErasureConfig:
     scr_csv: str | None = None
     """CSV file with columns prompt, target and spurious; null: historical figures, politician or not, male or not."""
     texts: int = 1000
+    """Texts at most."""
     tokens: int = 64
+    """Tokens read of each text."""
     ablate: list[int] = field(default_factory=lambda: [2, 5, 10, 20, 50, 100, 500])
     """Numbers of latents to ablate; those not below the width are left out."""
 
@@ -143,6 +146,7 @@ class EvaluateConfig:
     batch_rows: int = 4
     """Token rows per forward pass of the language model."""
     device: str | None = None
+    """cuda, cuda:N or cpu; null: cuda if there is one, else cpu."""
     probing: ProbingConfig = field(default_factory=ProbingConfig)
     absorption: AbsorptionConfig = field(default_factory=AbsorptionConfig)
     erasure: ErasureConfig = field(default_factory=ErasureConfig)
@@ -214,9 +218,11 @@ class ExamplesConfig:
     test: int = 25
     """Windows in which the latent fires, and as many in which it does not, that test an explanation."""
     quantiles: int = 10
+    """Equal parts of a latent's windows, by activation, from which examples come."""
     negatives: Negatives = Negatives.random
     """random; cofiring: windows of latents that often fire with this one; similar: windows of similar words."""
     neighbours: int = 5
+    """cofiring: latents whose windows are taken."""
     pool: int = 2000
     """Windows searched for similar ones."""
 
@@ -285,6 +291,7 @@ class InterpretConfig:
     seed: int = 0
     """Seed of the draw."""
     scorers: list[Scorer] = field(default_factory=lambda: [Scorer.detection, Scorer.fuzzing])
+    """detection, fuzzing, embedding, simulation, intervention (docs/interpretation.md)."""
     shown: int = 5
     """Windows in one question."""
     out: str | None = None
@@ -292,6 +299,7 @@ class InterpretConfig:
     pages: bool = True
     """Write RUN/features/index.html."""
     device: str | None = None
+    """cuda, cuda:N or cpu; null: cuda if there is one, else cpu."""
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 

@@ -106,7 +106,7 @@ def main(cfg: DictConfig) -> None:
 
 def cli_main() -> None:
     """Console script `skipcoder-evaluate`."""
-    sys.exit(cli.run(main))
+    sys.exit(cli.run(main, "evaluate"))
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def main(cfg: DictConfig) -> None:
 
 def cli_main() -> None:
     """Console script `skipcoder-interpret`."""
-    sys.exit(cli.run(main))
+    sys.exit(cli.run(main, "interpret"))
 
 
 if __name__ == "__main__":

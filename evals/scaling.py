@@ -167,7 +167,7 @@ def main(cfg: DictConfig) -> None:
 
 def cli_main() -> None:
     """Console script `skipcoder-scaling`."""
-    sys.exit(cli.run(main))
+    sys.exit(cli.run(main, "scaling"))
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def main(cfg: DictConfig) -> None:
 
 def cli_main() -> None:
     """Console script `skipcoder-cache`."""
-    sys.exit(cli.run(main))
+    sys.exit(cli.run(main, "cache"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 from skipcoder.errors import UserError
 from skipcoder.files import explained
-from skipcoder.settings import explain
+from skipcoder.settings import described, explain
 
 # Absolute, since Hydra looks up a relative config path beside the caller, which fails for console scripts.
 CONF = str(Path(__file__).resolve().parent / "conf")
@@ -18,8 +18,9 @@ CONF = str(Path(__file__).resolve().parent / "conf")
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 3
 
 
-def run(main: Callable[[], object]) -> int:
-    """Run a Hydra main; print foreseeable mistakes as one message; return the exit code."""
+def run(main: Callable[[], object], name: str = "") -> int:
+    """Run a Hydra main; print foreseeable mistakes as one message; return the exit code. `name`: that of the main's
+    configuration, for --help."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -27,7 +28,10 @@ def run(main: Callable[[], object]) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries would draw bars beside our own
     sys.argv[1:] = map(quoted, sys.argv[1:])
     try:
-        main()
+        if name and {"--help", "-h"} & set(sys.argv[1:]):
+            print(_help(name), flush=True)
+        else:
+            main()
     except UserError as error:
         return _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
@@ -43,6 +47,30 @@ def run(main: Callable[[], object]) -> int:
             raise
         return _fail(message)
     return DONE
+
+
+def _help(name: str) -> str:
+    """What a program does, its presets, and each of its settings with default and meaning."""
+    import yaml
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    conf = yaml.safe_load(Path(CONF, f"{name}.yaml").read_text())
+    text: str = conf["hydra"]["help"]["template"].strip()
+    keys = [
+        key.removeprefix("optional ") for default in conf["defaults"] if isinstance(default, dict) for key in default
+    ]
+    groups = [key for key in keys if not key.startswith("override")] + (["experiment"] if name == "train" else [])
+    presets = [
+        f"  {'+' if group == 'experiment' else ''}{group}="
+        + "|".join(sorted(p.stem for p in Path(CONF, group).glob("*.yaml")))
+        for group in groups
+    ]
+    node = ConfigStore.instance().repo[f"{name}_schema.yaml"].node
+    schema = OmegaConf.get_type(node)
+    assert schema is not None
+    settings = described(schema)
+    return "\n".join([text, *(["", "Presets:", *presets] if presets else []), "", "Settings (key=value):", *settings])
 
 
 def quoted(argument: str) -> str:

@@ -1,8 +1,14 @@
 """Turn Hydra's configurations into typed dataclasses, compare them, and explain what is wrong with them."""
 
+import ast
 import dataclasses
+import inspect
 import math
 import re
+import textwrap
+from collections.abc import Iterator
+from enum import Enum
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from skipcoder.errors import UserError
@@ -34,6 +40,43 @@ def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in data.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
+
+
+def described(schema: type, prefix: str = "") -> Iterator[str]:
+    """A line or more for each setting of a configuration's dataclass: key, default, and what its docstring says."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    said = {
+        node.target.id: inspect.cleandoc(text.value.value)
+        for node, text in pairwise(tree.body)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+    }
+    for field in dataclasses.fields(schema):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if dataclasses.is_dataclass(default):
+            yield from described(type(default), f"{prefix}{field.name}.")
+            continue
+        head = f"  {prefix}{field.name}={_typed_as(default)}"
+        meaning = textwrap.wrap(" ".join(said.get(field.name, "").split()), 84)
+        if len(head) < 34 and meaning:
+            yield f"{head:<34}  {meaning.pop(0)}"
+        else:
+            yield head
+        yield from (f"{'':<34}  {line}" for line in meaning)
+
+
+def _typed_as(value: Any) -> str:
+    """A value as one types it.
+
+    >>> _typed_as([1, 2]), _typed_as(None), _typed_as(True), _typed_as("???")
+    ('[1,2]', 'null', 'true', '...')
+    """
+    if isinstance(value, list):
+        return f"[{','.join(map(_typed_as, value))}]"
+    names = {"None": "null", "True": "true", "False": "false", "???": "..."}
+    text = str(value.value if isinstance(value, Enum) else value)
+    return names.get(text, text)
 
 
 def typed(cfg: Any, schema: type[T]) -> T:

@@ -35,7 +35,7 @@ from skipcoder.pipeline.store.codecs import CODECS
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.text.sources import SOURCES
 from skipcoder.registry import Registry
-from skipcoder.settings import typed
+from skipcoder.settings import flat, typed
 from skipcoder.trainer.bank import bank
 from skipcoder.trainer.coder.activations import ACTIVATIONS
 from skipcoder.trainer.coder.coder import KINDS, SparseCoder, make_coder
@@ -43,7 +43,7 @@ from skipcoder.trainer.coder.readers import READERS
 from skipcoder.trainer.config import CoderConfig, TrainConfig
 from skipcoder.trainer.formats.config import ExportConfig, ImportConfig
 from tests.conftest import REPO
-from tests.documented import PAGES, Command, commands
+from tests.documented import ENTRIES, PAGES, Command, commands
 from tests.trainer.run.test_run import config
 
 pytestmark = pytest.mark.docs
@@ -96,6 +96,26 @@ def composed(entry: str, overrides: list[str]) -> DictConfig:
         cfg = compose(entry.removesuffix("_coder"), overrides, return_hydra_config=True)
     OmegaConf.set_struct(cfg, False)
     return cfg
+
+
+@pytest.mark.parametrize("entry", SCHEMAS)
+def test_help_lists_every_setting_with_its_meaning(
+    entry: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the presets of this program alone."""
+    module = sys.modules[f"skipcoder.{ENTRIES[entry]}.{entry}"]
+    monkeypatch.setattr(sys, "argv", [entry, "--help"])
+    with pytest.raises(SystemExit) as end:
+        module.cli_main()  # type: ignore[attr-defined]
+    printed = capsys.readouterr().out
+    assert not end.value.code
+    plain = OmegaConf.to_container(OmegaConf.structured(SCHEMAS[entry]))
+    assert isinstance(plain, dict)
+    keyed: dict[str, Any] = plain  # type: ignore[assignment]
+    for key in flat(keyed):
+        if not key.startswith(("model.write_modules.", "ray.env")):
+            assert re.search(rf"^  {re.escape(key)}=\S*\s+[A-Za-z0-9`\"]", printed, re.M), key
+    assert ("\n  judge=" in printed) == (entry == "interpret") and ("\n  coder=" in printed) == (entry == "train")
 
 
 def test_the_scaling_study_says_what_was_measured() -> None:

@@ -139,9 +139,11 @@ class OptimConfig:
     momentum: float = 0.95
     """signum: weight of the average in the point at which gradients are taken; muon: Nesterov momentum."""
     beta1: float = 0.9
-    """Like beta2 and eps, a setting of Adam, which muon uses for the biases."""
+    """Adam, which muon uses for the biases: decay of the average gradient."""
     beta2: float = 0.999
+    """Adam: decay of the average squared gradient."""
     eps: float = 6.25e-10
+    """Adam: added to the root of that average."""
     warmup_steps: int = 1000
     """Steps of warm-up, at most 5 % of the run."""
     clip: float = 1.0

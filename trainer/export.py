@@ -27,7 +27,7 @@ def main(cfg: DictConfig) -> None:
 
 def cli_main() -> None:
     """Console script `skipcoder-export`."""
-    sys.exit(cli.run(main))
+    sys.exit(cli.run(main, "export"))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
 
 def cli_main() -> None:
     """Console script `skipcoder-import`."""
-    sys.exit(cli.run(main))
+    sys.exit(cli.run(main, "import"))
 
 
 if __name__ == "__main__":

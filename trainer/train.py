@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
 
 def cli_main() -> None:
     """Console script `skipcoder-train`."""
-    sys.exit(cli.run(main))
+    sys.exit(cli.run(main, "train"))
 
 
 if __name__ == "__main__":

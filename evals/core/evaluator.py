@@ -18,6 +18,7 @@ from skipcoder.evals.core.results import BY_DOCUMENT, Result
 from skipcoder.pipeline.model import load as models
 from skipcoder.pipeline.store.attrs import model_config
 from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.progress import progress
 from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.data.stream import ActivationStream
 from skipcoder.trainer.run.device import on_device
@@ -112,13 +113,15 @@ class Evaluator:
             stream = ActivationStream(
                 self.store, hookpoint, 4096, split="test", filter=kept, epochs=1, device=self.device
             )
-            for batch in stream:
-                sides = {"input": batch.x, "output": batch.y}
-                document = self._document(batch.position)
-                target = {side: of_side.add(sides[side], document) for side, of_side in targets.items()}
-                for i, run in mine.items():
-                    out = run.coder(sides[run.read_site.side])
-                    every[i].update(target[run.write_site.side], out.y_hat, out.values, out.indices)
+            with progress(f"reconstruction, {len(mine)} coders", len(self.row_numbers) * self.store.context) as advance:
+                for batch in stream:
+                    sides = {"input": batch.x, "output": batch.y}
+                    document = self._document(batch.position)
+                    target = {side: of_side.add(sides[side], document) for side, of_side in targets.items()}
+                    for i, run in mine.items():
+                        out = run.coder(sides[run.read_site.side])
+                        every[i].update(target[run.write_site.side], out.y_hat, out.values, out.indices)
+                    advance(len(batch.position))
         return [every[i].result() for i in range(len(runs))]
 
     def _document(self, position_N: Tensor) -> Tensor | None:
@@ -147,7 +150,9 @@ class Evaluator:
 
     def losses(self, replacements: Mapping[Key, Sequence[Part]]) -> dict[Key | None, TokenLosses]:
         """Losses of the chosen test rows under each replacement."""
-        return token_losses(self.model, self.tokens_BT, self.batch_rows, replacements)
+        model, passes = self.model, 1 + len(replacements)
+        with progress("cross-entropy", passes * self.tokens_BT.numel()) as advance:
+            return token_losses(model, self.tokens_BT, self.batch_rows, replacements, advance)
 
     def replacements(self, run: Run) -> dict[str, Replacement]:
         """{name in the results: the replacement}."""

@@ -46,9 +46,14 @@ def ablation(value_E: Tensor) -> Replace:
 
 @torch.no_grad()
 def token_losses(
-    model: nn.Module, tokens_BT: Tensor, batch_rows: int, replacements: Mapping[K, Sequence[Part]]
+    model: nn.Module,
+    tokens_BT: Tensor,
+    batch_rows: int,
+    replacements: Mapping[K, Sequence[Part]],
+    advance: Callable[[int], object] = lambda tokens: None,
 ) -> dict[K | None, TokenLosses]:
-    """Losses under each replacement, which may have parts in several layers; under None, the unchanged model's."""
+    """Losses under each replacement, which may have parts in several layers; under None, the unchanged model's.
+    `advance` is told of the tokens that each pass has read."""
     below = {key: _layers_below(model, parts) for key, parts in replacements.items()}
     skippable = list(dict.fromkeys(layer for layers in below.values() for layer in layers))
     found: dict[K | None, list[TokenLosses]] = {key: [] for key in (None, *replacements)}
@@ -60,6 +65,7 @@ def token_losses(
         if start == 0 and not _gives_the_same(model, tokens, below.values(), outputs, clean):
             below, skippable = dict.fromkeys(below, ()), []
         found[None].append(_losses(clean, clean, tokens))
+        advance(tokens.numel())
         for key, parts in replacements.items():
             with ExitStack() as stack:
                 stack.enter_context(_handing_out(below[key], outputs))
@@ -67,6 +73,7 @@ def token_losses(
                     keep = None if part.keep_BT is None else part.keep_BT[rows]
                     stack.enter_context(replacing(model, part.read, part.write, part.replace, keep))
                 found[key].append(_losses(_logits(model, tokens), clean, tokens))
+            advance(tokens.numel())
     return {
         key: TokenLosses(*(torch.cat(losses) for losses in zip(*batches, strict=True)))
         for key, batches in found.items()

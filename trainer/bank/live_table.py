@@ -1,6 +1,7 @@
 """Show the members of a bank in one live table; without a terminal, print a line for every tenth of the way."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from skipcoder.progress import duration
 from skipcoder.trainer.bank.member import Member
 from skipcoder.trainer.run.run import MetricsLine
 
@@ -22,23 +24,25 @@ def live_table(members: Sequence[Member], outcomes: Mapping[Path, Any]) -> Itera
         with Live(console=console, refresh_per_second=2, get_renderable=lambda: _render(members, outcomes)):
             yield lambda: None
         return
-    total, printed = sum(member.steps for member in members), 0
+    total, printed, begun = sum(member.steps for member in members), 0, time.perf_counter()
+    before = sum(member.done for member in members)
 
     def show() -> None:
         nonlocal printed
         done = sum(member.done for member in members)
         if done * 10 // total > printed:
             printed = done * 10 // total
-            fvu = "  ".join(f"{member.last['fvu']:.4f}" for member in members if member.last)
-            print(
-                f"{members[0].label}{_more(members)}: {done:,}/{total:,} steps  fvu {fvu}", file=sys.stderr, flush=True
-            )
+            left = duration((time.perf_counter() - begun) / (done - before) * (total - done))
+            print(f"training: {done:,}/{total:,} steps, {left} left  {_fvu(members)}", file=sys.stderr, flush=True)
 
     yield show
 
 
-def _more(members: Sequence[Member]) -> str:
-    return f" and {len(members) - 1} more" if len(members) > 1 else ""
+def _fvu(members: Sequence[Member]) -> str:
+    """The FVU of one coder, or the least and the largest of several."""
+    found = sorted((member.last["fvu"], member.label) for member in members if member.last)
+    ends = found if len(found) < 2 else [found[0], found[-1]]
+    return "FVU " + " to ".join(f"{fvu:.4f} ({label})" for fvu, label in ends) if ends else ""
 
 
 def _render(members: Sequence[Member], outcomes: Mapping[Path, Any]) -> Table:
@@ -59,5 +63,4 @@ def _render(members: Sequence[Member], outcomes: Mapping[Path, Any]) -> Table:
 
 def _left(member: Member, last: MetricsLine) -> str:
     left = member.steps - member.done
-    seconds = int(left * last["seconds"] / last["step"])
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    return duration(left * last["seconds"] / last["step"])

@@ -10,7 +10,7 @@ from skipcoder.errors import UserError
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.bank.loggers import Logger, loggers
 from skipcoder.trainer.coder.files import FOLDER
-from skipcoder.trainer.config import TrainConfig
+from skipcoder.trainer.config import ActivationName, TrainConfig
 from skipcoder.trainer.data.batch import Batch
 from skipcoder.trainer.data.ranks import ALONE, Ranks
 from skipcoder.trainer.data.stream import ActivationStream, Position
@@ -30,6 +30,8 @@ class Member:
         self.files.refuse_other(cfg)
         self.steps = -(-cfg.train.tokens // cfg.train.batch_tokens)
         self.label = f"{cfg.coder.kind} k={cfg.coder.k} width={cfg.coder.width}"
+        if cfg.coder.activation != ActivationName.topk:
+            self.label += f" {cfg.coder.activation}"
         self.window: list[dict[str, torch.Tensor]] = []
         self.read_ms: list[float] = []
         self.seconds_before = 0.0

@@ -88,3 +88,4 @@ class ImportConfig:
     """Whether it is also not meant for the tokenizer's special tokens."""
     run: RunConfig = field(default_factory=RunConfig)
     device: str | None = None
+    """cuda, cuda:N or cpu; null: cuda if there is one, else cpu."""

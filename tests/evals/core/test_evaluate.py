@@ -62,6 +62,9 @@ def sweep(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def rows(sweep: Path) -> dict[str, dict[str, Any]]:
+    """The table. One of the runs has pages of its latents."""
+    (sweep / "sae" / "features").mkdir()
+    (sweep / "sae" / "features" / "index.html").touch()
     evaluate(EvaluateConfig(runs=f"{sweep}/*", out=str(sweep / "summary.json"), ce_tokens=128))
     return {Path(row["run"]).name: row for row in json.loads((sweep / "summary.json").read_text())}
 
@@ -156,9 +159,6 @@ def test_bad_runs_are_named(store: ActivationStore, sweep: Path, tmp_path: Path)
     (broken / "summary.json").unlink()
     with pytest.raises(UserError, match=r"is no finished run \(summary.json is missing\)"):
         Run.open(broken)
-    (broken / "checkpoint" / "coder.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no coder.safetensors"):
-        Run.open(broken)
     run = Run.open(sweep / "sae")
     run.coder.meta["data"]["store_identity"] = "another"
     with pytest.raises(UserError, match="trained on another capture"):
@@ -189,6 +189,8 @@ def test_report_is_one_self_contained_page(rows: dict[str, dict[str, Any]], swee
         assert remote not in page
     assert f"{rows['sae']['fvu']:.4g}" in page
     assert "layers.1.mlp" in page and "not recorded" in page
+    assert page.count("<a ") == 1 and 'href="sae/features/index.html"' in page
+    assert all(f"<td>{name}</td>" in page for name in rows.keys() - {"sae"})
 
 
 @pytest.mark.cli
