@@ -37,7 +37,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     for name in cfg.tasks:
         TASKS[name]  # UserError for an unknown name
     paths = [Path(cfg.run)] if cfg.run else _finished(find_runs(cfg.runs or ""))
-    for folder in [*paths, *([Path(cfg.out).parent] if cfg.out else [])]:
+    for folder in [*filter(Path.is_dir, paths), *([Path(cfg.out).parent] if cfg.out else [])]:
         refuse_unwritable(folder)
     with ThreadPoolExecutor() as threads:
         runs = list(threads.map(Run.open, paths))

@@ -47,6 +47,8 @@ def scaling(cfg: ScalingConfig) -> None:
                 continue
             print(f"  {metric}: {law.formula}")
             print(f"    {law.name}; {_off(law)}")
+            if "ln T" not in law.formula:
+                print("    all runs had the same number of tokens: what another number does is not known")
             found: list[dict[str, Any]] = []
             for row in others.get(key, []):
                 found.append({"run": row["run"], **_predicted(law, laws.size_of(row)), "measured": row.get(metric)})

@@ -106,7 +106,7 @@ def explain(error: BaseException) -> str:
     >>> from skipcoder.pipeline.config import DataConfig
     >>> try: OmegaConf.structured(DataConfig).tokenz
     ... except Exception as e: print(explain(e).splitlines()[-1][:31])
-    valid keys: context, field, kin
+    valid keys: context, field, hel
     """
     message = str(error).strip()
     cause: BaseException | None = error
@@ -120,6 +120,7 @@ def explain(error: BaseException) -> str:
         cause = cause.__cause__
     if "is not a ListConfig" in message and (key := re.search(r"full_key: (\S+)", message)):
         message = f"{key[1]} takes a list, {key[1]}='[A]' or '[A,B]'"
-    if "mismatched input" in message or "token recognition" in message or "no viable alternative" in message:
+    unread = ("mismatched input", "token recognition", "no viable alternative", "NoViableAlt")
+    if any(sign in message for sign in unread):
         message += "\nhint: put values that hold = ( [ ~ or spaces in two sets of quotes, 'key=\"value\"'"
     return message

@@ -106,7 +106,7 @@ def test_help_lists_every_setting_with_its_meaning(
     module = sys.modules[f"skipcoder.{ENTRIES[entry]}.{entry}"]
     monkeypatch.setattr(sys, "argv", [entry, "--help"])
     with pytest.raises(SystemExit) as end:
-        module.cli_main()  # type: ignore[attr-defined]
+        module.cli_main()
     printed = capsys.readouterr().out
     assert not end.value.code
     plain = OmegaConf.to_container(OmegaConf.structured(SCHEMAS[entry]))

@@ -72,7 +72,7 @@ CACHE, TRAIN, EVALUATE = (str(REPO / p) for p in ("pipeline/cache.py", "trainer/
         ([CACHE, "store.codec=int3"], "choose from bf16, int8, fp8"),
         ([CACHE, "data=text"], "data.path"),
         ([CACHE, "model=local", "model.id=/no/where", "hookpoints=[a]"], "no such directory"),
-        ([CACHE, "store.path=a=b"], "hint: put values"),
+        ([CACHE, "store.path='a"], "hint: put values"),
         ([CACHE, "store.path=ftp://host/x"], "begin with s3:// or gs://"),
         ([CACHE, "data.context=9000", "store.path=x.zarr"], "smollm2-135m-instruct-q4 takes at most 8192 tokens"),
         ([CACHE, "hookpoints=[embed_tokens]", "store.path=x.zarr"], "one vector per token"),
