@@ -89,7 +89,7 @@ def test_quick_start(quick_start: QuickStart) -> None:
     for made in ("runs/sweep/report.html", "runs/sweep/2/features/index.html", "exported/skip/sae.safetensors"):
         assert (folder / made).is_file(), made
     for name in ("skipcoder-import", "skipcoder-interpret"):
-        assert "Configuration" in quick_start.run(name, "--help")
+        assert "Settings (key=value)" in quick_start.run(name, "--help")
     (example,) = re.findall(r"```python\n(.+?)```", PAGE, re.S)
     shown = quick_start.run("python", "-c", f"{example}\nimport skipcoder; print(*y_hat.shape, skipcoder.__file__)")
     assert shown.startswith("512 576 ") and str(quick_start.venv) in shown
