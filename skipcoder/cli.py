@@ -19,16 +19,18 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 3
 
 
 def run(main: Callable[[], object], name: str = "") -> int:
-    """Run a Hydra main; print foreseeable mistakes as one message; return the exit code. `name`: that of the main's
-    configuration, for --help."""
+    """Run a program; print foreseeable mistakes as one message; return the exit code. `name`: that of a Hydra main's
+    configuration in conf/, for --help and for values without quotes."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its own traceback and exits 1
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries would draw bars beside our own
-    sys.argv[1:] = map(quoted, sys.argv[1:])
+    asks_for_help = bool(name and {"--help", "-h"} & set(sys.argv[1:]))
+    if name:
+        sys.argv[1:] = map(quoted, sys.argv[1:])
     try:
-        if name and {"--help", "-h"} & set(sys.argv[1:]):
+        if asks_for_help:
             print(_help(name), flush=True)
         else:
             main()
@@ -41,7 +43,7 @@ def run(main: Callable[[], object], name: str = "") -> int:
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return DONE if asks_for_help else FAILED
     except OSError as error:
         if (message := explained(error)) is None:
             raise

@@ -15,6 +15,7 @@ Legend: R runs, P parameters of a law.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -75,8 +76,16 @@ class Law:
 
     def __post_init__(self) -> None:
         self._fit = _Fit(LAWS[self.name], self.sizes, self.loss_R)
-        # Leaving out single runs says what noise does; leaving out all of one k, width or length, what the form does.
-        self._without = [
+
+    def __call__(self, size: Size) -> float:
+        """The error of a run of this size."""
+        return self._fit(size)
+
+    @cached_property
+    def _without(self) -> list[list["_Fit"]]:
+        """Fits to fewer runs. Leaving out single runs says what noise does; leaving out all of one k, width or length,
+        what the form does."""
+        return [
             [_Fit(LAWS[self.name], *_kept(self.sizes, self.loss_R, keep), like=self._fit) for keep in parts]
             for parts in _partitions(self.sizes)
         ]
@@ -89,7 +98,7 @@ class Law:
     def predict(self, size: Size) -> Prediction:
         """The error of a run of this size. Its interval is Student's, over runs that were left out: singly, and all of
         one k, width or number of tokens, whichever is wider; a new run is off by as much as left-out runs were."""
-        of = self._fit(size)
+        of = self(size)
         spreads = [np.array([np.log(fit(size)) for fit in fits]) for fits in self._without]
         variance = max((len(s) - 1) / len(s) * float(np.square(s - s.mean()).sum()) for s in spreads)
         free = max(1, len(self.sizes) - self._fit.parameters)

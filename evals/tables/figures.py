@@ -190,8 +190,8 @@ def against_width(axes: Axes, law: Law, key: str, predicted: Sequence[Row] = ())
             ]
             style: dict[str, Any] = {"color": colours[k], "alpha": shade[tokens]}
             if runs or any((row["k"], row["tokens"]) == (k, tokens) for row in predicted):
-                axes.plot(along, [law.predict(Size(k, n, tokens)).value for n in along], linewidth=1, **style)
-            axes.plot(*zip(*runs, strict=True), "o", markersize=4, **style) if runs else None
+                axes.plot(along, [law(Size(k, n, tokens)) for n in along], linewidth=1, **style)
+            axes.plot([width for width, _ in runs], [loss for _, loss in runs], "o", markersize=4, **style)
         axes.plot([], [], "o-", color=colours[k], label=f"k = {k:g}")
     for row in predicted:
         low, high = row["ci"]

@@ -32,7 +32,7 @@ def live_table(members: Sequence[Member], outcomes: Mapping[Path, Any]) -> Itera
         done = sum(member.done for member in members)
         if done * 10 // total > printed:
             printed = done * 10 // total
-            left = duration((time.perf_counter() - begun) / (done - before) * (total - done))
+            left = duration((time.perf_counter() - begun) / max(done - before, 1) * (total - done))
             print(f"training: {done:,}/{total:,} steps, {left} left  {_fvu(members)}", file=sys.stderr, flush=True)
 
     yield show

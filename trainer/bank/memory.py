@@ -50,7 +50,8 @@ def refuse_too_large(cfg: TrainConfig, store: ActivationStore, budget: float, de
 def free_bytes(device: str) -> int:
     """Return the memory that new tensors on the device may use."""
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch gives it out again
+        return torch.cuda.mem_get_info(device)[0] + held
     import psutil  # type: ignore[import-untyped]
 
     return int(psutil.virtual_memory().available)
