@@ -117,6 +117,7 @@ def explain(error: BaseException) -> str:
             return f"{str(cause).splitlines()[0]} ({message.splitlines()[0]})\nvalid keys: {', '.join(names)}"
         if type(cause).__name__ in ("ValidationError", "OverrideParseException"):
             message = str(cause)
+            break  # what caused this in turn, which OmegaConf keeps under a debugger, names no key
         cause = cause.__cause__
     if "is not a ListConfig" in message and (key := re.search(r"full_key: (\S+)", message)):
         message = f"{key[1]} takes a list, {key[1]}='[A]' or '[A,B]'"
