@@ -1,8 +1,10 @@
 """Evaluate trained coders: `python evals/evaluate.py run=DIR`, or `runs='GLOB' out=FILE` for a sweep."""
 
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -14,11 +16,15 @@ from skipcoder.evals.config import EvaluateConfig, TaskName
 from skipcoder.files import refuse_unwritable
 from skipcoder.settings import typed
 
+if TYPE_CHECKING:
+    from skipcoder.evals.tables.metrics import Row
+
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 
 
-def evaluate(cfg: EvaluateConfig) -> None:
-    """Evaluate every chosen run; with `out`, write the table and the report."""
+def evaluate(cfg: EvaluateConfig, paths: Sequence[Path] | None = None) -> "list[Row]":
+    """Evaluate every chosen run (those of `paths`, if given); with `out`, write the table and the report. Return the
+    table."""
     # Imported here: torch and scikit-learn take seconds, and a wrong key should be refused at once.
     from skipcoder.evals.core import results
     from skipcoder.evals.core.controls import control_runs
@@ -27,7 +33,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     from skipcoder.evals.explain.records import judged
     from skipcoder.evals.stats.pairs import ByDocument
     from skipcoder.evals.tables import saebench
-    from skipcoder.evals.tables.metrics import Row, printed, why_no_intervals
+    from skipcoder.evals.tables.metrics import printed, why_no_intervals
     from skipcoder.evals.tasks import labelled
     from skipcoder.evals.tasks.registry import TASKS, run_tasks
     from skipcoder.pipeline.store.reader import ActivationStore
@@ -36,7 +42,10 @@ def evaluate(cfg: EvaluateConfig) -> None:
 
     for name in cfg.tasks:
         TASKS[name]  # UserError for an unknown name
-    paths = [Path(cfg.run)] if cfg.run else _finished(find_runs(cfg.runs or ""))
+    if paths is None:
+        paths = [Path(cfg.run)] if cfg.run else find_runs(cfg.runs or "")
+    if not cfg.run:
+        paths = _finished(paths)
     for folder in [*filter(Path.is_dir, paths), *([Path(cfg.out).parent] if cfg.out else [])]:
         refuse_unwritable(folder)
     with ThreadPoolExecutor() as threads:
@@ -75,15 +84,17 @@ def evaluate(cfg: EvaluateConfig) -> None:
         for run in runs:
             if not run.is_control:
                 saebench.write(run, rows[run.path], Path(cfg.saebench))
+    runs = [run for run in runs if run.path in rows]  # the affine map takes part only in core
+    table = [rows[run.path] for run in runs]
     if cfg.out is not None:
         from skipcoder.evals.tables.files import write_tables
 
-        runs = [run for run in runs if run.path in rows]  # the affine map takes part only in core
         found = [by_document[run.path] for run in runs]
-        write_tables(Path(cfg.out), [rows[run.path] for run in runs], found, runs, evaluators, cfg.together)
+        write_tables(Path(cfg.out), table, found, runs, evaluators, cfg.together)
+    return table
 
 
-def _finished(paths: list[Path]) -> list[Path]:
+def _finished(paths: Sequence[Path]) -> list[Path]:
     """Those of the run directories that hold a finished run; the others are named. UserError if there is none."""
     from skipcoder.trainer.run.run import RunDirectory
 

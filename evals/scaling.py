@@ -25,7 +25,7 @@ def scaling(cfg: ScalingConfig) -> None:
     """Fit a law for each metric and each kind of coder; print it, and what it predicts."""
     # Imported here: torch and SciPy take seconds, and a wrong key should be refused at once.
     from skipcoder.evals.stats import law as laws
-    from skipcoder.evals.tables import figures
+    from skipcoder.evals.tables import law_figure
 
     asked = _sizes(cfg.predict)
     groups = laws.groups(_rows(cfg.runs))
@@ -64,7 +64,7 @@ def scaling(cfg: ScalingConfig) -> None:
         out = Path(cfg.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(told, indent=2) + "\n")
-        figures.write_scaling(out.with_suffix(".svg"), drawn)
+        law_figure.write(out.with_suffix(".svg"), drawn)
         print(f"wrote {out}, {out.with_suffix('.svg')}")
 
 

@@ -5,10 +5,23 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from skipcoder.errors import UserError as UserError
+    from skipcoder.evals.api import evaluate as evaluate
     from skipcoder.evals.export.export import push_to_hub as push_to_hub
     from skipcoder.evals.splice.splice import splice as splice
+    from skipcoder.pipeline.api import capture as capture
+    from skipcoder.pipeline.config import DataConfig as DataConfig
+    from skipcoder.pipeline.config import ModelConfig as ModelConfig
+    from skipcoder.pipeline.config import RayConfig as RayConfig
+    from skipcoder.pipeline.config import StoreConfig as StoreConfig
     from skipcoder.pipeline.store.reader import ActivationStore as ActivationStore
+    from skipcoder.trainer.api import train as train
     from skipcoder.trainer.coder.coder import SparseCoder as SparseCoder
+    from skipcoder.trainer.config import CoderConfig as CoderConfig
+    from skipcoder.trainer.config import LoopConfig as LoopConfig
+    from skipcoder.trainer.config import LossConfig as LossConfig
+    from skipcoder.trainer.config import OptimConfig as OptimConfig
+    from skipcoder.trainer.config import StreamConfig as StreamConfig
     from skipcoder.trainer.data.stream import ActivationStream as ActivationStream
 
 try:
@@ -17,17 +30,28 @@ except PackageNotFoundError:  # a checkout on PYTHONPATH that was never installe
     __version__ = "0+unknown"
 
 _PUBLIC = {
-    "ActivationStore": "skipcoder.pipeline.store.reader",
-    "ActivationStream": "skipcoder.trainer.data.stream",
-    "SparseCoder": "skipcoder.trainer.coder.coder",
-    "push_to_hub": "skipcoder.evals.export.export",
-    "splice": "skipcoder.evals.splice.splice",
+    "errors": ["UserError"],
+    "evals.api": ["evaluate"],
+    "evals.export.export": ["push_to_hub"],
+    "evals.splice.splice": ["splice"],
+    "pipeline.api": ["capture"],
+    "pipeline.config": ["DataConfig", "ModelConfig", "RayConfig", "StoreConfig"],
+    "pipeline.store.reader": ["ActivationStore"],
+    "trainer.api": ["train"],
+    "trainer.coder.coder": ["SparseCoder"],
+    "trainer.config": ["CoderConfig", "LoopConfig", "LossConfig", "OptimConfig", "StreamConfig"],
+    "trainer.data.stream": ["ActivationStream"],
 }
-__all__ = ["ActivationStore", "ActivationStream", "SparseCoder", "push_to_hub", "splice"]
+_MODULES = {name: f"skipcoder.{module}" for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that the command-line tools answer before torch is loaded.
-    if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'skipcoder' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,6 +1,7 @@
 """A tiny random Llama with a real tokenizer on disk, and stores captured from it without Ray."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,15 @@ def store(tmp_path_factory: pytest.TempPathFactory, cache_config: Any, capture_h
 def lm(tiny_model: Path) -> Any:
     """The tiny Llama with its head."""
     return load_causal_lm(ModelConfig(name="tiny", id=str(tiny_model)), "cpu")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium."""
+    if shutil.which("chromium") is None:
+        pytest.skip("no chromium on this machine")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield running
+        running.close()

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from huggingface_hub import ModelCardData
 
 from skipcoder.evals.core.results import read as read_evaluation
-from skipcoder.evals.tables import figures
+from skipcoder.evals.tables.law_figure import STYLE
 from skipcoder.evals.tables.metrics import METRICS, Row, interval_of
 from skipcoder.trainer.run.run import METRICS as METRICS_FILE
 from skipcoder.trainer.run.run import Run, RunDirectory
@@ -123,16 +123,22 @@ def _number(found: Row, key: str) -> str:
 
 
 def _plot(run: Run, found: Row, folder: Path) -> str | None:
-    row = run.summary | found | {"run": str(run.path)}
-    draw = [figures.curves] if (run.path / METRICS_FILE).exists() else []
-    draw += [figures.densities] if "density_histogram" in found else []
-    if not draw:
+    """Draw training and densities; the file's name."""
+    lines = RunDirectory(run.path).metrics if (run.path / METRICS_FILE).exists() else []
+    histogram: dict[str, Any] = found.get("density_histogram") or {}
+    panels = ["curve"] * bool(lines) + ["densities"] * bool(histogram)
+    if not panels:
         return None
     name = f"{run.summary['hookpoint']}.png"
-    with plt.rc_context(figures.STYLE):
-        figure, axes = plt.subplots(1, len(draw), figsize=(5 * len(draw), 3.4), layout="constrained", squeeze=False)
-        for axis, function in zip(axes[0], draw, strict=True):
-            function(axis, [row])
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.4), layout="constrained", squeeze=False)
+        for axis, panel in zip(axes[0], panels, strict=True):
+            if panel == "curve":
+                axis.plot([line["tokens"] / 1e3 for line in lines], [line["fvu"] for line in lines])
+                axis.set(xlabel="thousand tokens", ylabel="FVU", yscale="log")
+            else:
+                axis.stairs(histogram["latents"], histogram["log10_edges"])
+                axis.set(xlabel="log10 share of tokens", ylabel="latents")
         figure.savefig(folder / name, dpi=120)
         plt.close(figure)
     return name

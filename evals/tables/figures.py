@@ -1,212 +1,148 @@
-"""The figures of the report, drawn with matplotlib. Rows are those of the table."""
+"""The figures of the report, as Plotly's data and layout. Rows are those of the table."""
 
-import io
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-
-from skipcoder.evals.stats.law import Law, Size
 from skipcoder.evals.tables.metrics import METRICS, Row, interval_of
 from skipcoder.trainer.run.run import RunDirectory
 
-matplotlib.use("svg")  # needs no display, and text stays text
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.ticker import ScalarFormatter
+Figure = dict[str, Any]
+"""`data` and `layout` of https://plotly.com/javascript/reference."""
 
-_COLOURS = {
-    "sae": "#8a6d3b",
-    "transcoder": "#2f6db3",
-    "skip_transcoder": "#c2452d",
-    "neurons": "#6b6f76",
-    "affine": "#3a8f5c",
+_HUES = {
+    "sae": (38, 40),
+    "transcoder": (212, 58),
+    "skip_transcoder": (11, 62),
+    "neurons": (220, 6),
+    "affine": (145, 42),
 }
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "skipcoder",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-}
-TELLING = ("hookpoint", "activation", "side")
-"""Keys that distinguish runs besides kind, width and k, where they differ."""
+"""Hue and saturation of each kind."""
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+TELLING = ("kind", "k", "width", "activation", "side", "hookpoint", "seed")
+"""What tells runs apart. A label has the kind, and what else differs among those that are shown."""
 
 
-def figure(draw: Callable[[Axes], None]) -> str:
-    """What `draw` draws, as an SVG element."""
-    figure, axes = plt.subplots(figsize=(5.6, 3.5), layout="constrained")
-    draw(axes)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    plt.close(figure)
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
-
-
-def against_l0(axes: Axes, seeds: list[Row], key: str, baseline: str | None = None) -> None:
-    """A line for each kind and width, with 95 % intervals over seeds or, with one seed, over held-out rows. The L0 that
-    was measured need not be the k that was asked for."""
-    seeds = [row for row in seeds if row.get(key) is not None]
-    widths = sorted({row["width"] for row in seeds if row["kind"] not in ("neurons", "affine")})
-    lines: dict[tuple[str, int, str], list[Row]] = {}
-    telling = [key for key in TELLING if len({row.get(key) for row in seeds}) > 1]
-    for row in sorted(seeds, key=_l0):
-        apart = ", ".join(str(row[key]) for key in telling if row.get(key) is not None)
-        lines.setdefault((row["kind"], row["width"], apart), []).append(row)
-    ks = sorted({row["k"] for row in seeds if row["k"]})
-    for (kind, width, apart), group in lines.items():
-        style: dict[str, Any] = {
-            "color": _COLOURS.get(kind, "#444"),
-            "label": " ".join(filter(None, (kind.replace("_", " "), apart))),
-        }
-        if kind == "affine":
-            axes.axhline(group[0][key], linestyle="-.", **style)
+def against_l0(seeds: list[Row], key: str, baseline: str = "") -> Figure:
+    """A line for each kind, width and so on, dashed by width, with 95 % intervals over seeds or, with one seed, over
+    held-out documents. The L0 that was measured need not be the k that was asked for."""
+    seeds = sorted((row for row in seeds if row.get(key) is not None), key=_l0)
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in sorted(seeds, key=lambda row: row["width"]):
+        groups.setdefault(tuple(row.get(name) for name in TELLING if name not in ("k", "seed")), []).append(row)
+    firsts = [{name: value for name, value in rows[0].items() if name not in ("k", "seed")} for rows in groups.values()]
+    data, shapes = [], []
+    for rows, look in zip(groups.values(), looks(firsts, dashed="width"), strict=True):
+        if rows[0]["kind"] == "affine":  # has no latents
+            shapes.append(_level(rows[0][key], look["line"]["color"], look["name"]))
             continue
-        if len(widths) > 1 and width in widths:
-            style |= {
-                "linestyle": ("-", "--", ":", "-.")[widths.index(width) % 4],
-                "label": f"{style['label']}, {width:,}",
-            }
-        x, y = [_l0(r) for r in group], [r[key] for r in group]
-        ends = [interval_of(r, key) or (r[key], r[key]) for r in group]
-        bars = [
-            [max(v - low, 0) for v, (low, _) in zip(y, ends, strict=True)],
-            [max(high - v, 0) for v, (_, high) in zip(y, ends, strict=True)],
-        ]
-        axes.errorbar(x, y, yerr=bars, marker="o", markersize=4, capsize=2, linewidth=1.4, elinewidth=1, **style)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ks, [str(k) for k in ks])
-    axes.minorticks_off()
-    axes.margins(y=0.2)
-    axes.set_xlabel("L0: latents that fire, per token")
-    axes.set_ylabel(METRICS[key].short)
+        data.append({**look, "mode": "lines+markers", "x": [_l0(r) for r in rows], **_with_bars(rows, key)})
     levels = {row[baseline] for row in seeds if baseline in row} if baseline else set()
     if len(levels) == 1:  # runs on different stores have no common line
-        axes.axhline(levels.pop(), color="#777", linestyle=":")
-    axes.legend(fontsize=8)
+        shapes.append(_level(levels.pop(), "#888", METRICS[baseline].short if baseline in METRICS else "baseline"))
+    ks = sorted({row["k"] for row in seeds if row["k"]})
+    x = {"title": "L0: latents that fire, per token", "type": "log", "tickvals": ks}
+    return {"data": data, "layout": {"xaxis": x, "yaxis": {"title": METRICS[key].short}, "shapes": shapes}}
+
+
+def against_fvu(rows: list[Row], key: str) -> Figure:
+    """The paper's figure: a point for each coder, joined within a kind."""
+    data = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        group = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["fvu"])
+        (look,) = looks([{"kind": kind}])
+        said = [row["run"] for row in group]
+        x = [row["fvu"] for row in group]
+        data.append({**look, "mode": "lines+markers", "x": x, "text": said, **_with_bars(group, key)})
+    y = {"title": f"{key}, balanced accuracy"}
+    return {
+        "data": data,
+        "layout": {"xaxis": {"title": "FVU"}, "yaxis": y, "shapes": [_level(0.5, "#888", "chance")]},
+    }
+
+
+def curves(rows: list[Row]) -> Figure:
+    """Training FVU of runs against tokens."""
+    data = []
+    for row, look in zip(rows, looks(rows), strict=True):
+        lines = RunDirectory(Path(row["run"])).metrics
+        x, y = [line["tokens"] for line in lines], [line["fvu"] for line in lines]
+        data.append({**look, "mode": "lines" if len(x) > 2 else "lines+markers", "x": x, "y": y})
+    return {"data": data, "layout": {"xaxis": {"title": "tokens"}, "yaxis": {"title": "FVU", "type": "log"}}}
+
+
+def densities(rows: list[Row]) -> Figure:
+    """Histograms of firing densities, as ReconstructionMetrics gives them."""
+    data, occupied = [], []
+    for row, look in zip(rows, looks(rows), strict=True):
+        edges, counts = row["density_histogram"]["log10_edges"], row["density_histogram"]["latents"]
+        look["line"]["shape"] = "hv"
+        data.append({**look, "mode": "lines", "x": edges, "y": [*counts, 0][: len(edges)]})
+        occupied += [edge for edge, count in zip(edges, counts, strict=False) if count]
+    x: dict[str, Any] = {"title": "log10 share of tokens"}
+    if occupied:
+        x["range"] = [min(occupied) - 0.25, 0.1]
+    return {"data": data, "layout": {"xaxis": x, "yaxis": {"title": "latents"}}}
+
+
+def telling(rows: Sequence[Row]) -> list[str]:
+    """The keys of TELLING that differ among rows that have them: the affine map has no seed."""
+    return [name for name in TELLING if len({row[name] for row in rows if row.get(name) is not None}) > 1]
+
+
+def looks(rows: Sequence[Row], dashed: str = "k") -> list[dict[str, Any]]:
+    """Name, colour and dashes of a line for each row, no two alike: a hue for each kind, shades of it for what else
+    differs, dashes for `dashed`.
+
+    >>> [look["name"] for look in looks([{"kind": "sae", "k": 8, "seed": 0}, {"kind": "sae", "k": 16, "seed": 0}])]
+    ['sae k=8', 'sae k=16']
+    """
+    differ = telling(rows)
+    names = [_name(row, differ) for row in rows]
+    again = Counter(names)
+    steps = sorted({row.get(dashed) or 0 for row in rows})
+    shades: dict[str, dict[tuple[Any, ...], None]] = {}
+    apart = [tuple(row.get(name) for name in differ if name not in ("kind", dashed)) for row in rows]
+    for row, key in zip(rows, apart, strict=True):
+        shades.setdefault(row["kind"], {}).setdefault(key)
+    found = []
+    for row, key, name in zip(rows, apart, names, strict=True):
+        hue, saturation = _HUES.get(row["kind"], (280, 30))
+        of = list(shades[row["kind"]])
+        light = 50 if len(of) == 1 else 38 + 32 * of.index(key) / (len(of) - 1)
+        dash = _DASHES[steps.index(row.get(dashed) or 0) % len(_DASHES)]
+        if again[name] > 1:
+            name += f" ({Path(row.get('run', row.get('configuration', ''))).name})"
+        line = {"color": f"hsl({hue},{saturation}%,{light:.0f}%)", "dash": dash, "width": 1.6}
+        found.append({"type": "scatter", "name": name, "line": line, "marker": {"size": 6}})
+    return found
+
+
+def _name(row: Row, differ: Sequence[str]) -> str:
+    words = [str(row["kind"]).replace("_", " ")]
+    for name in differ:
+        if name != "kind" and (row["kind"] != "affine" or name == "hookpoint") and (value := row.get(name)) is not None:
+            shown = f"{value:,}" if isinstance(value, int) else str(value)
+            words.append({"k": "k=", "seed": "seed ", "width": "width "}.get(name, "") + shown)
+    return " ".join(words)
 
 
 def _l0(row: Row) -> float:
     return float(row.get("l0") or row["k"])
 
 
-def against_fvu(axes: Axes, rows: list[Row], key: str) -> None:
-    """The paper's figure: a point for each coder, joined within a kind."""
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        group = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["fvu"])
-        x, y = [row["fvu"] for row in group], [row[key] for row in group]
-        ends = [interval_of(row, key) or (row[key], row[key]) for row in group]
-        bars = [
-            [v - low for v, (low, _) in zip(y, ends, strict=True)],
-            [high - v for v, (_, high) in zip(y, ends, strict=True)],
-        ]
-        axes.errorbar(
-            x,
-            y,
-            yerr=bars,
-            fmt="o-",
-            markersize=4,
-            capsize=2,
-            color=_COLOURS.get(kind, "#444"),
-            label=kind.replace("_", " "),
-        )
-    axes.axhline(0.5, color="#777", linestyle=":")
-    axes.set_xlabel("FVU")
-    axes.set_ylabel(f"{key}, balanced accuracy")
-    axes.legend(fontsize=8)
+def _with_bars(rows: Sequence[Row], key: str) -> dict[str, Any]:
+    """y and its intervals."""
+    y = [row[key] for row in rows]
+    ends = [interval_of(row, key) or (row[key], row[key]) for row in rows]
+    above = [max(high - v, 0) for v, (_, high) in zip(y, ends, strict=True)]
+    below = [max(v - low, 0) for v, (low, _) in zip(y, ends, strict=True)]
+    return {"y": y, "error_y": {"array": above, "arrayminus": below, "thickness": 1, "width": 3}}
 
 
-def _look(row: Row, rows: list[Row]) -> dict[str, Any]:
-    """One colour per kind, one line style per k."""
-    ks = sorted({r["k"] for r in rows})
-    return {
-        "color": _COLOURS.get(row["kind"], "#444"),
-        "linestyle": ("-", "--", ":", "-.")[ks.index(row["k"]) % 4],
-        "label": f"{row['kind'].replace('_', ' ')} k={row['k']}",
-    }
-
-
-def curves(axes: Axes, rows: list[Row]) -> None:
-    """Training FVU of runs against tokens."""
-    for row in rows:
-        lines = RunDirectory(Path(row["run"])).metrics
-        axes.plot(
-            [line["tokens"] / 1e3 for line in lines],
-            [line["fvu"] for line in lines],
-            linewidth=1.4,
-            **_look(row, rows),
-        )
-    axes.set_yscale("log")
-    axes.set_xlabel("thousand tokens")
-    axes.set_ylabel("FVU")
-    axes.legend(fontsize=8)
-
-
-def densities(axes: Axes, rows: list[Row]) -> None:
-    """Histograms of firing densities, as ReconstructionMetrics gives them."""
-    occupied: list[float] = []
-    for row in rows:
-        edges, counts = row["density_histogram"]["log10_edges"], row["density_histogram"]["latents"]
-        axes.stairs(counts, edges, linewidth=1.2, **_look(row, rows))
-        occupied += [edge for edge, count in zip(edges, counts, strict=False) if count]
-    if occupied:
-        axes.set_xlim(min(occupied) - 0.25, 0.1)
-    axes.set_xlabel("log10 share of tokens")
-    axes.set_ylabel("latents")
-    axes.legend(fontsize=8)
-
-
-def write_scaling(path: Path, drawn: Sequence[tuple[str, str, Law, Sequence[Row]]]) -> None:
-    """A figure of laws side by side: (title, metric, law, what was predicted)."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(drawn), figsize=(5.6 * len(drawn), 3.8), layout="constrained", squeeze=False)
-        for one, (title, key, law, predicted) in zip(axes[0], drawn, strict=True):
-            against_width(one, law, key, predicted)
-            one.set_title(title, fontsize=10)
-        figure.savefig(path, metadata={"Date": None})
-        plt.close(figure)
-
-
-def against_width(axes: Axes, law: Law, key: str, predicted: Sequence[Row] = ()) -> None:
-    """Measured runs as points, and the law as lines: a colour for each k, paler for fewer tokens. Predictions that were
-    asked for are hollow, with their intervals, and crosses where they were measured since."""
-    ks, lengths = (
-        sorted({size[i] for size in law.sizes} | {row[n] for row in predicted}) for i, n in ((0, "k"), (2, "tokens"))
-    )
-    widths = [size.width for size in law.sizes] + [row["width"] for row in predicted]
-    along = np.geomspace(min(widths), max(widths), 50)
-    colours = dict(zip(ks, plt.get_cmap("viridis")(np.linspace(0, 0.85, len(ks))), strict=True))
-    shade = {tokens: 1 - 0.6 * (len(lengths) - 1 - i) / max(1, len(lengths) - 1) for i, tokens in enumerate(lengths)}
-    for k in ks:
-        for tokens in lengths:
-            runs = [
-                (s.width, loss) for s, loss in zip(law.sizes, law.loss_R, strict=True) if (s.k, s.tokens) == (k, tokens)
-            ]
-            style: dict[str, Any] = {"color": colours[k], "alpha": shade[tokens]}
-            if runs or any((row["k"], row["tokens"]) == (k, tokens) for row in predicted):
-                axes.plot(along, [law(Size(k, n, tokens)) for n in along], linewidth=1, **style)
-            axes.plot([width for width, _ in runs], [loss for _, loss in runs], "o", markersize=4, **style)
-        axes.plot([], [], "o-", color=colours[k], label=f"k = {k:g}")
-    for row in predicted:
-        low, high = row["ci"]
-        bar = [[row["value"] - low], [high - row["value"]]]
-        axes.errorbar(row["width"], row["value"], yerr=bar, fmt="o", mfc="none", capsize=3, color=colours[row["k"]])
-        if row.get("measured") is not None:
-            axes.plot(row["width"], row["measured"], "x", color=colours[row["k"]])
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(ScalarFormatter())
-        axis.set_minor_formatter(ScalarFormatter())
-    axes.set_xticks(sorted(set(widths)), [f"{width:,.0f}" for width in sorted(set(widths))])
-    axes.set_xlabel("width: latents")
-    axes.set_ylabel(METRICS[key].short)
-    axes.legend(
-        fontsize=8, title=f"{lengths[0]:,.0f} (pale) to {lengths[-1]:,.0f} tokens" if len(lengths) > 1 else None
-    )
+def _level(y: float, colour: str, name: str) -> dict[str, Any]:
+    """A dotted line across."""
+    line = {"color": colour, "dash": "dot", "width": 1.2}
+    label = {"text": name, "textposition": "end", "font": {"size": 10, "color": colour}}
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line, "label": label}

@@ -2,17 +2,18 @@
 
 import math
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from matplotlib import pyplot as plt
+from plotly.offline import get_plotlyjs
 
 from skipcoder.evals.stats.law import TooFewError, groups, law_of
 from skipcoder.evals.stats.pairs import clear_best
-from skipcoder.evals.tables import figures
+from skipcoder.evals.tables import figures, law_figure
 from skipcoder.evals.tables.metrics import METRICS, Row, interval_of, why_no_intervals
 from skipcoder.pipeline.capture.job import runs as capture_runs
 from skipcoder.pipeline.store.attrs import compression_of
@@ -26,54 +27,19 @@ LATENTS = Path("features", "index.html")
 def write(rows: list[Row], seeds: list[Row], pairs: list[Row], stores: dict[str, ActivationStore], path: Path) -> Path:
     """Write the page for evaluated runs (rows as in the table), their means over seeds, their paired differences, and
     their stores."""
-    template = Path(__file__).with_name("report.html.j2").read_text()
+    here = Path(__file__)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["cell"] = _cell
-    environment.filters["name"] = lambda run: Path(run).name
-    environment.filters["with_interval"] = _with_interval
-    with plt.rc_context(figures.STYLE):
-        shown_figures = [
-            (m.figure, m.caption, figures.figure(lambda a, m=m: figures.against_l0(a, seeds, m.key, m.baseline)))  # type: ignore[misc]
-            for m in METRICS.values()
-            if m.figure and any(row.get(m.key) is not None for row in seeds)
-        ]
-        shown_figures += [
-            (
-                f"Interpretability: {scorer}",
-                "Balanced accuracy of the judge with the explanations, against FVU; 0.5 is chance. "
-                + (
-                    ""
-                    if all(row["judge_usable"] for row in judged)
-                    else "The judge did not pass its calibration: no evidence."
-                ),
-                figures.figure(lambda a, scorer=scorer: figures.against_fvu(a, judged, scorer)),  # type: ignore[misc]
-            )
-            for scorer in ("detection", "fuzzing")
-            if (judged := [row for row in rows if row.get(scorer) is not None])
-        ]
-        trained = [row for row in rows if (Path(row["run"]) / METRICS_FILE).exists()]
-        shown_figures += _scaling(trained)
-        shown = _one_seed(trained)
-        if shown:
-            shown_figures += [
-                (
-                    "Training curves",
-                    "Batch FVU against tokens seen; one seed.",
-                    figures.figure(lambda a: figures.curves(a, shown)),
-                ),
-                (
-                    "How often latents fire",
-                    f"Latents by the share of {rows[0]['n']:,} test tokens they fire on, silent ones left out.",
-                    figures.figure(lambda a: figures.densities(a, shown)),
-                ),
-            ]
-    page = environment.from_string(template).render(
+    digits = _digits([*rows, *seeds])
+    environment.filters["cell"] = lambda row, key: _cell(row, key, digits)
+    environment.filters["name"] = lambda run: Path(run).name.rpartition(":")[2]  # controls are "STORE:HOOKPOINT:NAME"
+    page = environment.from_string(here.with_name("report.html.j2").read_text()).render(
         rows=rows,
         seeds=seeds if len(seeds) < len(rows) else [],
-        columns={key: key for key in figures.TELLING if len({row.get(key) for row in rows}) > 1}
-        | {key: key for key in ("kind", "k", "width")}
+        columns={"kind": "kind", "k": "k", "width": "width"}
+        | {key: key for key in figures.telling(rows)}
         | {m.key: m.short for m in METRICS.values() if m.table and any(m.key in row for row in rows)},
-        seed_columns={key: key for key in ("kind", "k", "width")}
+        seed_columns={"kind": "kind", "k": "k", "width": "width"}
+        | {key: key for key in figures.telling(seeds) if key != "seed"}
         | {m.key: m.short for m in METRICS.values() if m.table and m.unit != "s" and any(m.key in r for r in seeds)},
         best=clear_best(pairs),
         pages={
@@ -83,39 +49,66 @@ def write(rows: list[Row], seeds: list[Row], pairs: list[Row], stores: dict[str,
         },
         seconds=sum((row.get("seconds") or 0) / row.get("bank_coders", 1) for row in rows),
         why=why_no_intervals(rows[0]),
-        figures=shown_figures,
+        figures=_figures(rows, seeds),
         stores=[_describe(store) for store in stores.values()],
         version=version("skipcoder"),
+        plotly=get_plotlyjs(),
+        script=here.with_name("report.js").read_text(),
     )
     path.write_text(page)
     return path
 
 
-def _scaling(rows: list[Row]) -> list[tuple[str, str, str]]:
-    """A figure for each set of runs that a law can be fitted to."""
-    found = []
-    for key, group in groups(rows).items():
+def _figures(rows: list[Row], seeds: list[Row]) -> list[tuple[str, str, figures.Figure | str]]:
+    """Title, caption and figure (Plotly's, or an SVG element)."""
+    found: list[tuple[str, str, figures.Figure | str]] = [
+        (m.figure, m.caption, figures.against_l0(seeds, m.key, m.baseline))
+        for m in METRICS.values()
+        if m.figure and any(row.get(m.key) is not None for row in seeds)
+    ]
+    for scorer in ("detection", "fuzzing"):
+        if judged := [row for row in rows if row.get(scorer) is not None]:
+            usable = all(row["judge_usable"] for row in judged)
+            caption = "Balanced accuracy of the judge with the explanations, against FVU. "
+            caption += "" if usable else "The judge did not pass its calibration: no evidence."
+            found.append((f"Interpretability: {scorer}", caption, figures.against_fvu(judged, scorer)))
+    trained = [row for row in rows if (Path(row["run"]) / METRICS_FILE).exists()]
+    for key, group in groups(trained).items():
         with suppress(TooFewError):
             law = law_of(group, "fvu")
             title = " ".join(("FVU by size:", *key[1:3])).replace("_", " ")
             caption = f"{law.formula} for k, n latents and T tokens, fitted to {len(group)} runs (evals/scaling.py)."
-            found.append((title, caption, figures.figure(lambda a, law=law: figures.against_width(a, law, "fvu"))))  # type: ignore[misc]
+            found.append((title, caption, law_figure.as_svg(law, "fvu")))
+    if shown := _one_seed(trained):
+        density = f"Latents by the share of {rows[0]['n']:,} test tokens they fire on, silent ones left out."
+        found += [
+            ("Training curves", "Batch FVU against tokens seen; one seed.", figures.curves(shown)),
+            ("How often latents fire", density, figures.densities(shown)),
+        ]
     return found
 
 
-def _cell(value: Any) -> str:
+def _cell(row: Row, key: str, digits: Mapping[str, int]) -> str:
+    """A value with its interval or, without one, with as many decimals as its column has."""
+    value, ends = row.get(key), interval_of(row, key)
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("_", " ")
-
-
-def _with_interval(row: Row, key: str) -> str:
-    ends = interval_of(row, key)
+    if not isinstance(value, float):
+        return str(value).replace("_", " ")
     if not ends:
-        return _cell(row.get(key))
+        return f"{value:.{digits[key]}f}"
     half = (ends[1] - ends[0]) / 2
-    digits = max(0, 1 - math.floor(math.log10(half))) if half > 0 else 4  # two of the half width
-    return f"{row[key]:.{digits}f} \u00b1 {half:.{digits}f}"
+    own = max(0, 1 - math.floor(math.log10(half))) if half > 0 else 4  # two of the half width
+    return f"{value:.{own}f} \u00b1 {half:.{own}f}"
+
+
+def _digits(rows: Sequence[Row]) -> dict[str, int]:
+    """Decimals that show three digits of a column's largest value."""
+    found = {}
+    for key in {key for row in rows for key, value in row.items() if isinstance(value, float)}:
+        largest = max(abs(row[key]) for row in rows if isinstance(row.get(key), float))
+        found[key] = min(6, max(0, 2 - math.floor(math.log10(largest)))) if 0 < largest < math.inf else 1
+    return found
 
 
 def _describe(store: ActivationStore) -> dict[str, Any]:

@@ -4,8 +4,9 @@ A record is a small JSON file, `commits/<unit>.json`, created last and in one st
 so the same unit always has the same record.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing_extensions import TypedDict
 
 from skipcoder.errors import UserError
 from skipcoder.pipeline.store.place import Place
-from skipcoder.pipeline.store.stats import Moments, unpack
+from skipcoder.pipeline.store.stats import Moments, merge_all, pack, unpack
 from skipcoder.records import checked
 
 INDEX, INDEXED_FROM = "commits.json", 256
@@ -171,3 +172,28 @@ def checksum(*pieces: bytes | memoryview) -> FileFacts:
     for piece in pieces:
         value = crc32c(piece, value)
     return {"bytes": sum(map(len, pieces)), "crc32c": value}
+
+
+def merged_statistics(
+    place: Place,
+    derived: Place,
+    content: str,
+    hookpoint: str,
+    records: Sequence[Commit],
+    names: Sequence[str],
+    merged: Moments,
+) -> Moments:
+    """These statistics of these units, merged into `merged` in order, once: the result is kept in `derived`. `content`:
+    the hash of the store's."""
+    key = json.dumps([content, [record.unit for record in records], hookpoint, names])
+    file = f"moments-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    with suppress(OSError, SafetensorError, KeyError):  # missing or damaged: merge again
+        return unpack(derived.read(file))["merged"]
+    at_once = 4 * place.parallel  # a unit's statistics may take hundreds of kilobytes
+    with ThreadPoolExecutor(place.parallel) as pool:
+        for some in (records[i : i + at_once] for i in range(0, len(records), at_once)):
+            read = pool.map(lambda record: read_statistics(place, hookpoint, record), some)
+            merged = merge_all((found[name] for found in read for name in names), merged)
+    with suppress(OSError, UserError):  # not writable, as beside a shared store
+        derived.write(file, pack({"merged": merged}))
+    return merged

@@ -9,23 +9,21 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError
 
 from skipcoder.errors import UserError
+from skipcoder.pipeline.model import load
 from skipcoder.pipeline.store import commit, layout
-from skipcoder.pipeline.store.attrs import Attributes, HookpointFacts, read_attrs
+from skipcoder.pipeline.store.attrs import Attributes, HookpointFacts, model_config, read_attrs
 from skipcoder.pipeline.store.codecs import codec_of
 from skipcoder.pipeline.store.place import Directory, Place
 from skipcoder.pipeline.store.places import beside, place_at
 from skipcoder.pipeline.store.shards import ShardReader
-from skipcoder.pipeline.store.stats import Moments, merge_all, pack, unpack
+from skipcoder.pipeline.store.stats import Moments
 from skipcoder.pipeline.text.rows import PIECE
 
 if TYPE_CHECKING:
@@ -75,6 +73,14 @@ class ActivationStore:
         """Path of a store that is a directory."""
         assert isinstance(self.place, Directory)
         return self.place.path
+
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{name} ({h['d_in']} to {h['d_out']})" for name, h in self.hookpoints.items())
+        state = "" if self.is_complete else f", {len(self.commits)} units so far"
+        return (
+            f"<ActivationStore {self.place}: {self.attrs['model']['name']}, {self.rows * self.context:,} tokens in "
+            f"rows of {self.context}{state}; {sites}>"
+        )
 
     # ---- what it is -------------------------------------------------------------------------------
 
@@ -145,7 +151,9 @@ class ActivationStore:
 
     def width(self, hookpoint: str, side: str) -> int:
         """Dimensions of the `input` or `output` of a hookpoint."""
-        facts = self.hookpoints[hookpoint]
+        facts = self.hookpoints[self.hookpoint(hookpoint)]
+        if side not in commit.SIDES:
+            raise UserError(f"side {side!r}: a hookpoint has an input and an output")
         return facts["d_in"] if side == "input" else facts["d_out"]
 
     def moments(
@@ -154,20 +162,10 @@ class ActivationStore:
         """Merged statistics of one side over a split (None: over all units), for these classes of `positions` (see
         commit.POSITIONS). Merged once; the result is kept beside the store."""
         units = self.units if split is None else self.split(split)
+        records = [self.commits[unit] for unit in units]
         names = [f"{side}/{where}" for where in positions]
-        key = json.dumps([self.content, units, hookpoint, names])
-        file = f"moments-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-        with suppress(OSError, SafetensorError, KeyError):  # missing or damaged: merge again
-            return unpack(self.derived.read(file))["merged"]
-        at_once = 4 * self.place.parallel  # a unit's statistics may take hundreds of kilobytes
-        merged = Moments.empty(self.width(hookpoint, side))
-        with ThreadPoolExecutor(self.place.parallel) as pool:
-            for some in (units[i : i + at_once] for i in range(0, len(units), at_once)):
-                read = pool.map(lambda unit: commit.read_statistics(self.place, hookpoint, self.commits[unit]), some)
-                merged = merge_all((found[name] for found in read for name in names), merged)
-        with suppress(OSError, UserError):  # not writable, as beside a shared store
-            self.derived.write(file, pack({"merged": merged}))
-        return merged
+        empty = Moments.empty(self.width(hookpoint, side))
+        return commit.merged_statistics(self.place, self.derived, self.content, hookpoint, records, names, empty)
 
     @cached_property
     def content(self) -> str:
@@ -179,6 +177,14 @@ class ActivationStore:
     def derived(self) -> Place:
         """Place beside the store for what can be recomputed from it (`NAME.derived/`)."""
         return beside(self.place)
+
+    def load_model(self, device: str = "cpu") -> Any:
+        """The language model that was captured, with its head, as transformers loads it."""
+        return load.load_causal_lm(model_config(self.attrs), device)
+
+    def load_tokenizer(self) -> Any:
+        """That model's tokenizer."""
+        return load.load_tokenizer(model_config(self.attrs))
 
     # ---- what is in it ----------------------------------------------------------------------------
 

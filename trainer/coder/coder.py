@@ -53,6 +53,8 @@ class SparseCoder(nn.Module):
         self.activation: Activation = ACTIVATIONS[cfg.activation]
         self.activation.check(cfg)
         self.meta: Provenance = {}
+        self.folder: Path | None = None
+        """Where it was loaded from."""
         self.search = EXACT
         """How the encoder finds latents; in a mode other than float32 the skip's product is in bfloat16."""
         bound = d_in**-0.5
@@ -68,6 +70,11 @@ class SparseCoder(nn.Module):
         self.activation.attach(self)
         if not hasattr(self, "threshold"):
             self.threshold = None
+
+    def __repr__(self) -> str:
+        cfg, of = self.cfg, (f", of {self.meta['hookpoint']}" if "hookpoint" in self.meta else "")
+        what = f"{cfg.kind}, {cfg.activation} k={cfg.k}, {cfg.width:,} latents, {self.d_in} to {self.d_out}{of}"
+        return f"<{type(self).__name__} {what}>"
 
     @torch.no_grad()
     def init_biases(self, mean_x_D: Tensor, mean_y_E: Tensor) -> None:
@@ -105,7 +112,9 @@ class SparseCoder(nn.Module):
         return (x_ND.to(dtype) @ self.W_skip.to(dtype).T).to(self.b_dec.dtype) + self.b_dec
 
     def forward(self, x: Tensor) -> CoderOutput:
-        """Encode and decode activations [..., D]."""
+        """Encode and decode activations [..., D]. UserError for another D."""
+        if x.shape[-1] != self.d_in:
+            raise UserError(f"{self!r} reads {self.d_in} dimensions, not {x.shape[-1]}: other activations?")
         x_ND = x.reshape(-1, self.d_in)
         codes = self.encode(x_ND)
         lead, (values, indices) = x.shape[:-1], codes.padded()
@@ -149,6 +158,7 @@ class SparseCoder(nn.Module):
         for key in ("format_version", "dtype", "subtract_decoder_bias"):
             del facts[key]
         coder.meta = cast(Provenance, facts)
+        coder.folder = Path(path)
         return coder.requires_grad_(False).eval()
 
     @classmethod

@@ -159,14 +159,14 @@ async function showCompare(other) {
   const asked = location.hash, it = table.others[Number(other)], match = await chunk("match-" + other), mine = table;
   if (!it.table) { await load(it.path + "/data/table.js"); it.table = window.skipcoderTable; window.skipcoderTable = mine; }
   if (location.hash !== asked) return;
-  const theirs = it.table, shared = match.cosine.filter(c => c >= 0.7).length / match.cosine.length;
+  const theirs = it.table, shared = match.cosine.filter(c => c >= 0.7).length.toLocaleString();
   const rows = list([
     { show: i => String(i) }, { show: i => table.explanation[i] ?? table.tokens[i] }, { show: i => String(match.latent[i]) },
     { show: i => number(match.cosine[i], 2) }, { show: i => theirs.explanation[match.latent[i]] ?? theirs.tokens[match.latent[i]], wide: true },
   ], match.latent.length, [], i => "#latent/" + i);
   const head = make("div", { className: "grid head" }, ...["latent", "explanation, or largest on", "theirs", "cosine", "theirs, the same"].map((t, n) => make("button", { textContent: t, tabIndex: -1, className: n === 4 ? "wide" : "" })));
   main.append(make("p", { textContent: `Here: ${mine.facts}` }), make("p", { textContent: `There: ${theirs.facts}` }),
-    make("p", { textContent: `${(100 * shared).toFixed(1)} % of the latents have a near twin (cosine 0.7 or more).` }), make("div", { className: "compare" }, head, rows.view));
+    make("p", { textContent: `${shared} of ${match.cosine.length.toLocaleString()} latents have a near twin there (cosine 0.7 or more).` }), make("div", { className: "compare" }, head, rows.view));
   rows.show([...match.cosine.keys()].sort((a, b) => match.cosine[b] - match.cosine[a]));
 }
 

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +65,6 @@ def site(store: ActivationStore, lm: Any, tmp_path_factory: pytest.TempPathFacto
         write_pages(index, maker, Hostile(tokenizer, token), lm, others)
     (folder / "a" / "busiest").write_text(str(busiest))
     return folder / "a"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if shutil.which("chromium") is None:
-        pytest.skip("no chromium on this machine")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.mark.parametrize("width", [1280, 390])

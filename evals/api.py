@@ -1,0 +1,36 @@
+"""`skipcoder.evaluate`: evals/evaluate.py from Python."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from skipcoder.errors import UserError
+from skipcoder.evals import evaluate as program
+from skipcoder.evals.config import EvaluateConfig
+from skipcoder.evals.tables.metrics import Row
+from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.run.run import find_runs
+
+One = str | Path | SparseCoder
+"""A run's folder, a glob of several, or a coder that was trained or loaded from one."""
+
+
+def evaluate(runs: One | Sequence[One], **settings: Any) -> list[Row]:
+    """Evaluate coders on the test text of their stores. Returns a row for each, and for each control, as in the table
+    that `out=FILE` writes: `pandas.DataFrame(rows)` shows them.
+
+    settings    the other fields of EvaluateConfig: tasks, ce_tokens, controls, out, ...
+
+    UserError for bad input, as on the command line.
+    """
+    one_or_many = [runs] if isinstance(runs, str | Path | SparseCoder) else list(runs)
+    paths = [path for one in one_or_many for path in _folders(one)]
+    return program.evaluate(EvaluateConfig(runs=", ".join(map(str, paths)), **settings), paths)
+
+
+def _folders(one: One) -> list[Path]:
+    if not isinstance(one, SparseCoder):
+        return [Path(one)] if Path(one).is_dir() else find_runs(str(one))
+    if one.folder is None:
+        raise UserError(f"{one!r} comes from no run's folder: only runs, which know their store, can be evaluated")
+    return [one.folder]

@@ -1,0 +1,79 @@
+"""skipcoder in Python: capture, train, evaluate, and what its objects say of themselves."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import skipcoder
+from skipcoder import CoderConfig, DataConfig, LoopConfig, OptimConfig
+from skipcoder.pipeline.api import model_named
+from skipcoder.pipeline.capture import job
+from skipcoder.pipeline.capture.worker import Worker
+from skipcoder.pipeline.store.reader import ActivationStore
+from tests.conftest import CONTEXT, D_MODEL, UNIT_ROWS, UNITS
+
+pytestmark = pytest.mark.slow
+
+
+def test_capture_train_evaluate(
+    tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Ray, which docs/tutorial.ipynb runs."""
+
+    def here(place: Any, attrs: Any, units: list[int], model: Any, ray: Any) -> None:
+        Worker(place.address, model, 2, "cpu")({"item": np.array(units)})
+
+    monkeypatch.setattr(job, "run", here)
+    text = DataConfig(kind="jsonl", path=str(text_file), tokens=UNITS * UNIT_ROWS * CONTEXT, context=CONTEXT)
+    place = skipcoder.StoreConfig(path=str(tmp_path / "s.zarr"), unit_rows=UNIT_ROWS)
+    store = skipcoder.capture(place, tiny_model, ["layers.1.mlp"], text, micro_batch_tokens=32)
+    assert repr(store) == (
+        f"<ActivationStore {tmp_path}/s.zarr: {tiny_model.name}, {UNITS * UNIT_ROWS * CONTEXT:,} tokens in rows of "
+        f"{CONTEXT}; layers.1.mlp ({D_MODEL} to {D_MODEL})>"
+    )
+    size = {"train": LoopConfig(tokens=512, batch_tokens=64, device="cpu"), "optim": OptimConfig(lr=1e-3)}
+    kinds = [CoderConfig(kind=kind, k=4, width=64) for kind in ("sae", "transcoder")]
+    coders = skipcoder.train(store, kinds, tmp_path / "runs", **size)
+    assert repr(coders[0]) == (f"<SparseCoder sae, topk k=4, 64 latents, {D_MODEL} to {D_MODEL}, of layers.1.mlp>")
+    alone = skipcoder.train(store, kinds[1], tmp_path / "alone", **size)
+    assert torch.equal(alone.W_enc, coders[1].W_enc)  # as if trained by itself
+    rows = skipcoder.evaluate([*coders, tmp_path / "alone"], ce_tokens=128)
+    assert [row["kind"] for row in rows] == ["sae", "transcoder", "transcoder"]
+    assert rows[1]["fvu"] == rows[2]["fvu"] and 0 < rows[0]["fvu"] < 1
+    assert skipcoder.evaluate(str(tmp_path / "runs" / "*"), ce_tokens=128)[0]["fvu"] == rows[0]["fvu"]
+    model, tokenizer = store.load_model(), store.load_tokenizer()
+    tokens = tokenizer("a text", return_tensors="pt").input_ids
+    with skipcoder.splice(model, {"layers.1.mlp": coders[1]}):
+        assert model(tokens).logits.isfinite().all()
+
+
+def test_errors_name_what_was_given(store: ActivationStore, tmp_path: Path) -> None:
+    coder = skipcoder.SparseCoder(CoderConfig(k=4, width=64), 24, 24)
+    for call, said in (
+        (lambda: store.activations("layers.9.mlp", "input", 0, 8), "no hookpoint 'layers.9.mlp': .* holds layers.0"),
+        (lambda: store.activations("layers.1.mlp", "inputs", 0, 8), "side 'inputs': a hookpoint has an input and"),
+        (lambda: coder(torch.zeros(3, 23)), "reads 24 dimensions, not 23"),
+        (lambda: skipcoder.evaluate(coder), "comes from no run's folder"),
+        (lambda: skipcoder.evaluate(str(tmp_path / "*")), "matches no run directory"),
+        (lambda: skipcoder.train(store, CoderConfig(), tmp_path, lr=1e-3), "lr: no setting of training; there are"),
+        (lambda: skipcoder.capture(tmp_path, tokens=9), "tokens: no setting of a capture; there are model, data"),
+        (lambda: skipcoder.capture(tmp_path, "gpt5"), r"model 'gpt5': no preset \(gemma-2-2b, .*, no folder"),
+        (lambda: CoderConfig(k=9, width=4), "coder.k=9 must be between 1"),
+    ):
+        with pytest.raises(skipcoder.UserError, match=said):
+            call()
+
+
+def test_models_by_name(tiny_model: Path) -> None:
+    assert model_named("gemma-2-2b").write_modules and model_named("smollm2-135m").gguf_file
+    assert model_named(str(tiny_model)).name == tiny_model.name
+    assert model_named("google/gemma-2-2b").name == "gemma-2-2b"
+
+
+def test_all_that_is_public_is_there() -> None:
+    assert {"capture", "train", "evaluate", "CoderConfig"} <= set(dir(skipcoder))
+    for name in skipcoder.__all__:
+        assert getattr(skipcoder, name).__doc__
