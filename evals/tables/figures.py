@@ -113,7 +113,7 @@ def looks(rows: Sequence[Row], dashed: str = "k") -> list[dict[str, Any]]:
         light = 50 if len(of) == 1 else 38 + 32 * of.index(key) / (len(of) - 1)
         dash = _DASHES[steps.index(row.get(dashed) or 0) % len(_DASHES)]
         if again[name] > 1:
-            name += f" ({Path(row.get('run', row.get('configuration', ''))).name})"
+            name += f" ({Path(str(row.get('run') or row.get('configuration'))).name})"
         line = {"color": f"hsl({hue},{saturation}%,{light:.0f}%)", "dash": dash, "width": 1.6}
         found.append({"type": "scatter", "name": name, "line": line, "marker": {"size": 6}})
     return found
