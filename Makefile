@@ -40,7 +40,7 @@ paper: setup
 	$(BIN)/python evals/evaluate.py runs='$(PAPER)/[ti]*/*' out=$(PAPER)/summary.json \
 		tasks='[core,probing,contextfree]' controls='[neurons,affine]' ce_tokens=8192
 	$(BIN)/python evals/evaluate.py runs='$(PAPER)/spelling/*' out=$(PAPER)/spelling.json tasks='[core,absorption]'
-	$(BIN)/python benchmarks/paper.py $(PAPER)/summary.seeds.json $(PAPER)/spelling.seeds.json
+	$(BIN)/python benchmarks/paper.py $(PAPER)/summary.json $(PAPER)/spelling.json $(PAPER)/paper.json
 
 # Do small runs predict larger ones? (docs/studies/scaling.md)
 SIZES := $(TRAIN) hookpoint=layers.10.mlp coder=transcoder coder.skip_init=zero coder.k=16,32,64 optim.lr=1e-3 \

@@ -311,3 +311,19 @@ class InterpretConfig:
         _at_least(self, 1, "shown")
         if not self.scorers:
             raise UserError(f"scorers=[]: name some of {', '.join(s.value for s in Scorer)}")
+
+
+@dataclass
+class ExploreConfig:
+    """`python evals/explore.py`: a coder in its language model, in the browser."""
+
+    run: str = "???"
+    """Run directory of the coder."""
+    port: int = 8765
+    """Port on this machine; 0: any free one."""
+    device: str | None = None
+    """Device; null: cuda if there is one, else cpu."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise UserError(f"port={self.port}: must be between 0 and 65535")

@@ -34,6 +34,7 @@ ELSEWHERE = (
     "tasks=",
     "circuit_tracer",
     "runs/sizes",
+    "explore.py",
 )
 SMALL = {
     "cache": {"data.tokens": "2048", "data.context": "16", "store.unit_rows": "4", "micro_batch_tokens": "64"},

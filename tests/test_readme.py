@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 import skipcoder.evals.evaluate
+import skipcoder.evals.explore
 import skipcoder.evals.interpret
 import skipcoder.evals.scaling
 import skipcoder.pipeline.cache
@@ -26,7 +28,7 @@ import skipcoder.trainer.train  # noqa: F401 (importing an entry point registers
 from skipcoder import registry
 from skipcoder.cli import quoted
 from skipcoder.errors import UserError
-from skipcoder.evals.config import EvaluateConfig, InterpretConfig, ScalingConfig
+from skipcoder.evals.config import EvaluateConfig, ExploreConfig, InterpretConfig, ScalingConfig
 from skipcoder.evals.evaluate import evaluate
 from skipcoder.evals.tables.metrics import documented
 from skipcoder.evals.tasks.registry import TASKS
@@ -58,6 +60,7 @@ SCHEMAS = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "interpret": InterpretConfig,
+    "explore": ExploreConfig,
     "scaling": ScalingConfig,
     "export": ExportConfig,
     "import_coder": ImportConfig,
@@ -116,6 +119,30 @@ def test_help_lists_every_setting_with_its_meaning(
         if not key.startswith(("model.write_modules.", "ray.env")):
             assert re.search(rf"^  {re.escape(key)}=\S*\s+[A-Za-z0-9`\"]", printed, re.M), key
     assert ("\n  judge=" in printed) == (entry == "interpret") and ("\n  coder=" in printed) == (entry == "train")
+
+
+def test_the_paper_page_says_what_was_measured() -> None:
+    """Every line of its tables is printed from its JSON, whose verdicts follow from the seeds' differences."""
+    page = (REPO / "docs" / "paper.md").read_text()
+    script = [sys.executable, str(REPO / "benchmarks" / "paper.py"), str(REPO / "docs" / "paper.json")]
+    printed = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    lines = {line for line in printed.splitlines() if line.startswith("|")}
+    assert lines and lines == {line for line in page.splitlines() if line.startswith("|")}
+    found = json.loads((REPO / "docs" / "paper.json").read_text())
+    assert f"all {found['comparisons']} differences" in " ".join(page.split())
+    for table in found["tables"]:
+        for key in ("ce_clean", "ce_zero"):
+            assert f"{table['facts'][key]:.3f}" in page
+    for one in found["claims"]:
+        for difference in one["differences"]:
+            values = np.array(difference["by_seed"])
+            student = float(scipy.stats.t.ppf(1 - 0.025 / found["comparisons"], len(values) - 1))
+            assert difference["mean"] == pytest.approx(values.mean())
+            assert difference["half"] == pytest.approx(student * values.std(ddof=1) / len(values) ** 0.5)
+            clear = abs(difference["mean"]) > difference["half"]
+            said = one["verdict"] if ";" not in one["verdict"] else one["verdict"].split(f"k {difference['k']}: ")[1]
+            right = np.sign(difference["mean"]) == one["sign"]
+            assert said.startswith("cannot be told" if not clear else "holds" if right else "does not hold")
 
 
 def test_the_scaling_study_says_what_was_measured() -> None:

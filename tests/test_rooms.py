@@ -56,6 +56,7 @@ ROOMS: dict[str, str] = {
         "evals.core"
     ),
     "evals.splice": "pipeline.model, trainer.config, trainer.coder",
+    "evals.explorer": f"{GROUND}, pipeline.store, trainer.run, evals.splice",
     "evals.export": (
         f"{GROUND}, pipeline.store, trainer.config, trainer.coder, trainer.run, trainer.formats, evals.core, "
         "evals.latents, evals.tables"
