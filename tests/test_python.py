@@ -1,5 +1,8 @@
 """skipcoder in Python: capture, train, evaluate, and what its objects say of themselves."""
 
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from skipcoder.pipeline.api import model_named
 from skipcoder.pipeline.capture import job
 from skipcoder.pipeline.capture.worker import Worker
 from skipcoder.pipeline.store.reader import ActivationStore
-from tests.conftest import CONTEXT, D_MODEL, UNIT_ROWS, UNITS
+from tests.conftest import CONTEXT, D_MODEL, REPO, UNIT_ROWS, UNITS, make_tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -77,3 +80,34 @@ def test_all_that_is_public_is_there() -> None:
     assert {"capture", "train", "evaluate", "CoderConfig"} <= set(dir(skipcoder))
     for name in skipcoder.__all__:
         assert getattr(skipcoder, name).__doc__
+
+
+def cells(kind: str) -> Iterator[tuple[str, list[str]]]:
+    """Source and tags of the tutorial's cells."""
+    for cell in json.loads((REPO / "docs" / "tutorial.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == kind:
+            yield "".join(cell["source"]), cell["metadata"].get("tags", [])
+
+
+@pytest.mark.ray
+def test_the_tutorial_runs(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cell by cell, on a small model, with small numbers; Ray captures."""
+    make_tiny_model(tmp_path / "tiny", text_file, layers=11)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    small = "MODEL, HOOKPOINT, TOKENS, TRAIN_TOKENS, WIDTH = './tiny', 'layers.10.mlp', 32_768, 20_000, 128"
+    for source, tags in cells("code"):
+        if "parameters" in tags:
+            exec(source, names)
+            assert {"MODEL", "HOOKPOINT", "TOKENS", "TRAIN_TOKENS", "WIDTH"} <= names.keys()
+        exec(small if "parameters" in tags else source, names)
+    printed = capsys.readouterr().out
+    assert len(names["coders"]) == 4 == len(names["rows"]) and len(names["x"]) == 32_768 // 16
+    assert printed.count(" >>>") == 12 and "a latent added" in printed
+
+
+def test_the_tutorial_s_links_lead_to_pages() -> None:
+    found = [page for source, _ in cells("markdown") for page in re.findall(r"\]\((\w+)\.html\)", source)]
+    assert found and all((REPO / "docs" / f"{page}.md").exists() for page in found)

@@ -20,6 +20,7 @@ _HUES = {
 }
 """Hue and saturation of each kind."""
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+_CONTROLS, _OF_CONTROLS = ("neurons", "affine"), ("kind", "hookpoint", "k")
 TELLING = ("kind", "k", "width", "activation", "side", "hookpoint", "seed")
 """What tells runs apart. A label has the kind, and what else differs among those that are shown."""
 
@@ -87,8 +88,13 @@ def densities(rows: list[Row]) -> Figure:
 
 
 def telling(rows: Sequence[Row]) -> list[str]:
-    """The keys of TELLING that differ among rows that have them: the affine map has no seed."""
-    return [name for name in TELLING if len({row[name] for row in rows if row.get(name) is not None}) > 1]
+    """The keys of TELLING that differ; among the controls, kind and hookpoint alone count."""
+
+    def values(name: str) -> set[Any]:
+        some = rows if name in _OF_CONTROLS else [row for row in rows if row["kind"] not in _CONTROLS]
+        return {row[name] for row in some if row.get(name) is not None}
+
+    return [name for name in TELLING if len(values(name)) > 1]
 
 
 def looks(rows: Sequence[Row], dashed: str = "k") -> list[dict[str, Any]]:
@@ -122,7 +128,11 @@ def looks(rows: Sequence[Row], dashed: str = "k") -> list[dict[str, Any]]:
 def _name(row: Row, differ: Sequence[str]) -> str:
     words = [str(row["kind"]).replace("_", " ")]
     for name in differ:
-        if name != "kind" and (row["kind"] != "affine" or name == "hookpoint") and (value := row.get(name)) is not None:
+        if (
+            name != "kind"
+            and (row["kind"] not in _CONTROLS or name in _OF_CONTROLS)
+            and (value := row.get(name)) is not None
+        ):
             shown = f"{value:,}" if isinstance(value, int) else str(value)
             words.append({"k": "k=", "seed": "seed ", "width": "width "}.get(name, "") + shown)
     return " ".join(words)

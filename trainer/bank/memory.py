@@ -52,7 +52,7 @@ def free_bytes(device: str) -> int:
     if device.startswith("cuda"):
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch gives it out again
         return torch.cuda.mem_get_info(device)[0] + held
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     return int(psutil.virtual_memory().available)
 
