@@ -21,14 +21,14 @@ from tests.conftest import CONTEXT, D_MODEL, REPO, UNIT_ROWS, UNITS, make_tiny_m
 pytestmark = pytest.mark.slow
 
 
+def here(place: Any, attrs: Any, units: list[int], model: Any, ray: Any) -> None:
+    Worker(place.address, model, 2, "cpu")({"item": np.array(units)})
+
+
 def test_capture_train_evaluate(
     tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without Ray, which docs/tutorial.ipynb runs."""
-
-    def here(place: Any, attrs: Any, units: list[int], model: Any, ray: Any) -> None:
-        Worker(place.address, model, 2, "cpu")({"item": np.array(units)})
-
+    """Without Ray, which captures in the tutorial."""
     monkeypatch.setattr(job, "run", here)
     text = DataConfig(kind="jsonl", path=str(text_file), tokens=UNITS * UNIT_ROWS * CONTEXT, context=CONTEXT)
     place = skipcoder.StoreConfig(path=str(tmp_path / "s.zarr"), unit_rows=UNIT_ROWS)
@@ -51,6 +51,22 @@ def test_capture_train_evaluate(
     tokens = tokenizer("a text", return_tensors="pt").input_ids
     with skipcoder.splice(model, {"layers.1.mlp": coders[1]}):
         assert model(tokens).logits.isfinite().all()
+
+
+def test_the_page_about_python_runs(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With smaller numbers, in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(job, "run", here)
+    code = "\n".join(re.findall(r"```python\n(.+?)```", (REPO / "docs" / "python.md").read_text(), re.S))
+    for shown, small in (
+        ('"smollm2-135m"', repr(str(tiny_model))), ("layers.10", "layers.1"), ("131_072", "8_192"), ("3072", "128"),
+        ("300_000", "5_000"), ("2048", "512"),
+    ):  # fmt: skip
+        assert shown in code
+        code = code.replace(shown, small)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert [row["k"] for row in names["rows"]] == [32, 64, 32, 64] and Path("runs/python/report.html").exists()
 
 
 def test_errors_name_what_was_given(store: ActivationStore, tmp_path: Path) -> None:

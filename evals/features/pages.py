@@ -1,6 +1,6 @@
 """Pages that show every latent of a run: RUN/features/index.html, a folder of static files that opens from disk.
 
-    index.html app.js style.css      the same for every run (evals/features)
+    index.html *.js style.css        the same for every run (evals/features)
     data/table.js                    one row for each latent
     data/latents-N.js                what is shown of CHUNK latents; loaded when one of them is opened
     data/words.js                    the tokens' text
@@ -29,6 +29,10 @@ from skipcoder.trainer.run.run import Run
 
 TEMPLATE = Path(__file__).with_name("site")
 CHUNK, TOP, QUANTILES, WORDS, NEAREST, BINS = 64, 12, 10, 10, 6, 24
+FEW_ENOUGH = 2**15
+"""Latents up to which those that fire together are looked for: every pair of them is counted."""
+Logit = tuple[int, float]
+"""A token and what is added to its logit."""
 BEFORE, AFTER = 9, 7
 """Tokens around the largest activation in a latent's preview."""
 DENSE = 0.05
@@ -53,6 +57,7 @@ def write_pages(
     rows = _Rows()
     up_MK, down_MK = promoted(model, run.coder.W_dec)
     nearest = nearest_latents(run.coder.W_dec, run.coder.W_dec, NEAREST, same=True)
+    together = firing_together(index) if index.width <= FEW_ENOUGH else [[] for _ in range(index.width)]
     used: set[int] = set()
     for first in range(0, index.width, CHUNK):
         part = []
@@ -65,8 +70,9 @@ def write_pages(
             part.append({
                 "n": len(firing.value), "largest": largest,
                 "histogram": np.histogram(firing.value, BINS, (0, largest or 1))[0].tolist(),
-                "up": [_text(tokenizer, t) for t in up_MK[latent]],
-                "down": [_text(tokenizer, t) for t in down_MK[latent]],
+                "up": [[_text(tokenizer, t), round(logit, 3)] for t, logit in up_MK[latent]],
+                "down": [[_text(tokenizer, t), round(logit, 3)] for t, logit in down_MK[latent]],
+                "together": together[latent],
                 "nearest": [[int(j), round(float(c), 3)] for j, c in zip(*(x[latent] for x in nearest), strict=True)],
                 **{name: [_context(window, largest) for window in windows] for name, windows in shown.items()},
             })  # fmt: skip
@@ -84,20 +90,35 @@ def write_pages(
 
 
 @torch.no_grad()
-def promoted(model: nn.Module | None, W_dec_ME: Tensor) -> tuple[list[list[int]], list[list[int]]]:
-    """The tokens whose logits each latent raises and lowers most: its decoder row times the final norm's weights and
-    the unembedding, ignoring the layers in between."""
-    none: list[list[int]] = [[] for _ in W_dec_ME]
+def promoted(model: nn.Module | None, W_dec_ME: Tensor) -> tuple[list[list[Logit]], list[list[Logit]]]:
+    """The tokens whose logits each latent raises and lowers most, and by how much for each unit of activation: its
+    decoder row times the final norm's weights and the unembedding, ignoring the layers in between and the norm's
+    denominator."""
+    none: list[list[Logit]] = [[] for _ in W_dec_ME]
     head = None if model is None else model.get_output_embeddings()  # type: ignore[operator]
     if head is None or head.weight.shape[1] != W_dec_ME.shape[1]:
         return none, none
     unembed_VE = head.weight.float() * _final_gain(model, head.weight.shape[1])
-    up, down = [], []
+    up: list[list[Logit]] = []
+    down: list[list[Logit]] = []
     for rows in W_dec_ME.to(unembed_VE.device).split(256):
         logits = rows @ unembed_VE.T
-        up += logits.topk(WORDS).indices.tolist()
-        down += logits.topk(WORDS, largest=False).indices.tolist()
+        for found, largest in ((up, True), (down, False)):
+            value, token = logits.topk(WORDS, largest=largest)
+            found += [list(zip(*row, strict=True)) for row in zip(token.tolist(), value.tolist(), strict=True)]
     return up, down
+
+
+def firing_together(index: LatentIndex) -> list[list[list[float]]]:
+    """Of each latent, [latent, tokens on which both fire / tokens on which either does], the most first."""
+    found = []
+    for some in (np.arange(index.width)[i : i + 256] for i in range(0, index.width, 256)):
+        overlap = index.overlap(some)
+        overlap[np.arange(len(some)), some] = 0
+        best = np.argsort(-overlap, axis=1, kind="stable")[:, :NEAREST]
+        for row, latents in zip(overlap, best, strict=True):
+            found.append([[int(i), round(float(row[i]), 3)] for i in latents if row[i] > 0])
+    return found
 
 
 def _final_gain(model: Any, width: int) -> Tensor:

@@ -62,11 +62,11 @@ function list(columns, count, order, href) {
 }
 
 // In the order of the list until a column is chosen; what a latent is about: its explanation, or where it is largest.
-const state = { search: "", sort: null, down: false };
+const state = { search: "", sort: null, down: false, onlyKept: false };
 const judged = table.detection.some(score => score !== null), explained = table.explanation.some(text => text !== null);
 const about = i => table.explanation[i] ?? (table.preview[i].length ? [table.preview[i][0], make("mark", { textContent: table.preview[i][1] }), table.preview[i][2]] : "never fires");
 const COLUMNS = [
-  { key: "latent", title: "latent", value: i => i, show: i => String(i), width: "70px" },
+  { key: "latent", title: "latent", value: i => i, show: i => (kept.has(i) ? "\u2605 " : "") + i, width: "80px" },
   { key: "tokens", title: "largest on", value: i => table.tokens[i] || "\uffff", show: i => table.tokens[i], width: "minmax(0, .35fr)", wide: true },
   { key: "about", title: explained ? "explanation" : "in context", value: i => table.explanation[i] ?? "\uffff" + (table.preview[i][1] ?? "\uffff"), show: about, width: "minmax(0, 1fr)" },
   { key: "density", title: "density", value: i => table.density[i], show: i => number(table.density[i], 2), width: "86px", wide: judged },
@@ -87,7 +87,7 @@ function showTable() {
   function update() {
     const words = state.search.toLowerCase(), column = COLUMNS.find(c => c.key === state.sort);
     if (words) texts ??= table.tokens.map((tokens, i) => [table.explanation[i] ?? "", tokens, table.preview[i].join("")].join("\n").toLowerCase());
-    let order = table.order.filter(i => !words || String(i) === words || texts[i].includes(words));
+    let order = table.order.filter(i => (!state.onlyKept || kept.has(i)) && (!words || String(i) === words || texts[i].includes(words) || kept.note(i).toLowerCase().includes(words)));
     if (column) order = sorted(order, column);
     rows.show(order);
     found.textContent = `${order.length.toLocaleString()} of ${table.density.length.toLocaleString()} latents`;
@@ -103,11 +103,16 @@ function showTable() {
     const by = typeof keys[0] === "string" ? (a, b) => keys[a].localeCompare(keys[b]) : (a, b) => keys[a] - keys[b];
     return order.map((_, n) => n).sort((a, b) => sign * by(a, b) || a - b).map(n => order[n]);
   }
+  const only = make("input", { type: "checkbox", checked: state.onlyKept });
+  only.onchange = () => { state.onlyKept = only.checked; update(); };
+  const save = make("a", { href: "#", textContent: "download", download: "latents.json" });
+  save.onclick = () => { save.href = URL.createObjectURL(kept.file()); };
+  const favourites = kept.count() ? [make("label", {}, only, ` favourites and notes only (${kept.count()}), `), save] : [];
   search.oninput = () => { state.search = search.value; update(); };
   const notes = table.warning ? [make("p", { className: "warning", textContent: table.warning })] : [];
   const listed = make("div", {}, head, rows.view);
   listed.style.setProperty("--columns", COLUMNS.map(c => c.width).join(" "));
-  main.replaceChildren(...notes, make("p", { textContent: table.facts }), search, found, listed);
+  main.replaceChildren(...notes, make("p", { textContent: table.facts }), search, ...favourites, found, listed);
   update();
 }
 
@@ -126,7 +131,8 @@ function contexts(title, windows, words, largest) {
   }
   return [make("h2", { textContent: title }), windows.length ? box : make("p", { textContent: "none" })];
 }
-const chips = words => make("div", { className: "chips" }, ...words.map(word => make("span", { textContent: word.replaceAll("\n", "\u21b5") })));
+const chips = words => make("div", { className: "chips" }, ...words.map(([word, logit]) => make("span", { title: `${number(logit)} for each unit of activation` }, word.replaceAll("\n", "\u21b5"), make("small", { textContent: " " + number(logit, 2) }))));
+const linked = pairs => make("div", { className: "chips" }, ...pairs.map(([j, share]) => make("span", { title: table.explanation[j] ?? table.tokens[j] }, link(j, `${j}`), ` ${number(share, 2)}`)));
 const link = (i, text) => make("a", { href: "#latent/" + i, textContent: text });
 
 async function showLatent(i) {
@@ -141,13 +147,18 @@ async function showLatent(i) {
   const facts = `fires on ${number(table.density[i], 2)} of tokens, ${it.n.toLocaleString()} times; largest ${number(it.largest)}` + (scores.length ? "; " + scores.join(", ") : "");
   const bars = make("div", { className: "bars" }), most = Math.max(...it.histogram, 1);
   it.histogram.forEach(n => { const bar = make("i", { title: n.toLocaleString() }); bar.style.height = 100 * n / most + "%"; bars.append(bar); });
-  const nearest = make("div", { className: "chips" }, ...it.nearest.map(([j, cosine]) => make("span", {}, link(j, `${j}`), ` ${number(cosine, 2)}`)));
+  const star = make("button", { className: "star" }), note = make("textarea", { rows: 2, value: kept.note(i), placeholder: "A note, kept by this browser", ariaLabel: "note" });
+  const starred = () => { star.textContent = kept.has(i) ? "\u2605 favourite" : "\u2606 favourite"; star.setAttribute("aria-pressed", kept.has(i)); };
+  star.onclick = () => { kept.toggle(i); note.value = kept.note(i); starred(); };
+  note.onchange = () => { kept.write(i, note.value); starred(); };
+  starred();
   main.replaceChildren(
-    title, step, make("p", { textContent: table.explanation[i] ?? (table.tokens[i] ? "largest on: " + table.tokens[i] : "never fires"), style: "color: var(--ink)" }), make("p", { textContent: facts }),
+    title, step, make("p", { textContent: table.explanation[i] ?? (table.tokens[i] ? "largest on: " + table.tokens[i] : "never fires"), style: "color: var(--ink)" }), make("p", { textContent: facts }), make("div", { className: "own" }, star, note),
     make("div", { className: "two" },
       make("div", {}, make("h2", { textContent: "Promotes" }), chips(it.up), make("h2", { textContent: "Suppresses" }), chips(it.down)),
       make("div", {}, make("h2", { textContent: "Activations" }), bars, make("div", { className: "axis" }, make("span", { textContent: "0" }), make("span", { textContent: number(it.largest) })),
-        make("h2", { textContent: "Nearest latents, by decoder cosine" }), nearest)),
+        make("h2", { textContent: "Nearest latents, by decoder cosine" }), linked(it.nearest),
+        ...(it.together.length ? [make("h2", { textContent: "Fire together: both of either" }), linked(it.together)] : []))),
     ...contexts("Largest activations", it.top, words, it.largest), ...contexts("From each quantile", it.quantiles, words, it.largest));
 }
 
@@ -179,7 +190,7 @@ function route() {
 addEventListener("hashchange", route);
 addEventListener("keydown", event => {
   const at = /^#latent\/(\d+)$/.exec(location.hash);
-  if (event.target.matches("input, select") || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target.matches("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) return;
   if (at && event.key === "j") location.hash = "#latent/" + (Number(at[1]) + 1);
   if (at && event.key === "k" && at[1] > 0) location.hash = "#latent/" + (at[1] - 1);
   if (event.key === "/") { document.querySelector("input[type=search]")?.focus(); event.preventDefault(); }

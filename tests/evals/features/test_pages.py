@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from skipcoder.evals.config import ExamplesConfig
-from skipcoder.evals.features.pages import TEMPLATE, nearest_latents, promoted, write_pages
+from skipcoder.evals.features.pages import TEMPLATE, firing_together, nearest_latents, promoted, write_pages
 from skipcoder.evals.latents.examples import ExampleMaker
 from skipcoder.evals.latents.index import LatentIndex
 from skipcoder.pipeline.store.reader import ActivationStore
@@ -205,8 +205,51 @@ def test_promoted_tokens_are_those_of_the_unembedding(lm: Any) -> None:
     up, down = promoted(lm, wanted[[7, 300]])
     for row, token in zip((0, 1), (7, 300), strict=True):
         logits = unembed @ (gain * wanted[token])
-        assert up[row][0] == int(logits.argmax()) and down[row][0] == int(logits.argmin())
+        for (found, logit), best in ((up[row][0], logits.argmax()), (down[row][0], logits.argmin())):
+            assert found == int(best) and logit == pytest.approx(float(logits[best]), rel=1e-4)
     assert promoted(None, wanted[:2]) == ([[], []], [[], []])
+
+
+def test_latents_that_fire_together(site: Path) -> None:
+    run = Run.open(site)
+    index = LatentIndex(run, ActivationStore.open(run.store_path))
+    fires = [set(index.of(latent).position.tolist()) for latent in range(index.width)]
+    for latent, found in enumerate(firing_together(index)):
+        shares = [len(fires[latent] & other) / max(1, len(fires[latent] | other)) for other in fires]
+        shares[latent] = 0
+        assert [share for _, share in found] == pytest.approx(sorted(shares, reverse=True)[: len(found)], abs=1e-3)
+        assert all(shares[int(other)] == pytest.approx(share, abs=1e-3) for other, share in found)
+
+
+def test_favourites_and_notes_are_kept_by_the_browser(site: Path, browser: Any) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    address = (site / "features" / "index.html").as_uri()
+    page.goto(address)
+    page.wait_for_selector(".row")
+    assert page.get_by_text("favourites and notes only").count() == 0
+    page.goto(address + "#latent/3")
+    page.get_by_role("button", name="favourite").click()
+    page.goto(address + "#latent/4")
+    page.get_by_label("note").fill("about <b>numbers</b>")
+    page.get_by_label("note").press("Tab")
+    page.close()
+    page = context.new_page()  # later
+    page.goto(address)
+    page.get_by_label("favourites and notes only (2)").check()
+    assert sorted(row.split()[1] for row in page.locator(".row").all_inner_texts()) == ["3", "4"]
+    page.get_by_label("search").fill("numbers</b>")
+    assert page.get_by_role("status").inner_text() == "1 of 64 latents"
+    with page.expect_download() as download:
+        page.get_by_role("link", name="download").click()
+    found = json.loads(Path(download.value.path()).read_text())
+    assert found["latents"] == {"3": {"note": ""}, "4": {"note": "about <b>numbers</b>"}}
+    page.locator(".row").click()
+    page.get_by_role("button", name="favourite").click()  # and away
+    page.get_by_role("link", name="Table").click()
+    page.get_by_label("search").fill("")
+    assert page.get_by_role("status").inner_text() == "1 of 64 latents"
+    context.close()
 
 
 def test_nearest_latents() -> None:
