@@ -141,6 +141,9 @@ class EvaluateConfig:
     ce_tokens: int | None = None
     """Test tokens on which the language model runs: whole rows, spread evenly over the split. null: 4,096, but at least
     24 rows."""
+    every_position: bool = False
+    """Also measure with positions spliced that training left out (keys that end in `_all`, `by_position`): the language
+    model then runs twice as often."""
     intervals: bool = True
     """95 % intervals over documents, where there are 20 or more, and paired differences between coders."""
     batch_rows: int = 4

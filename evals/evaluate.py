@@ -55,7 +55,9 @@ def evaluate(cfg: EvaluateConfig, paths: Sequence[Path] | None = None) -> "list[
     evaluators: dict[str, Evaluator] = {}
     for path in dict.fromkeys(run.store_path for run in runs):
         intervals = cfg.intervals and TaskName.core in cfg.tasks
-        evaluators[path] = Evaluator(ActivationStore.open(path), cfg.ce_tokens, cfg.batch_rows, device, intervals)
+        evaluators[path] = Evaluator(
+            ActivationStore.open(path), cfg.ce_tokens, cfg.batch_rows, device, intervals, cfg.every_position
+        )
     for run in runs:
         run.check(evaluators[run.store_path].store)
         results.read(run), judged(run)  # UserError for a damaged file, before anything is computed

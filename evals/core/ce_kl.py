@@ -22,14 +22,16 @@ def summary(clean: TokenLosses, losses: Mapping[str, TokenLosses], document_BT: 
     """`ce_NAME` and `kl_NAME` (mean nats per predicted token) for each of `losses`; what splicing costs, `ce_increase`;
     and the share of the cost of ablation that it avoids: `ce_recovered_zero`, `ce_recovered_mean` (1: as good as the
     model, 0: as bad as ablation), None unless ablation clearly costs. `kl_recovered_*`: the same for the divergence.
-    `document_BT`: the document of each predicted token, for intervals (`_ci`)."""
+    `document_BT`: the document of each predicted token, for intervals (`_ci`). Where `losses` has `NAME_all` (every
+    position spliced), the same of those, and `by_position`."""
     result: Result = {
         "ce_tokens": clean.ce_BT.shape[0] * (clean.ce_BT.shape[1] + 1),
         "ce_rows": len(clean.ce_BT),
         "ce_clean": float(clean.ce_BT.mean()),
     }
     pieces = _Pieces(document_BT if document_BT is not None else np.indices(clean.ce_BT.shape)[0])
-    for suffix in ("", "_all"):
+    every = "spliced_all" in losses
+    for suffix in ("", "_all") if every else ("",):
         for way in ("zero", "mean", "spliced", "skip_only"):
             if (name := way + suffix) in losses:
                 result[f"ce_{name}"] = float(losses[name].ce_BT.mean())
@@ -53,7 +55,8 @@ def summary(clean: TokenLosses, losses: Mapping[str, TokenLosses], document_BT: 
         result["ce_documents"] = len(pieces.tokens_G)
         result |= {"ce_increase_ci": increase.interval(), "kl_spliced_ci": kl.interval(positive=True)}
         result[BY_DOCUMENT] = {"ce_increase": increase, "kl_spliced": kl}
-    result["by_position"] = by_position(clean, losses["spliced_all"])
+    if every:
+        result["by_position"] = by_position(clean, losses["spliced_all"])
     return result
 
 

@@ -52,8 +52,15 @@ class Evaluator:
     over `ce_tokens` of their tokens, in evenly spread rows."""
 
     def __init__(
-        self, store: ActivationStore, ce_tokens: int | None, batch_rows: int, device: str, intervals: bool = True
+        self,
+        store: ActivationStore,
+        ce_tokens: int | None,
+        batch_rows: int,
+        device: str,
+        intervals: bool = True,
+        every_position: bool = True,
     ) -> None:
+        self.every_position = every_position
         self.store, self.batch_rows, self.device = store, batch_rows, device
         units = store.split("test")
         if not units:
@@ -133,8 +140,8 @@ class Evaluator:
 
     def behaviour(self, runs: Sequence[Run]) -> list[Result]:
         """Cross-entropy and KL with the MLP replaced by the coder, by zero, by its mean and, for skip transcoders, by
-        the affine skip alone. Each is done twice: with positions that training left out unchanged, and (`_all`) with
-        all positions replaced."""
+        the affine skip alone, with positions that training left out unchanged and, with `every_position`, again
+        (`_all`) with all positions replaced."""
         replacements: dict[Key, list[Part]] = {}
         keys = []
         for run in runs:
@@ -167,11 +174,13 @@ class Evaluator:
         }
         if coder.W_skip is not None:
             ways["skip_only"] = Way((run.path, "skip"), coder.skip_only)
-        excluded = self._excluded(run.filter)
+        positions: list[tuple[str, TokenFilter | None, Tensor | None]] = [("", run.filter, self._excluded(run.filter))]
+        if self.every_position:
+            positions.append(("_all", None, None))
         return {
             f"{name}{suffix}": Replacement((*way.key, kept), Part(read, write, way.replace, keep))
             for name, way in ways.items()
-            for suffix, kept, keep in (("", run.filter, excluded), ("_all", None, None))
+            for suffix, kept, keep in positions
         }
 
     def _excluded(self, filter: TokenFilter) -> Tensor:

@@ -81,7 +81,8 @@ def token_losses(
 
 
 def _logits(model: nn.Module, tokens_BT: Tensor) -> Tensor:
-    result: Tensor = model(tokens_BT, use_cache=False).logits[:, :-1]
+    """[B, T, V]: the last of each row predicts nothing that is there, but a row without it would have to be copied."""
+    result: Tensor = model(tokens_BT, use_cache=False).logits
     return result
 
 
@@ -89,7 +90,7 @@ def _losses(logits_q: Tensor, logits_p: Tensor, tokens_BT: Tensor) -> TokenLosse
     """Losses of predictions q against the unchanged model's p. A float32 vocabulary for each token is large, so tokens
     go in groups: small ones on CPUs, which fit in the cache and take a fifth of the time."""
     n = max(1, (2**24 if logits_q.is_cuda else 2**19) // logits_q.shape[-1])
-    following = tokens_BT[:, 1:]
+    following = tokens_BT.roll(-1, 1)
     ce, kl = [], []
     columns = (logits_q.flatten(0, 1), logits_p.flatten(0, 1), following.reshape(-1, 1))
     for q, p, next_N1 in zip(*(column.split(n) for column in columns), strict=True):
@@ -97,7 +98,7 @@ def _losses(logits_q: Tensor, logits_p: Tensor, tokens_BT: Tensor) -> TokenLosse
         ce.append(-log_q.gather(1, next_N1).squeeze(1).double())
         difference = torch.where(log_p > -torch.inf, log_p - log_q, 0)
         kl.append((log_p.exp() * difference).sum(-1, dtype=torch.float64))
-    return TokenLosses(*(torch.cat(losses).view(following.shape).cpu() for losses in (ce, kl)))
+    return TokenLosses(*(torch.cat(losses).view(following.shape)[:, :-1].cpu() for losses in (ce, kl)))
 
 
 def _layers_below(model: nn.Module, parts: Sequence[Part]) -> tuple[nn.Module, ...]:

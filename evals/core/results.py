@@ -128,7 +128,7 @@ class Evaluation(TypedDict, total=False):
     ravel_disentangle: float | None
 
 
-_OTHER_PREFIXES = {"absorption": ("split_latents",), "evaluation": ("ce_", "kl_", "fvu", "documents")}
+_OTHER_PREFIXES = {"absorption": ("split_latents",), "evaluation": ("ce_", "kl_", "fvu", "documents", "by_position")}
 """Beginnings of keys of a task's results that are not its name; core's time is `evaluation_seconds`."""
 
 

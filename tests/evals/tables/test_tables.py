@@ -55,6 +55,7 @@ def table(sweep: Path) -> Path:
         EvaluateConfig(
             runs=f"{sweep}/[0-5]", out=str(out), ce_tokens=128, together=True, controls=list(Control),
             saebench=str(sweep / "saebench"),
+            every_position=True,
         )
     )  # fmt: skip
     return out
