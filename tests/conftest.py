@@ -27,6 +27,15 @@ REPO = Path(__file__).resolve().parent.parent
 D_MODEL, LAYERS, CONTEXT, UNIT_ROWS, UNITS = 24, 3, 16, 4, 33
 
 
+LONG = ("test_real_model.py", "test_faults.py")
+"""Files that take minutes: begun first, so that no process is left with one of them when the other is done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order of the files."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter() -> Iterator[None]:
     """Triton's interpreter replaces all of triton.language whenever a kernel calls a function, which takes half of its
