@@ -141,7 +141,12 @@ class Evaluator:
     def behaviour(self, runs: Sequence[Run]) -> list[Result]:
         """Cross-entropy and KL with the MLP replaced by the coder, by zero, by its mean and, for skip transcoders, by
         the affine skip alone, with positions that training left out unchanged and, with `every_position`, again
-        (`_all`) with all positions replaced."""
+        (`_all`) with all positions replaced. Nothing but `ce_problem` of a model that predicts no next token."""
+        cfg = model_config(self.store.attrs)
+        if not models.predicts(cfg):
+            problem = f"{cfg.name} predicts no next token, so there is no cross-entropy"
+            print(problem, flush=True)
+            return [{"ce_problem": problem, BY_DOCUMENT: {}} for _ in runs]
         replacements: dict[Key, list[Part]] = {}
         keys = []
         for run in runs:

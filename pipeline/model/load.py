@@ -173,6 +173,14 @@ def load_trunk(cfg: ModelConfig, hookpoints: Iterable[Hookpoint], device: str) -
         return _load(AutoModel, cfg, device, config)
 
 
+def predicts(cfg: ModelConfig) -> bool:
+    """Whether the model predicts next tokens: transformers has a causal language model of its architecture."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    with _explained(cfg):
+        return type(_config(cfg)) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 def load_causal_lm(cfg: ModelConfig, device: str) -> "torch.nn.Module":
     """The whole model with its head, for evaluation."""
     from transformers import AutoModelForCausalLM

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,24 @@ def test_positions_that_training_left_out_are_spliced_only_on_request(
     assert "by_position" in every and {"ce_spliced_all", "kl_zero_all", "ce_skip_only_all"} <= every.keys()
     assert "by_position" not in row and not [key for key in row if "_all" in key]
     assert all(row[key] == every[key] for key in row if key.startswith(("ce_", "kl_")))
+
+
+def test_a_model_that_predicts_no_next_token_still_has_its_coder_measured(
+    cache_config: Any, capture_here: Any, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer, DistilBertConfig, DistilBertModel
+
+    model: Any = DistilBertModel(DistilBertConfig(vocab_size=400, dim=24, hidden_dim=48, n_layers=2, n_heads=4))
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "bert")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "bert")
+    cfg = cache_config(tmp_path / "s.zarr", ("transformer.layer.1.ffn",))
+    cfg.model.id = str(tmp_path / "bert")
+    store = capture_here(cfg)
+    training.train(replace(config(store), hookpoint="transformer.layer.1.ffn"), tmp_path / "run")
+    (row,) = evaluate(EvaluateConfig(runs=str(tmp_path / "run"), out=str(tmp_path / "t.json"), ce_tokens=128))
+    assert 0 < row["fvu"] < 2 and "ce_clean" not in row
+    assert "predicts no next token" in capsys.readouterr().out
+    assert "predicts no next token" in (tmp_path / "report.html").read_text()
 
 
 def test_bad_runs_are_named(store: ActivationStore, sweep: Path, tmp_path: Path) -> None:
