@@ -33,7 +33,7 @@ CLAIMS = (
     ("A transcoder reconstructs as well as an SAE", "fvu", "transcoder", "sae", 0),
     ("and costs as little cross-entropy", "ce_increase", "transcoder", "sae", 0),
     ("A skip transcoder is probed better than an SAE, five latents", "probing_k5", "skip_transcoder", "sae", 1),
-    ("also less what its random twin gives", "probing_gain_k5", "skip_transcoder", "sae", 1),
+    ("also after subtracting what its random twin gives", "probing_gain_k5", "skip_transcoder", "sae", 1),
     ("A skip transcoder is probed as well as a transcoder", "probing_k5", "skip_transcoder", "transcoder", 0),
     ("A skip transcoder absorbs less than an SAE", "absorption_fraction", "skip_transcoder", "sae", -1),
     ("A transcoder absorbs less than an SAE", "absorption_fraction", "transcoder", "sae", -1),

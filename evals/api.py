@@ -8,6 +8,7 @@ from skipcoder.errors import UserError
 from skipcoder.evals import evaluate as program
 from skipcoder.evals.config import EvaluateConfig
 from skipcoder.evals.tables.metrics import Row
+from skipcoder.settings import as_typed, refuse_unknown
 from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.run.run import find_runs
 
@@ -23,9 +24,10 @@ def evaluate(runs: One | Sequence[One], **settings: Any) -> list[Row]:
 
     UserError for bad input, as on the command line.
     """
+    refuse_unknown("an evaluation", settings, EvaluateConfig, "run", "runs")
     one_or_many = [runs] if isinstance(runs, str | Path | SparseCoder) else list(runs)
     paths = [path for one in one_or_many for path in _folders(one)]
-    return program.evaluate(EvaluateConfig(runs=", ".join(map(str, paths)), **settings), paths)
+    return program.evaluate(as_typed(EvaluateConfig(runs=", ".join(map(str, paths)), **settings)), paths)
 
 
 def _folders(one: One) -> list[Path]:

@@ -61,6 +61,9 @@ def evaluate(cfg: EvaluateConfig, paths: Sequence[Path] | None = None) -> "list[
     for run in runs:
         run.check(evaluators[run.store_path].store)
         results.read(run), judged(run)  # UserError for a damaged file, before anything is computed
+    for path, evaluator in evaluators.items():
+        if (cfg.together or cfg.controls) and not evaluator.predicts:
+            raise UserError(f"together=, controls=: the model of {path} predicts no next token; leave them out")
     if cfg.together:
         sets_of(runs)
     if {TaskName.probing, TaskName.tpp, TaskName.scr} & set(cfg.tasks):

@@ -1,7 +1,7 @@
 """`skipcoder.capture`: pipeline/cache.py from Python."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,15 @@ import yaml
 from skipcoder.cli import CONF
 from skipcoder.errors import UserError
 from skipcoder.pipeline import cache
-from skipcoder.pipeline.config import CacheConfig, DataConfig, Dtype, ModelConfig, StoreConfig
+from skipcoder.pipeline.config import CacheConfig, DataConfig, Dtype, ModelConfig, SourceKind, StoreConfig
 from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.settings import as_typed, refuse_unknown
 
 
 def capture(
     store: str | Path | StoreConfig,
     model: str | Path | ModelConfig = "smollm2-135m",
-    hookpoints: Sequence[str] | None = None,
+    hookpoints: str | Sequence[str] | None = None,
     data: DataConfig | None = None,
     **settings: Any,
 ) -> ActivationStore:
@@ -25,20 +26,25 @@ def capture(
 
     model       a preset's name (conf/model), a hub id, a folder, or a ModelConfig
     hookpoints  names of modules, globs allowed; None: the preset's
-    data        text and number of tokens; None: 131,072 tokens of Python's standard library
+    data        text and number of tokens; None: 131,072 tokens of Python's standard library. Of its long files one row
+                each is held out, as on the command line, unless held_out_rows says otherwise
     settings    the other fields of CacheConfig: ray, micro_batch_tokens, seed
 
     UserError for bad input, as on the command line.
     """
+    refuse_unknown("a capture", settings, CacheConfig, "model", "hookpoints", "store", "data", "plan")
+    data = data or DataConfig()
+    if data.kind == SourceKind.stdlib and data.held_out_rows is None:
+        data = replace(data, held_out_rows=1)
     config = CacheConfig(
         model=model if isinstance(model, ModelConfig) else model_named(str(model)),
         hookpoints=["?"],
         store=store if isinstance(store, StoreConfig) else StoreConfig(path=str(store)),
-        data=data or DataConfig(),
+        data=data,
     )
-    if wrong := settings.keys() - {field.name for field in fields(CacheConfig)}:
-        raise UserError(f"{', '.join(sorted(wrong))}: no setting of a capture; there are {_names(CacheConfig)}")
-    config = replace(config, hookpoints=list(config.model.hookpoints if hookpoints is None else hookpoints), **settings)
+    chosen = [hookpoints] if isinstance(hookpoints, str) else hookpoints
+    config = replace(config, hookpoints=list(config.model.hookpoints if chosen is None else chosen), **settings)
+    config = as_typed(config)
     cache.capture(config)
     return ActivationStore.open(config.store.path)
 
@@ -53,7 +59,3 @@ def model_named(name: str) -> ModelConfig:
         known = sorted(path.stem for path in preset.parent.glob("*.yaml") if path.stem != "local")
         raise UserError(f"model {name!r}: no preset ({', '.join(known)}), no folder, and no hub id (ORG/NAME)")
     return ModelConfig(name="local", id=name)
-
-
-def _names(schema: type) -> str:
-    return ", ".join(field.name for field in fields(schema))

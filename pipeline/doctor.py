@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from skipcoder import cli
 
@@ -63,11 +63,11 @@ def _processor() -> Iterator[Finding]:
     import torch
 
     has = torch.backends.cpu.get_cpu_capability()
-    facts = torch.cpu.get_capabilities()
+    facts: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     useful = [name for name in ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16") if facts.get(name)]
     slow = ""
     if platform.machine() == "x86_64" and not (facts.get("avx512_bf16") or facts.get("amx_bf16")):
-        slow = "no bfloat16 instructions: models capture about a third as fast as with them (docs/costs.md)"
+        slow = "no bfloat16 instructions: models capture less than half as fast as with them (docs/costs.md)"
     found = f"{torch.get_num_threads()} threads, {has}{': ' if useful else ''}{', '.join(useful)}"
     yield Finding("processor", found, slow)
     memory = psutil.virtual_memory()
@@ -95,16 +95,24 @@ def _disk(folder: Path) -> Finding:
     while not folder.exists():
         folder = folder.parent
     block = os.urandom(2**20)
+    try:
+        speed = _speed(folder, block)
+    except OSError as error:
+        return Finding("disk", f"{folder}: {error.strerror}", "no store can be written there; name another folder")
+    status = os.statvfs(folder)
+    found = f"{folder}: {speed / 1e6:,.0f} MB/s written, {status.f_bavail * status.f_frsize / 1e9:,.0f} GB free"
+    return Finding("disk", found, "" if speed > SLOW_DISK else "slow: a GPU would wait for it; name a faster folder")
+
+
+def _speed(folder: Path, block: bytes) -> float:
+    """Bytes a second."""
     with tempfile.TemporaryFile(dir=folder) as file:
         began = time.perf_counter()
         for _ in range(256):
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
-        speed = 2**28 / (time.perf_counter() - began)
-    status = os.statvfs(folder)
-    found = f"{folder}: {speed / 1e6:,.0f} MB/s written, {status.f_bavail * status.f_frsize / 1e9:,.0f} GB free"
-    return Finding("disk", found, "" if speed > SLOW_DISK else "slow: a GPU would wait for it; name a faster folder")
+        return 2**28 / (time.perf_counter() - began)
 
 
 def _ray() -> Finding:

@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -97,6 +97,27 @@ def typed(cfg: Any, schema: type[T]) -> T:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value}: must be a number")
     return config
+
+
+def as_typed(config: T) -> T:
+    """A configuration made in Python, its values as the command line would have read them ("adam" is OptimName.adam).
+    UserError for what its class does not take."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        found = OmegaConf.to_object(OmegaConf.structured(config))
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    assert isinstance(found, type(config))
+    return found
+
+
+def refuse_unknown(what: str, settings: Mapping[str, Any], schema: type, *own: str) -> None:
+    """UserError for keyword arguments that are no fields of the schema, or `own`, which the caller sets itself."""
+    names = [field.name for field in dataclasses.fields(schema) if field.name not in own]
+    if wrong := sorted(settings.keys() - set(names)):
+        raise UserError(f"{', '.join(wrong)}: no setting of {what}; there are {', '.join(names)}")
 
 
 def explain(error: BaseException) -> str:

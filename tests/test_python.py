@@ -16,6 +16,7 @@ from skipcoder.pipeline.api import model_named
 from skipcoder.pipeline.capture import job
 from skipcoder.pipeline.capture.worker import Worker
 from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.config import OptimName
 from tests.conftest import CONTEXT, D_MODEL, REPO, UNIT_ROWS, UNITS, make_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -37,12 +38,19 @@ def test_capture_train_evaluate(
         f"<ActivationStore {tmp_path}/s.zarr: {tiny_model.name}, {UNITS * UNIT_ROWS * CONTEXT:,} tokens in rows of "
         f"{CONTEXT}; layers.1.mlp ({D_MODEL} to {D_MODEL})>"
     )
-    size = {"train": LoopConfig(tokens=512, batch_tokens=64, device="cpu"), "optim": OptimConfig(lr=1e-3)}
+    loop, adam = LoopConfig(tokens=512, batch_tokens=64, device="cpu"), OptimConfig("adam", 1e-3)  # type: ignore[arg-type]
+    size = {"train": loop, "optim": adam}  # "adam" as one types it
     kinds = [CoderConfig(kind=kind, k=4, width=64) for kind in ("sae", "transcoder")]
     coders = skipcoder.train(store, kinds, tmp_path / "runs", **size)
     assert repr(coders[0]) == (f"<SparseCoder sae, topk k=4, 64 latents, {D_MODEL} to {D_MODEL}, of layers.1.mlp>")
     alone = skipcoder.train(store, kinds[1], tmp_path / "alone", **size)
     assert torch.equal(alone.W_enc, coders[1].W_enc)  # as if trained by itself
+    from_typed = skipcoder.train(
+        store, kinds[1], tmp_path / "typed", **size | {"optim": OptimConfig(OptimName.adam, 1e-3)}
+    )
+    assert torch.equal(alone.W_enc, from_typed.W_enc)
+    of_input = skipcoder.train(store, CoderConfig(kind="sae", k=4, width=64, side="input"), tmp_path / "in", **size)  # type: ignore[arg-type]
+    assert of_input.meta["read"] == of_input.meta["write"] == {"module": "layers.1.mlp", "side": "input"}
     rows = skipcoder.evaluate([*coders, tmp_path / "alone"], ce_tokens=128)
     assert [row["kind"] for row in rows] == ["sae", "transcoder", "transcoder"]
     assert rows[1]["fvu"] == rows[2]["fvu"] and 0 < rows[0]["fvu"] < 1
@@ -78,7 +86,10 @@ def test_errors_name_what_was_given(store: ActivationStore, tmp_path: Path) -> N
         (lambda: skipcoder.evaluate(coder), "comes from no run's folder"),
         (lambda: skipcoder.evaluate(str(tmp_path / "*")), "matches no run directory"),
         (lambda: skipcoder.train(store, CoderConfig(), tmp_path, lr=1e-3), "lr: no setting of training; there are"),
-        (lambda: skipcoder.capture(tmp_path, tokens=9), "tokens: no setting of a capture; there are model, data"),
+        (lambda: skipcoder.capture(tmp_path, tokens=9), "tokens: no setting of a capture; there are ray, micro_batch"),
+        (lambda: skipcoder.capture(tmp_path, plan=True), "plan: no setting of a capture"),
+        (lambda: skipcoder.evaluate(tmp_path, taks=[]), "taks: no setting of an evaluation; there are out, tasks"),
+        (lambda: skipcoder.train(store, CoderConfig(), tmp_path, optim=OptimConfig("adamw")), "adamw"),  # type: ignore[arg-type]
         (lambda: skipcoder.capture(tmp_path, "gpt5"), r"model 'gpt5': no preset \(gemma-2-2b, .*, no folder"),
         (lambda: CoderConfig(k=9, width=4), "coder.k=9 must be between 1"),
     ):

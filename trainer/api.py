@@ -1,12 +1,11 @@
 """`skipcoder.train`: trainer/train.py from Python."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, overload
 
-from skipcoder.errors import UserError
 from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.settings import as_typed, refuse_unknown
 from skipcoder.trainer.bank.bank import Job
 from skipcoder.trainer.bank.sweep import Settings, run_sweep
 from skipcoder.trainer.coder.coder import SparseCoder
@@ -35,14 +34,12 @@ def train(
     A run that was interrupted goes on, one that is finished is loaded. `evaluate` takes the coders, or their folders.
     UserError for bad input, as on the command line.
     """
-    names = [field.name for field in fields(TrainConfig)]
-    if wrong := settings.keys() - set(names):
-        raise UserError(f"{', '.join(sorted(wrong))}: no setting of training; there are {', '.join(names)}")
+    refuse_unknown("training", settings, TrainConfig, "store", "coder", "run")
     place = str(store.place if isinstance(store, ActivationStore) else store)
     many = [coder] if isinstance(coder, CoderConfig) else list(coder)
     folders = [Path(folder)] if isinstance(coder, CoderConfig) else [Path(folder, str(i)) for i in range(len(many))]
     jobs = [
-        Job(TrainConfig(store=StoreRef(place), coder=one, run=RunConfig(str(where)), **settings), where)
+        Job(as_typed(TrainConfig(store=StoreRef(place), coder=one, run=RunConfig(str(where)), **settings)), where)
         for one, where in zip(many, folders, strict=True)
     ]
     for outcome in run_sweep(jobs, Settings()):

@@ -89,6 +89,11 @@ class Evaluator:
         return models.load_causal_lm(cfg, self.device)
 
     @cached_property
+    def predicts(self) -> bool:
+        """Whether the model predicts next tokens."""
+        return models.predicts(model_config(self.store.attrs))
+
+    @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return models.load_tokenizer(model_config(self.store.attrs))
@@ -142,9 +147,8 @@ class Evaluator:
         """Cross-entropy and KL with the MLP replaced by the coder, by zero, by its mean and, for skip transcoders, by
         the affine skip alone, with positions that training left out unchanged and, with `every_position`, again
         (`_all`) with all positions replaced. Nothing but `ce_problem` of a model that predicts no next token."""
-        cfg = model_config(self.store.attrs)
-        if not models.predicts(cfg):
-            problem = f"{cfg.name} predicts no next token, so there is no cross-entropy"
+        if not self.predicts:
+            problem = f"{self.store.attrs['model']['name']} predicts no next token, so there is no cross-entropy"
             print(problem, flush=True)
             return [{"ce_problem": problem, BY_DOCUMENT: {}} for _ in runs]
         replacements: dict[Key, list[Part]] = {}

@@ -74,9 +74,11 @@ class Explorer:
         values, order = one.values[0].sort(descending=True)
         indices = one.indices[0].gather(1, order)
         fires: list[list[list[float]]] = []
+        left_out: list[int] = []
         largest: dict[int, float] = {}
         for position, token in enumerate(ids[0].tolist()):
             kept = position >= self.run.filter.first_positions and token not in self.special
+            left_out += [] if kept else [position]
             pairs = zip(indices[position].tolist(), values[position].tolist(), strict=True) if kept else ()
             fires.append([[latent, round(value, 4)] for latent, value in pairs if value > 0])
             for latent, value in fires[-1]:
@@ -85,6 +87,7 @@ class Explorer:
         return {
             "tokens": [self.tokenizer.decode([token]) for token in ids[0].tolist()],
             "fires": fires,
+            "left_out": left_out,
             "latents": [{"latent": i, "largest": largest[i], "label": self.label(i)} for i in listed],
             "labels": {str(i): self.label(i) for i in largest},
         }
@@ -92,7 +95,7 @@ class Explorer:
     @torch.no_grad()
     def continued(self, asked: Asked) -> dict[str, Any]:
         """How the model goes on, always with the likeliest token, as it is (`plain`) and with the edits (`edited`)."""
-        ids = self._ids(asked.text)
+        ids = self._ids(asked.text, asked.new_tokens)
         found = {"plain": self._generate(ids, asked.new_tokens)}
         with self._spliced(not asked.replaced) as one:
             for edit in asked.edits:
@@ -136,14 +139,15 @@ class Explorer:
                 found[latent] = max(value, found.get(latent, 0.0))
         return found
 
-    def _ids(self, text: str) -> torch.Tensor:
-        """int64 [1, T], as rows of the store begin."""
+    def _ids(self, text: str, new_tokens: int = 0) -> torch.Tensor:
+        """int64 [1, T], as rows of the store begin, with room for new tokens in the model's context."""
         bos = self.store.attrs["bos"]
         ids = ([] if bos is None else [bos]) + self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) < 2:
             raise UserError("the text is too short: at least two tokens are needed")
-        if len(ids) > LONGEST:
-            raise UserError(f"the text has {len(ids):,} tokens; at most {LONGEST:,} are read")
+        room = min(LONGEST, (getattr(self.model.config, "max_position_embeddings", None) or LONGEST) - new_tokens)
+        if len(ids) > room:
+            raise UserError(f"the text has {len(ids):,} tokens; at most {room:,} are read")
         return torch.tensor([ids], device=self.device)
 
     @contextmanager
@@ -158,6 +162,8 @@ class Explorer:
             attention_mask=torch.ones_like(ids),
             max_new_tokens=count,
             do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
             pad_token_id=self.tokenizer.eos_token_id or 0,
             return_dict_in_generate=True,
             output_logits=True,

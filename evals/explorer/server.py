@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -61,4 +62,16 @@ def app(explorer: Explorer) -> Starlette:
     if explorer.pages.is_dir():
         routes.append(Mount("/features", StaticFiles(directory=explorer.pages, html=True)))
     routes.append(Mount("/", StaticFiles(directory=SITE)))
-    return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)])
+    ours = [
+        Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS),
+        Middleware(BaseHTTPMiddleware, dispatch=_ours_alone),
+    ]
+    return Starlette(routes=routes, middleware=ours)
+
+
+async def _ours_alone(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+    """Pages of other origins may neither load these files, as scripts, nor frame them."""
+    response = await answer(request)
+    response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
+    response.headers["X-Frame-Options"] = "DENY"
+    return response

@@ -110,7 +110,8 @@ def promoted(model: nn.Module | None, W_dec_ME: Tensor) -> tuple[list[list[Logit
 
 
 def firing_together(index: LatentIndex) -> list[list[list[float]]]:
-    """Of each latent, [latent, tokens on which both fire / tokens on which either does], the most first."""
+    """Of each latent, [latent, tokens on which both fire / tokens on which either does], the most first, in the first
+    part of the text (latents/index.py)."""
     found = []
     for some in (np.arange(index.width)[i : i + 256] for i in range(0, index.width, 256)):
         overlap = index.overlap(some)
@@ -223,7 +224,8 @@ def _table(index: LatentIndex, others: Sequence[Run], rows: _Rows) -> dict[str, 
     if judged and not judged["calibration"]["usable"]:
         warning = f"The judge {judged['judge']} failed on planted latents: the scores on these pages say nothing."
     return {
-        "title": f"{summary['model']} {summary['hookpoint']}, {run.path.name}", "facts": facts, "warning": warning,
+        "title": f"{summary['model']} {summary['hookpoint']}, {run.path.name}", "weights": run.weights,
+        "facts": facts, "warning": warning,
         "chunk": CHUNK, "density": [float(f"{n / tokens:.3g}") for n in index.counts], **columns,
         "tokens": rows.tokens, "preview": rows.preview, "largest": rows.largest,
         "order": rows.order(tokens, columns["explanation"]),

@@ -19,9 +19,10 @@ _HUES = {
     "affine": (145, 42),
 }
 """Hue and saturation of each kind."""
+_BEFORE = {"k": "k=", "seed": "seed ", "width": "width "}
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _CONTROLS, _OF_CONTROLS = ("neurons", "affine"), ("kind", "hookpoint", "k")
-TELLING = ("kind", "k", "width", "activation", "side", "hookpoint", "seed")
+TELLING = ("kind", "k", "width", "activation", "side", "hookpoint", "train_tokens", "model", "seed")
 """What tells runs apart. A label has the kind, and what else differs among those that are shown."""
 
 
@@ -32,6 +33,10 @@ def against_l0(seeds: list[Row], key: str, baseline: str = "") -> Figure:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in sorted(seeds, key=lambda row: row["width"]):
         groups.setdefault(tuple(row.get(name) for name in TELLING if name not in ("k", "seed")), []).append(row)
+    for of, rows in list(groups.items()):  # what tells them apart is unknown, so nothing joins them
+        if len({row["k"] for row in rows}) < len(rows) and rows[0]["kind"] not in _CONTROLS:
+            groups |= {(*of, number): [row] for number, row in enumerate(rows)}
+            del groups[of]
     firsts = [{name: value for name, value in rows[0].items() if name not in ("k", "seed")} for rows in groups.values()]
     data, shapes = [], []
     for rows, look in zip(groups.values(), looks(firsts, dashed="width"), strict=True):
@@ -134,7 +139,7 @@ def _name(row: Row, differ: Sequence[str]) -> str:
             and (value := row.get(name)) is not None
         ):
             shown = f"{value:,}" if isinstance(value, int) else str(value)
-            words.append({"k": "k=", "seed": "seed ", "width": "width "}.get(name, "") + shown)
+            words.append(_BEFORE.get(name, "") + shown + (" tokens" if name == "train_tokens" else ""))
     return " ".join(words)
 
 

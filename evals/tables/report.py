@@ -49,7 +49,7 @@ def write(rows: list[Row], seeds: list[Row], pairs: list[Row], stores: dict[str,
         },
         seconds=sum((row.get("seconds") or 0) / row.get("bank_coders", 1) for row in rows),
         why=why_no_intervals(rows[0]),
-        figures=_figures(rows, seeds),
+        figures=_finite(_figures(rows, seeds)),
         stores=[_describe(store) for store in stores.values()],
         version=version("skipcoder"),
         plotly=get_plotlyjs(),
@@ -86,6 +86,15 @@ def _figures(rows: list[Row], seeds: list[Row]) -> list[tuple[str, str, figures.
             ("How often latents fire", density, figures.densities(shown)),
         ]
     return found
+
+
+def _finite(value: Any) -> Any:
+    """None for numbers that JSON does not have, as a run that diverged leaves them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(row: Row, key: str, digits: Mapping[str, int]) -> str:

@@ -174,11 +174,14 @@ def load_trunk(cfg: ModelConfig, hookpoints: Iterable[Hookpoint], device: str) -
 
 
 def predicts(cfg: ModelConfig) -> bool:
-    """Whether the model predicts next tokens: transformers has a causal language model of its architecture."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    """Whether the model predicts next tokens: transformers has a causal language model of its architecture, and it is
+    none that sees both ways, as BERT, whose decoder is another model."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     with _explained(cfg):
-        return type(_config(cfg)) in MODEL_FOR_CAUSAL_LM_MAPPING
+        config = _config(cfg)
+    both_ways = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not both_ways
 
 
 def load_causal_lm(cfg: ModelConfig, device: str) -> "torch.nn.Module":

@@ -2,7 +2,7 @@
 // the text and the edits, so that it can be sent to a colleague who explores the same run.
 "use strict";
 const at = id => document.getElementById(id);
-const state = { text: "", edits: [], read: null, latent: null, token: null };
+const state = { text: "", edits: [], read: null, latent: null, token: null, listed: () => showAll() };
 let hasPages = false;
 
 function make(tag, props = {}, ...children) {
@@ -72,16 +72,17 @@ function rows(title, latents) {
   }));
 }
 function showAll() {
+  state.listed = showAll;
   rows(`Latents of this text, of ${Object.keys(state.read.labels).length} that fire`, state.read.latents.map(l => ({ ...l, value: l.largest.toPrecision(3) })));
 }
-function showList() {
-  if (state.token === null) return showAll();
-  const fires = state.read.fires[state.token];
-  rows(`Latents on \u201c${line(state.read.tokens[state.token])}\u201d${fires.length ? "" : ": none; training left this position out"}`,
+function showToken() {
+  state.listed = showToken;
+  const fires = state.read.fires[state.token], out = state.read.left_out.includes(state.token);
+  rows(`Latents on \u201c${line(state.read.tokens[state.token])}\u201d${out ? ": none; training left this position out" : fires.length ? "" : ": none"}`,
     fires.map(([latent, value]) => ({ latent, label: state.read.labels[latent], value: value.toPrecision(3) })));
 }
-function chooseToken(n) { state.token = state.token === n ? null : n; showTokens(); showList(); }
-function chooseLatent(i) { state.latent = state.latent === i ? null : i; showTokens(); showList(); }
+function chooseToken(n) { state.token = state.token === n ? null : n; showTokens(); if (state.token === null) showAll(); else showToken(); }
+function chooseLatent(i) { state.latent = state.latent === i ? null : i; showTokens(); state.listed(); }
 
 function addEdit(latent) { state.edits.push({ latent, how: "ablate", amount: 0 }); showEdits(); }
 function showEdits() {
@@ -107,7 +108,9 @@ async function go() {
 
 async function differ() {
   const found = await ask("difference", { text: at("text").value, other: at("other").value });
-  rows("Latents by difference: here less there", found.latents.map(l => ({ ...l, value: `${l.here.toPrecision(3)} \u2212 ${l.there.toPrecision(3)}` })));
+  const latents = found.latents.map(l => ({ ...l, value: `${l.here.toPrecision(3)} \u2212 ${l.there.toPrecision(3)}` }));
+  state.listed = () => rows("Latents by difference: here less there", latents);
+  state.listed();
 }
 
 at("read").onclick = quietly(read);

@@ -66,7 +66,7 @@ const state = { search: "", sort: null, down: false, onlyKept: false };
 const judged = table.detection.some(score => score !== null), explained = table.explanation.some(text => text !== null);
 const about = i => table.explanation[i] ?? (table.preview[i].length ? [table.preview[i][0], make("mark", { textContent: table.preview[i][1] }), table.preview[i][2]] : "never fires");
 const COLUMNS = [
-  { key: "latent", title: "latent", value: i => i, show: i => (kept.has(i) ? "\u2605 " : "") + i, width: "80px" },
+  { key: "latent", title: "latent", value: i => i, show: i => (kept.star(i) ? "\u2605 " : kept.has(i) ? "\u270e " : "") + i, width: "80px" },
   { key: "tokens", title: "largest on", value: i => table.tokens[i] || "\uffff", show: i => table.tokens[i], width: "minmax(0, .35fr)", wide: true },
   { key: "about", title: explained ? "explanation" : "in context", value: i => table.explanation[i] ?? "\uffff" + (table.preview[i][1] ?? "\uffff"), show: about, width: "minmax(0, 1fr)" },
   { key: "density", title: "density", value: i => table.density[i], show: i => number(table.density[i], 2), width: "86px", wide: judged },
@@ -103,6 +103,7 @@ function showTable() {
     const by = typeof keys[0] === "string" ? (a, b) => keys[a].localeCompare(keys[b]) : (a, b) => keys[a] - keys[b];
     return order.map((_, n) => n).sort((a, b) => sign * by(a, b) || a - b).map(n => order[n]);
   }
+  state.onlyKept &&= kept.count() > 0;
   const only = make("input", { type: "checkbox", checked: state.onlyKept });
   only.onchange = () => { state.onlyKept = only.checked; update(); };
   const save = make("a", { href: "#", textContent: "download", download: "latents.json" });
@@ -148,9 +149,9 @@ async function showLatent(i) {
   const bars = make("div", { className: "bars" }), most = Math.max(...it.histogram, 1);
   it.histogram.forEach(n => { const bar = make("i", { title: n.toLocaleString() }); bar.style.height = 100 * n / most + "%"; bars.append(bar); });
   const star = make("button", { className: "star" }), note = make("textarea", { rows: 2, value: kept.note(i), placeholder: "A note, kept by this browser", ariaLabel: "note" });
-  const starred = () => { star.textContent = kept.has(i) ? "\u2605 favourite" : "\u2606 favourite"; star.setAttribute("aria-pressed", kept.has(i)); };
-  star.onclick = () => { kept.toggle(i); note.value = kept.note(i); starred(); };
-  note.onchange = () => { kept.write(i, note.value); starred(); };
+  const starred = () => { star.textContent = kept.star(i) ? "\u2605 favourite" : "\u2606 favourite"; star.setAttribute("aria-pressed", kept.star(i)); };
+  star.onclick = () => { kept.toggle(i); starred(); };
+  note.oninput = () => kept.write(i, note.value);
   starred();
   main.replaceChildren(
     title, step, make("p", { textContent: table.explanation[i] ?? (table.tokens[i] ? "largest on: " + table.tokens[i] : "never fires"), style: "color: var(--ink)" }), make("p", { textContent: facts }), make("div", { className: "own" }, star, note),
@@ -158,7 +159,7 @@ async function showLatent(i) {
       make("div", {}, make("h2", { textContent: "Promotes" }), chips(it.up), make("h2", { textContent: "Suppresses" }), chips(it.down)),
       make("div", {}, make("h2", { textContent: "Activations" }), bars, make("div", { className: "axis" }, make("span", { textContent: "0" }), make("span", { textContent: number(it.largest) })),
         make("h2", { textContent: "Nearest latents, by decoder cosine" }), linked(it.nearest),
-        ...(it.together.length ? [make("h2", { textContent: "Fire together: both of either" }), linked(it.together)] : []))),
+        ...(it.together.length ? [make("h2", { textContent: "Fire together: share of the tokens on which either fires" }), linked(it.together)] : []))),
     ...contexts("Largest activations", it.top, words, it.largest), ...contexts("From each quantile", it.quantiles, words, it.largest));
 }
 

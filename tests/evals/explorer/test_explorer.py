@@ -119,7 +119,9 @@ def test_who_and_what_is_refused(explorer: Explorer) -> None:
         code, message = post(content, name)
         assert code == 422 and said in message
     assert post({"text": TEXT}, "annotate")[0] == 200  # and no edit was left in the model
-    assert client.get("/features/index.html").status_code == 200
+    for path in ("/features/index.html", "/features/data/table.js", "/about"):  # no other page may load them
+        answer = client.get(path)
+        assert answer.status_code == 200 and answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
     with pytest.raises(UserError, match="port=70000"):
         ExploreConfig(run="r", port=70000)
 

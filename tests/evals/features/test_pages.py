@@ -231,8 +231,9 @@ def test_favourites_and_notes_are_kept_by_the_browser(site: Path, browser: Any) 
     page.goto(address + "#latent/3")
     page.get_by_role("button", name="favourite").click()
     page.goto(address + "#latent/4")
-    page.get_by_label("note").fill("about <b>numbers</b>")
-    page.get_by_label("note").press("Tab")
+    page.get_by_label("note", exact=True).fill("about <b>numbers</b>")
+    page.get_by_role("button", name="favourite").click()
+    page.get_by_role("button", name="favourite").click()  # the note stays
     page.close()
     page = context.new_page()  # later
     page.goto(address)
@@ -243,12 +244,16 @@ def test_favourites_and_notes_are_kept_by_the_browser(site: Path, browser: Any) 
     with page.expect_download() as download:
         page.get_by_role("link", name="download").click()
     found = json.loads(Path(download.value.path()).read_text())
-    assert found["latents"] == {"3": {"note": ""}, "4": {"note": "about <b>numbers</b>"}}
+    assert found["latents"] == {"3": {"star": True, "note": ""}, "4": {"star": False, "note": "about <b>numbers</b>"}}
     page.locator(".row").click()
-    page.get_by_role("button", name="favourite").click()  # and away
+    page.get_by_label("note", exact=True).fill("")
+    page.goto(address + "#latent/3")
+    page.get_by_role("button", name="favourite").click()  # and away: nothing is kept, so nothing is left out
     page.get_by_role("link", name="Table").click()
     page.get_by_label("search").fill("")
-    assert page.get_by_role("status").inner_text() == "1 of 64 latents"
+    assert page.get_by_role("status").inner_text() == "64 of 64 latents"
+    page.goto((site.parent / "b" / "features" / "index.html").as_uri())  # another coder's
+    assert page.evaluate("kept.count()") == 0
     context.close()
 
 

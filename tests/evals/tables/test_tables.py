@@ -1,6 +1,5 @@
 """What a sweep's evaluation writes beside its table: seeds, controls, layers together, SAEBench's form."""
 
-import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -22,7 +21,7 @@ from skipcoder.evals.core import evaluator
 from skipcoder.evals.core.evaluator import Evaluator
 from skipcoder.evals.core.results import record
 from skipcoder.evals.evaluate import evaluate
-from skipcoder.evals.tables import figures, saebench
+from skipcoder.evals.tables import saebench
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.bank import bank as training
 from skipcoder.trainer.config import Kind
@@ -224,28 +223,6 @@ def test_results_of_a_task_replace_all_of_its_earlier_ones(sweep: Path, tmp_path
 def test_long_rows_are_counted_by_default(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluator, "CE_TOKENS", 64)  # four rows
     assert len(Evaluator(store, None, 4, "cpu").tokens_BT) == 8  # all that are held out
-
-
-def test_figures_show_the_l0_that_was_measured() -> None:
-    rows = [{"kind": "transcoder", "width": 64, "k": 8, "l0": l0, "fvu": fvu} for l0, fvu in ((17.3, 0.2), (8.0, 0.3))]
-    (line,) = figures.against_l0(rows, "fvu")["data"]
-    assert (line["x"], line["y"]) == ([8.0, 17.3], [0.3, 0.2])
-
-
-def test_no_two_lines_look_alike() -> None:
-    """By name, and by colour and dashes, whatever it is that differs."""
-    choices = {
-        "kind": ("transcoder", "sae"), "k": (16, 32), "width": (64, 128), "activation": ("topk", "batchtopk"),
-        "hookpoint": ("layers.1.mlp", "layers.2.mlp"), "seed": (0, 1),
-    }  # fmt: skip
-    every = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
-    for rows in (every, every[:1], [every[0] | {"run": f"sweep/{i}", "k": 16} for i in range(2)]):
-        looks = figures.looks(rows)
-        assert len({look["name"] for look in looks}) == len(rows)
-    seen = {(look["line"]["color"], look["line"]["dash"]) for look in figures.looks(every)}
-    assert len(seen) == len(every)
-    assert figures.looks(every)[-1]["name"] == "sae k=32 width 128 batchtopk layers.2.mlp seed 1"
-    assert figures.looks(every[:2])[0]["name"] == "transcoder seed 0"  # only what differs
 
 
 def test_bad_input_is_named(sweep: Path, store: ActivationStore) -> None:
