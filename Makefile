@@ -26,7 +26,8 @@ demo: setup
 	$(BIN)/python evals/evaluate.py runs='$(DEMO)/train/*' out=$(DEMO)/summary.json ce_tokens=2048
 	@echo "Open $(DEMO)/report.html, and its latents: $(DEMO)/train/5/features/index.html"
 
-# The paper's comparison on SmolLM2 (docs/paper.md): one capture, three seeds. Hours on 2 cores; resumes.
+# The paper's comparison on SmolLM2 (docs/paper.md): one capture, three seeds. An hour on 2 cores with AVX512,
+# several without; resumes.
 PAPER := runs/paper
 CAPTURE := $(BIN)/python pipeline/cache.py store.path=$(PAPER)/store.zarr data.tokens=1048576 \
 	hookpoints='[layers.0.mlp,layers.10.mlp]'

@@ -27,6 +27,7 @@ def evaluate(runs: One | Sequence[One], **settings: Any) -> list[Row]:
     refuse_unknown("an evaluation", settings, EvaluateConfig, "run", "runs")
     one_or_many = [runs] if isinstance(runs, str | Path | SparseCoder) else list(runs)
     paths = [path for one in one_or_many for path in _folders(one)]
+    # What `runs` says is not read where paths are given; `out` asks for it.
     return program.evaluate(as_typed(EvaluateConfig(runs=", ".join(map(str, paths)), **settings)), paths)
 
 

@@ -1,5 +1,6 @@
 """Type text, see which latents fire, edit them, and read what the model writes: `python evals/explore.py run=DIR`."""
 
+import socket
 import sys
 from pathlib import Path
 
@@ -30,8 +31,11 @@ def explore(cfg: ExploreConfig) -> None:
 
     run = Run.open(Path(cfg.run))
     explorer = Explorer(run, ActivationStore.open(run.store_path), pick_device(cfg.device, "device"))
-    config = uvicorn.Config(app(explorer), host="127.0.0.1", port=cfg.port, log_level="warning")
-    listening = config.bind_socket()
+    config = uvicorn.Config(app(explorer), log_level="warning")
+    try:
+        listening = socket.create_server(("127.0.0.1", cfg.port))
+    except OSError as error:
+        raise UserError(f"port={cfg.port}: {error.strerror}; port=0 takes any that is free") from error
     port = listening.getsockname()[1]
     print(f"open http://127.0.0.1:{port} (this machine alone can); Ctrl-C ends it", flush=True)
     if not explorer.about()["pages"]:

@@ -36,8 +36,6 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> None:
     from skipcoder.evals.explain.judge import Judge
     from skipcoder.evals.latents.index import LatentIndex
     from skipcoder.files import write_atomically
-    from skipcoder.pipeline.model.load import load_tokenizer
-    from skipcoder.pipeline.store.attrs import model_config
     from skipcoder.pipeline.store.reader import ActivationStore
     from skipcoder.trainer.run.device import pick_device
 
@@ -52,7 +50,7 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> None:
             index = LatentIndex(run, store)
             index.ensure(device)
             model = models[run.store_path] if Scorer.intervention in cfg.scorers else None
-            interpreter = Interpreter(index, load_tokenizer(model_config(store.attrs)), cfg, judge, model)
+            interpreter = Interpreter(index, store.load_tokenizer(), cfg, judge, model)
             made.append(interpreter)
             if cfg.judge.model is None:
                 print(f"{run.path}: no judge.model is set, so nothing is explained")
@@ -76,10 +74,7 @@ class Models(dict[str, Any]):
         self.stores, self.device = stores, device
 
     def __missing__(self, path: str) -> Any:
-        from skipcoder.pipeline.model.load import load_causal_lm
-        from skipcoder.pipeline.store.attrs import model_config
-
-        self[path] = load_causal_lm(model_config(self.stores[path].attrs), self.device)
+        self[path] = self.stores[path].load_model(self.device)
         return self[path]
 
 

@@ -79,14 +79,9 @@ class Evaluator:
 
     @cached_property
     def model(self) -> torch.nn.Module:
-        """The whole language model, checked to be the one that was captured."""
-        cfg = model_config(self.store.attrs)
-        now, then = models.identity(cfg), self.store.attrs["identity"]["model"]
-        if now != then:
-            raise UserError(
-                f"model {cfg.id} has changed since {self.store.place} was captured; restore it or capture anew"
-            )
-        return models.load_causal_lm(cfg, self.device)
+        """The whole language model."""
+        model: torch.nn.Module = self.store.load_model(self.device)
+        return model
 
     @cached_property
     def predicts(self) -> bool:
@@ -96,7 +91,7 @@ class Evaluator:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        return models.load_tokenizer(model_config(self.store.attrs))
+        return self.store.load_tokenizer()
 
     def evaluate(self, runs: Sequence[Run]) -> Iterator[Result]:
         """Reconstruction and behaviour of each run in turn; AT_ONCE runs at a time. Call `Run.check` first."""

@@ -61,7 +61,6 @@ class Explorer:
         return {
             "title": f"{title}, {summary['width']:,} latents",
             "pages": bool(self._table),
-            "run": str(self.run.path),
         }
 
     @torch.no_grad()
@@ -73,22 +72,20 @@ class Explorer:
             self.model.base_model(ids)
         values, order = one.values[0].sort(descending=True)
         indices = one.indices[0].gather(1, order)
-        fires: list[list[list[float]]] = []
+        fires: list[list[tuple[int, float]]] = []
         left_out: list[int] = []
-        largest: dict[int, float] = {}
         for position, token in enumerate(ids[0].tolist()):
             kept = position >= self.run.filter.first_positions and token not in self.special
             left_out += [] if kept else [position]
             pairs = zip(indices[position].tolist(), values[position].tolist(), strict=True) if kept else ()
-            fires.append([[latent, round(value, 4)] for latent, value in pairs if value > 0])
-            for latent, value in fires[-1]:
-                largest[int(latent)] = max(value, largest.get(int(latent), 0.0))
+            fires.append([(latent, round(value, 4)) for latent, value in pairs if value > 0])
+        largest = _largest(fires)
         listed = sorted(largest, key=lambda latent: -largest[latent] / self._usual(latent))[:SHOWN]
         return {
             "tokens": [self.tokenizer.decode([token]) for token in ids[0].tolist()],
             "fires": fires,
             "left_out": left_out,
-            "latents": [{"latent": i, "largest": largest[i], "label": self.label(i)} for i in listed],
+            "latents": [{"latent": i, "largest": largest[i]} for i in listed],
             "labels": {str(i): self.label(i) for i in largest},
         }
 
@@ -110,7 +107,7 @@ class Explorer:
 
     def difference(self, text: str, other: str) -> dict[str, Any]:
         """Latents by how much more they fire, at their largest, in a text than in another, either way."""
-        here, there = (self._largest(self.annotate(one)) for one in (text, other))
+        here, there = (_largest(self.annotate(one)["fires"]) for one in (text, other))
         gap = {i: here.get(i, 0.0) - there.get(i, 0.0) for i in here.keys() | there.keys()}
         order = sorted(gap, key=lambda i: -abs(gap[i]) / self._usual(i))[:SHOWN]
         return {
@@ -130,14 +127,6 @@ class Explorer:
         """Its largest activation in the store: one that nears it is worth more than one of a latent that is often
         larger."""
         return max(float(self._table["largest"][latent]), 1e-9) if self._table else 1.0
-
-    @staticmethod
-    def _largest(annotated: dict[str, Any]) -> dict[int, float]:
-        found: dict[int, float] = {}
-        for pairs in annotated["fires"]:
-            for latent, value in pairs:
-                found[latent] = max(value, found.get(latent, 0.0))
-        return found
 
     def _ids(self, text: str, new_tokens: int = 0) -> torch.Tensor:
         """int64 [1, T], as rows of the store begin, with room for new tokens in the model's context."""
@@ -176,6 +165,15 @@ class Explorer:
                 for token, chance in zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
             ],
         }
+
+
+def _largest(fires: list[list[tuple[int, float]]]) -> dict[int, float]:
+    """Each latent's largest activation."""
+    found: dict[int, float] = {}
+    for pairs in fires:
+        for latent, value in pairs:
+            found[latent] = max(value, found.get(latent, 0.0))
+    return found
 
 
 def _table(pages: Path) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def densities(rows: list[Row]) -> Figure:
 
 
 def telling(rows: Sequence[Row]) -> list[str]:
-    """The keys of TELLING that differ; among the controls, kind and hookpoint alone count."""
+    """The keys of TELLING that differ; among the controls, kind, hookpoint and k alone count."""
 
     def values(name: str) -> set[Any]:
         some = rows if name in _OF_CONTROLS else [row for row in rows if row["kind"] not in _CONTROLS]
@@ -103,7 +103,7 @@ def telling(rows: Sequence[Row]) -> list[str]:
 
 
 def looks(rows: Sequence[Row], dashed: str = "k") -> list[dict[str, Any]]:
-    """Name, colour and dashes of a line for each row, no two alike: a hue for each kind, shades of it for what else
+    """Name (no two alike), colour and dashes of a line for each row: a hue for each kind, shades of it for what else
     differs, dashes for `dashed`.
 
     >>> [look["name"] for look in looks([{"kind": "sae", "k": 8, "seed": 0}, {"kind": "sae", "k": 16, "seed": 0}])]

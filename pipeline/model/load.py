@@ -192,6 +192,13 @@ def load_causal_lm(cfg: ModelConfig, device: str) -> "torch.nn.Module":
         return _load(AutoModelForCausalLM, cfg, device, _config(cfg))
 
 
+def load_captured(cfg: ModelConfig, then: ModelIdentity, store: str, device: str) -> "torch.nn.Module":
+    """The whole model that a store was captured from. UserError if it has changed since."""
+    if identity(cfg) != then:
+        raise UserError(f"model {cfg.id} has changed since {store} was captured; restore it or capture anew")
+    return load_causal_lm(cfg, device)
+
+
 def _load(auto_class: Any, cfg: ModelConfig, device: str, config: Any) -> "torch.nn.Module":
     import torch
 

@@ -76,7 +76,7 @@ class ActivationStore:
 
     def __repr__(self) -> str:
         sites = ", ".join(f"{name} ({h['d_in']} to {h['d_out']})" for name, h in self.hookpoints.items())
-        state = "" if self.is_complete else f", {len(self.commits)} units so far"
+        state = "" if self.is_complete else f", {len(self.units)} units so far"
         return (
             f"<ActivationStore {self.place}: {self.attrs['model']['name']}, {self.rows * self.context:,} tokens in "
             f"rows of {self.context}{state}; {sites}>"
@@ -141,8 +141,7 @@ class ActivationStore:
 
     def hookpoint(self, name: str | None) -> str:
         """`name` if the store has it; for None the only hookpoint; else UserError listing them all."""
-        if name in self.hookpoints:
-            assert name is not None
+        if name is not None and name in self.hookpoints:
             return name
         if name is None and len(self.hookpoints) == 1:
             return next(iter(self.hookpoints))
@@ -179,8 +178,9 @@ class ActivationStore:
         return beside(self.place)
 
     def load_model(self, device: str = "cpu") -> Any:
-        """The language model that was captured, with its head, as transformers loads it."""
-        return load.load_causal_lm(model_config(self.attrs), device)
+        """The captured language model, with its head. UserError if it has changed."""
+        then = self.attrs["identity"]["model"]
+        return load.load_captured(model_config(self.attrs), then, str(self.place), device)
 
     def load_tokenizer(self) -> Any:
         """That model's tokenizer."""
@@ -212,8 +212,8 @@ class ActivationStore:
 
     def unit_range(self, unit: int) -> tuple[int, int]:
         """Stored tokens [start, stop) of a unit, in every array but those of the text."""
-        rows = layout.unit_token_rows(unit, self.rows, self.unit_rows)
-        return rows.start * self.context, rows.stop * self.context
+        start, stop = self.rows_of(unit)
+        return start * self.context, stop * self.context
 
     def tokens(self, unit: int) -> np.ndarray:
         """Token ids int32 [rows of the unit, context]."""

@@ -73,7 +73,7 @@ function rows(title, latents) {
 }
 function showAll() {
   state.listed = showAll;
-  rows(`Latents of this text, of ${Object.keys(state.read.labels).length} that fire`, state.read.latents.map(l => ({ ...l, value: l.largest.toPrecision(3) })));
+  rows(`Latents of this text, of ${Object.keys(state.read.labels).length} that fire`, state.read.latents.map(l => ({ ...l, label: state.read.labels[l.latent], value: l.largest.toPrecision(3) })));
 }
 function showToken() {
   state.listed = showToken;

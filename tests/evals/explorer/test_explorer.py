@@ -90,8 +90,14 @@ def test_edits_are_those_of_splice(explorer: Explorer) -> None:
 
 
 def test_differences_are_of_the_largest_activations(explorer: Explorer) -> None:
-    found = explorer.difference(TEXT, TEXT + " again and again")["latents"]
-    assert found and all(entry["here"] != entry["there"] or entry["here"] > 0 for entry in found)
+    other = TEXT + " again and again"
+    found = explorer.difference(TEXT, other)["latents"]
+    for text, key in ((TEXT, "here"), (other, "there")):
+        largest = {i: 0.0 for i in range(64)}
+        for pairs in explorer.annotate(text)["fires"]:
+            largest |= {i: max(value, largest[i]) for i, value in pairs}
+        assert all(entry[key] == largest[entry["latent"]] for entry in found)
+        assert len(found) >= sum(value > 0 for value in largest.values())
     assert all(entry["here"] == entry["there"] for entry in explorer.difference(TEXT, TEXT)["latents"])
 
 
@@ -189,6 +195,8 @@ def test_typed(tmp_path: Path, explorer: Explorer, monkeypatch: pytest.MonkeyPat
     served: list[Any] = []
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: served.extend(sockets))
     explore.explore(ExploreConfig(run=str(explorer.run.path), port=0))
+    with pytest.raises(UserError, match="port=0 takes any that is free"):
+        explore.explore(ExploreConfig(run=str(explorer.run.path), port=served[0].getsockname()[1]))
     (socket,) = served
     assert f"open http://127.0.0.1:{socket.getsockname()[1]} " in capsys.readouterr().out
     assert socket.getsockname()[0] == "127.0.0.1"
