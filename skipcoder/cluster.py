@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,8 +18,9 @@ def cluster(address: str | None, show_output: bool = False) -> Iterator[None]:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    if address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # an existing cluster decides this itself
+    if address is None and "ray" not in sys.modules:
+        # Ray reads this once, on import. Imported before, it goes by what it read; an existing cluster decides itself.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray  # reads these variables on import
 
     options: dict[str, Any] = {"log_to_driver": show_output, "logging_level": logging.ERROR}

@@ -1,7 +1,10 @@
 """skipcoder in Python: capture, train, evaluate, and what its objects say of themselves."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +117,15 @@ def cells(kind: str) -> Iterator[tuple[str, list[str]]]:
     for cell in json.loads((REPO / "docs" / "tutorial.ipynb").read_text())["cells"]:
         if cell["cell_type"] == kind:
             yield "".join(cell["source"]), cell["metadata"].get("tags", [])
+
+
+@pytest.mark.ray
+def test_ray_starts_where_the_user_has_imported_it_before() -> None:
+    """Ray reads on import whether it asks for a token."""
+    script = "import ray; from skipcoder.cluster import cluster\nwith cluster(None): print(len(ray.nodes()))"
+    env = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "1", done.stderr[-2000:]
 
 
 @pytest.mark.ray
