@@ -10,10 +10,11 @@ from skipcoder.evals.config import EvaluateConfig
 from skipcoder.evals.tables.metrics import Row
 from skipcoder.settings import as_typed, refuse_unknown
 from skipcoder.trainer.coder.coder import SparseCoder
-from skipcoder.trainer.run.run import find_runs
+from skipcoder.trainer.coder.coder_set import SparseCoderSet, coder_folders
+from skipcoder.trainer.run.run import CONFIG, find_runs
 
-One = str | Path | SparseCoder
-"""A run's folder, a glob of several, or a coder that was trained or loaded from one."""
+One = str | Path | SparseCoder | SparseCoderSet
+"""A run's folder, a folder or glob of several, or a coder or set that was trained or loaded from one."""
 
 
 def evaluate(runs: One | Sequence[One], **settings: Any) -> list[Row]:
@@ -25,15 +26,19 @@ def evaluate(runs: One | Sequence[One], **settings: Any) -> list[Row]:
     UserError for bad input, as on the command line.
     """
     refuse_unknown("an evaluation", settings, EvaluateConfig, "run", "runs")
-    one_or_many = [runs] if isinstance(runs, str | Path | SparseCoder) else list(runs)
+    one_or_many = [runs] if isinstance(runs, str | Path | SparseCoder | SparseCoderSet) else list(runs)
     paths = [path for one in one_or_many for path in _folders(one)]
     # What `runs` says is not read where paths are given; `out` asks for it.
     return program.evaluate(as_typed(EvaluateConfig(runs=", ".join(map(str, paths)), **settings)), paths)
 
 
 def _folders(one: One) -> list[Path]:
+    if isinstance(one, SparseCoderSet):
+        return [folder for coder in one.values() for folder in _folders(coder)]
     if not isinstance(one, SparseCoder):
-        return [Path(one)] if Path(one).is_dir() else find_runs(str(one))
+        if not Path(one).is_dir():
+            return find_runs(str(one))
+        return [Path(one)] if (Path(one) / CONFIG).exists() else coder_folders(Path(one))
     if one.folder is None:
         raise UserError(f"{one!r} comes from no run's folder: only runs, which know their store, can be evaluated")
     return [one.folder]

@@ -123,7 +123,8 @@ class EvaluateConfig:
     """Evaluate one run, or all that a glob matches, on the test split of their store."""
 
     run: str | None = None
-    """A run directory."""
+    """A run directory; or a folder of runs, one for each hookpoint, which is evaluated as runs='DIR/*',
+    out=DIR/set.json, together=true."""
     runs: str | None = None
     """A glob of run directories: one model load, one table, one report."""
     out: str | None = None

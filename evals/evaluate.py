@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,7 @@ ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 def evaluate(cfg: EvaluateConfig, paths: Sequence[Path] | None = None) -> "list[Row]":
     """Evaluate every chosen run (those of `paths`, if given); with `out`, write the table and the report. Return the
     table."""
+    cfg = as_set(cfg)
     # Imported here: torch and scikit-learn take seconds, and a wrong key should be refused at once.
     from skipcoder.evals.core import results
     from skipcoder.evals.core.controls import control_runs
@@ -97,6 +100,18 @@ def evaluate(cfg: EvaluateConfig, paths: Sequence[Path] | None = None) -> "list[
         found = [by_document[run.path] for run in runs]
         write_tables(Path(cfg.out), table, found, runs, evaluators, cfg.together)
     return table
+
+
+def as_set(cfg: EvaluateConfig) -> EvaluateConfig:
+    """Where `run` is a folder of runs, a set of coders: all of them, alone and together, with the table in that
+    folder. Else `cfg`."""
+    from skipcoder.trainer.coder.coder_set import coder_folders
+    from skipcoder.trainer.run.run import CONFIG
+
+    if cfg.run is None or not Path(cfg.run).is_dir() or (Path(cfg.run) / CONFIG).exists():
+        return cfg
+    coder_folders(Path(cfg.run))  # UserError if it holds none
+    return replace(cfg, run=None, runs=f"{escape(cfg.run)}/*", out=str(Path(cfg.run) / "set.json"), together=True)
 
 
 def _finished(paths: Sequence[Path]) -> list[Path]:

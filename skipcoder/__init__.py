@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from skipcoder.pipeline.config import StoreConfig as StoreConfig
     from skipcoder.pipeline.store.reader import ActivationStore as ActivationStore
     from skipcoder.trainer.api import train as train
+    from skipcoder.trainer.api import train_set as train_set
     from skipcoder.trainer.coder.coder import SparseCoder as SparseCoder
+    from skipcoder.trainer.coder.coder_set import SparseCoderSet as SparseCoderSet
     from skipcoder.trainer.config import CoderConfig as CoderConfig
     from skipcoder.trainer.config import LoopConfig as LoopConfig
     from skipcoder.trainer.config import LossConfig as LossConfig
@@ -37,8 +39,9 @@ _PUBLIC = {
     "pipeline.api": ["capture"],
     "pipeline.config": ["DataConfig", "ModelConfig", "RayConfig", "StoreConfig"],
     "pipeline.store.reader": ["ActivationStore"],
-    "trainer.api": ["train"],
+    "trainer.api": ["train", "train_set"],
     "trainer.coder.coder": ["SparseCoder"],
+    "trainer.coder.coder_set": ["SparseCoderSet"],
     "trainer.config": ["CoderConfig", "LoopConfig", "LossConfig", "OptimConfig", "StreamConfig"],
     "trainer.data.stream": ["ActivationStream"],
 }

@@ -260,7 +260,8 @@ class TrainConfig:
 
     store: StoreRef = field(default_factory=StoreRef)
     hookpoint: str | None = None
-    """Hookpoint to train on; null: the only one of the store."""
+    """Hookpoint to train on; null: the only one of the store. A glob (`layers.*.mlp`) trains a set: one coder for each
+    hookpoint that matches, in a folder of its name."""
     coder: CoderConfig = field(default_factory=CoderConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -20,11 +20,19 @@ ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 def main(cfg: DictConfig) -> None:
     """Entry point that Hydra calls once per job. Jobs of a sweep write where Hydra says, a single run to run.dir."""
     config = typed(cfg, TrainConfig)
-    from skipcoder.trainer.bank.bank import train
+    from skipcoder.trainer.bank.bank import Job, train
+    from skipcoder.trainer.bank.sweep import Settings, report, run_sweep, spread
 
-    directory = Path(HydraConfig.get().runtime.output_dir)
-    summary = train(config, directory)
-    print(f"{directory}: {summary['kind']} k={summary['k']} training FVU {summary['train_fvu']:.4f}")
+    one = Job(config, Path(HydraConfig.get().runtime.output_dir))
+    jobs = spread(one)
+    if jobs == [one]:
+        summaries = [train(*one)]
+    else:
+        outcomes = run_sweep(jobs, Settings())
+        report(outcomes)
+        summaries = [outcome.summary for outcome in outcomes if outcome.summary is not None]
+    for (_, directory), summary in zip(jobs, summaries, strict=True):
+        print(f"{directory}: {summary['kind']} k={summary['k']} training FVU {summary['train_fvu']:.4f}")
 
 
 def cli_main() -> None:

@@ -1,6 +1,6 @@
 """Splice the coders of several layers at once: how much of the model is left when many MLPs are replaced."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 from skipcoder.errors import UserError
@@ -14,9 +14,9 @@ from skipcoder.trainer.run.run import Run
 _SAME = ("kind", "k", "width", "activation", "side", "seed")
 
 
-def spliced_together(evaluator: Evaluator, runs: Sequence[Run]) -> list[Result]:
+def spliced_together(evaluator: Evaluator, runs: Sequence[Run], fvu: Mapping[str, float | None]) -> list[Result]:
     """Cross-entropy and KL for each set of runs that differ only in their hookpoint: all spliced, all ablated, all
-    reduced to their skips."""
+    reduced to their skips; and the FVU of each alone, from `fvu` by path."""
     rows = []
     for some in sets_of(runs):
         parts: dict[tuple[str], list[Part]] = {}
@@ -27,6 +27,7 @@ def spliced_together(evaluator: Evaluator, runs: Sequence[Run]) -> list[Result]:
             losses = evaluator.losses(parts)
         row: Result = {key: value for key, value in some[0].summary.items() if key in _SAME}
         row["hookpoints"] = [run.summary["hookpoint"] for run in some]
+        row["fvu_by_hookpoint"] = [fvu.get(str(run.path)) for run in some]
         found = {key[0]: of for key, of in losses.items() if key is not None}
         result = summary(losses[None], found, evaluator.predicted_BT)
         result.pop(BY_DOCUMENT, None)

@@ -136,7 +136,7 @@ def splice(
             stack.enter_context(
                 replacing(
                     model,
-                    *_sites(hookpoint, one.coder),
+                    *sites_of(hookpoint, one.coder),
                     lambda x, one=one: one._run(x.float(), now.shape, keep_error),  # type: ignore[misc]
                     lambda first=first, special=special: now.excluded(first, special),  # type: ignore[misc]
                     adds=keep_error,
@@ -177,8 +177,9 @@ def _special(model: nn.Module) -> list[int]:
     return sorted(found)
 
 
-def _sites(name: str, coder: SparseCoder) -> tuple[Site, Site]:
-    """The coder's own sites, if it was trained on this hookpoint; else the sides of the module of that name."""
+def sites_of(name: str, coder: SparseCoder) -> tuple[Site, Site]:
+    """Where a coder reads and writes: its own sites, if it was trained on this hookpoint; else the sides of the module
+    of that name."""
     if coder.meta.get("hookpoint") == name:
         return Site(**coder.meta["read"]), Site(**coder.meta["write"])
     read = "output" if coder.cfg.kind == Kind.sae else "input"

@@ -47,10 +47,11 @@ def write_tables(
     else:
         print("no report: it shows reconstruction first, and not all of these runs have been evaluated with task core")
     if together:
+        fvu = {row["run"]: row.get("fvu") for row in table}
         rows = [
             row
             for path, evaluator in evaluators.items()
-            for row in spliced_together(evaluator, [r for r in runs if r.store_path == path and not r.is_control])
+            for row in spliced_together(evaluator, [r for r in runs if r.store_path == path and not r.is_control], fvu)
         ]
         wrote.append(out.with_suffix(".together.json"))
         _write_json(rows, wrote[-1])

@@ -1,4 +1,4 @@
-"""Replace the input or output of a module while the model runs.
+"""Watch or replace the input or output of a module while the model runs.
 
 Legend: B rows, T positions, D read width, E written width.
 """
@@ -35,10 +35,7 @@ def replacing(
 
     `replace` maps [N, D] to [N, E]. Positions where `keep_BT` (or what it returns when called) is True stay unchanged.
     """
-    modules = dict(getattr(model, "base_model", model).named_modules())
-    for site in (read, write):
-        if site.module not in modules:
-            raise ValueError(f"this model has no module {site.module!r}; was the coder trained on another model?")
+    reads, writes = _module(model, read), _module(model, write)
     seen: list[Tensor] = []
 
     def remember(value: Tensor) -> None:
@@ -57,14 +54,35 @@ def replacing(
         return torch.where(keep.reshape(*original.shape[:-1], 1), original, new)
 
     handles = [
-        _hook(modules[read.module], read.side, remember),
-        _hook(modules[write.module], write.side, replacement),
+        _hook(reads, read.side, remember),
+        _hook(writes, write.side, replacement),
     ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def watching(model: nn.Module, site: Site, see: Callable[[Tensor], object]) -> Iterator[None]:
+    """While active, hand what passes a site [N, D] to `see`."""
+
+    def act(value: Tensor) -> None:
+        see(value.reshape(-1, value.shape[-1]))
+
+    handle = _hook(_module(model, site), site.side, act)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _module(model: nn.Module, site: Site) -> nn.Module:
+    modules: dict[str, nn.Module] = dict(getattr(model, "base_model", model).named_modules())
+    if site.module not in modules:
+        raise ValueError(f"this model has no module {site.module!r}; was the coder trained on another model?")
+    return modules[site.module]
 
 
 def _hook(module: nn.Module, side: str, act: Callable[[Tensor], Tensor | None]) -> Any:

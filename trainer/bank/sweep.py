@@ -4,7 +4,8 @@ all at once on Ray."""
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import filter as matching
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from skipcoder import cli
 from skipcoder.errors import UserError
 from skipcoder.trainer.bank import memory
 from skipcoder.trainer.bank.bank import Job, Outcome, refuse_shared_directories, stream_key, train_bank
+from skipcoder.trainer.config import RunConfig
 from skipcoder.trainer.run.build import open_store
 from skipcoder.trainer.run.device import pick_device
 
@@ -44,6 +46,23 @@ class Failure(NamedTuple):
     error: Exception
     trace: str
     """Where an unforeseen error came from."""
+
+
+def spread(job: Job) -> list[Job]:
+    """Return the jobs that one stands for: itself or, where its hookpoint is a glob (`layers.*.mlp`), one for each
+    hookpoint of the store that matches, in a folder of its name. UserError if none does."""
+    pattern = job.cfg.hookpoint
+    if pattern is None or not set(pattern) & set("*?["):
+        return [job]
+    store = open_store(job.cfg)
+    names = matching(store.hookpoints, pattern)
+    if not names:
+        raise UserError(f"hookpoint={pattern}: {store.place} holds {', '.join(store.hookpoints)}; none of them matches")
+    folders = [job.directory / name for name in names]
+    return [
+        Job(replace(job.cfg, hookpoint=name, run=RunConfig(str(folder))), folder)
+        for name, folder in zip(names, folders, strict=True)
+    ]
 
 
 def run_sweep(jobs: Sequence[Job], settings: Settings) -> list[Outcome]:
@@ -133,6 +152,11 @@ def _bank_task(bank: list[Job], threads: int | None, directory: str) -> list[Out
 
 def _portable(error: Exception) -> Exception:
     return error if isinstance(error, UserError) else RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def report(outcomes: Sequence[Outcome]) -> None:
+    """Print the failures among the outcomes and exit with their code, if there are any."""
+    report_failures([Failure(str(o.directory), o.error, o.trace) for o in outcomes if o.error is not None])
 
 
 def report_failures(failures: Sequence[Failure]) -> None:

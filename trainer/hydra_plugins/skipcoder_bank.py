@@ -45,19 +45,20 @@ class BankLauncher(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Record each job's configuration, train all, and return their validation FVUs (for sweepers that optimise)."""
+        """Record each job's configuration, train all, and return their validation FVUs (for sweepers that optimise;
+        of a set of coders the mean)."""
         setup_globals()
         from skipcoder.trainer.bank.bank import Job
-        from skipcoder.trainer.bank.sweep import Failure, Settings, report_failures, run_sweep
+        from skipcoder.trainer.bank.sweep import Failure, Settings, report, report_failures, run_sweep, spread
         from skipcoder.trainer.config import TrainConfig
         from skipcoder.trainer.run.build import check
 
-        jobs: list[Job] = []
+        sets: list[list[Job]] = []  # of each job of Hydra's
 
         def record(cfg: DictConfig) -> None:
             config = typed(cfg, TrainConfig)
             check(config)
-            jobs.append(Job(config, Path(HydraConfig.get().runtime.output_dir)))
+            sets.append(spread(Job(config, Path(HydraConfig.get().runtime.output_dir))))
 
         returns = []
         for number, overrides in enumerate(job_overrides, initial_job_idx):
@@ -71,10 +72,11 @@ class BankLauncher(Launcher):
             if one.status is JobStatus.FAILED:  # before anything is trained
                 report_failures([Failure(" ".join(overrides), one._return_value, "")])
             returns.append(one)
-        outcomes = run_sweep(jobs, Settings(self.ray, self.address, self.memory_gib))
-        report_failures([Failure(str(o.directory), o.error, o.trace) for o in outcomes if o.error is not None])
-        for one, outcome in zip(returns, outcomes, strict=True):
-            assert outcome.summary is not None
-            one.return_value = outcome.summary.get("validation_fvu")
+        outcomes = run_sweep([job for jobs in sets for job in jobs], Settings(self.ray, self.address, self.memory_gib))
+        report(outcomes)
+        found = {o.directory: o.summary.get("validation_fvu") for o in outcomes if o.summary is not None}
+        for one, jobs in zip(returns, sets, strict=True):
+            fvus = [fvu for _, directory in jobs if (fvu := found[directory]) is not None]
+            one.return_value = sum(fvus) / len(fvus) if fvus else None
             one.status = JobStatus.COMPLETED
         return returns
