@@ -23,12 +23,13 @@ class Control(Enum):
     affine = "affine"
 
 
-def _at_least(config: object, least: float, *names: str) -> None:
+def at_least(config: object, least: float, *names: str) -> None:
+    """Raise UserError for a field of a configuration that is less."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value < least:
             section = type(config).__name__.removesuffix("Config").lower()
-            key = name if section in ("evaluate", "interpret", "scaling") else f"{section}.{name}"
+            key = name if section in ("evaluate", "interpret", "scaling", "circuit") else f"{section}.{name}"
             raise UserError(f"{key}={value}: must be at least {least}")
 
 
@@ -49,8 +50,8 @@ class ProbingConfig:
     """Numbers of latents that a probe reads."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "count", "tokens")
-        _at_least(self, 24, "texts")
+        at_least(self, 1, "count", "tokens")
+        at_least(self, 24, "texts")
         if not self.ks or min(self.ks) < 1:
             raise UserError(f"probing.ks={self.ks}: numbers of latents, 1 or more")
 
@@ -65,8 +66,8 @@ class AbsorptionConfig:
     """Spelling examples before each word."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 200, "words")
-        _at_least(self, 0, "examples")
+        at_least(self, 200, "words")
+        at_least(self, 0, "examples")
 
 
 @dataclass
@@ -77,7 +78,7 @@ class ContextFreeConfig:
     """Tokens of training text that make the tables, and of test text that try them, at most."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "tokens")
+        at_least(self, 1, "tokens")
 
 
 @dataclass
@@ -96,8 +97,8 @@ class ErasureConfig:
     """Numbers of latents to ablate; those not below the width are left out."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 64, "texts")
-        _at_least(self, 1, "tokens")
+        at_least(self, 64, "texts")
+        at_least(self, 1, "tokens")
         if not self.ablate or min(self.ablate) < 1:
             raise UserError(f"erasure.ablate={self.ablate}: numbers of latents, 1 or more")
 
@@ -114,8 +115,8 @@ class RavelConfig:
     """Pairs per step."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "batch")
-        _at_least(self, 24, "pairs")
+        at_least(self, 1, "steps", "batch")
+        at_least(self, 24, "pairs")
 
 
 @dataclass
@@ -168,7 +169,7 @@ class EvaluateConfig:
             raise UserError("controls and together are written into a table: set out=FILE.json")
         if not self.tasks:
             raise UserError(f"tasks=[]: name some of {', '.join(TaskName)}")
-        _at_least(self, 1, "ce_tokens", "batch_rows")
+        at_least(self, 1, "ce_tokens", "batch_rows")
 
 
 @dataclass
@@ -192,7 +193,7 @@ class ScalingConfig:
     """What was printed, as NAME.json, and a figure beside it, NAME.svg."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "compute", "tokens")
+        at_least(self, 1, "compute", "tokens")
         if self.memory_gib is not None and self.memory_gib <= 0:
             raise UserError(f"memory_gib={self.memory_gib}: must be above 0")
         if self.tokens is not None and self.compute is None and self.memory_gib is None:
@@ -231,8 +232,8 @@ class ExamplesConfig:
     """Windows searched for similar ones."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 2, "window", "test")
-        _at_least(self, 1, "train", "quantiles", "neighbours", "pool")
+        at_least(self, 2, "window", "test")
+        at_least(self, 1, "train", "quantiles", "neighbours", "pool")
         if not 0 <= self.top_share <= 1:
             raise UserError(f"examples.top_share={self.top_share}: must be between 0 and 1")
 
@@ -265,7 +266,7 @@ class JudgeConfig:
     """Price of a million answer tokens."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "concurrency", "attempts")
+        at_least(self, 1, "concurrency", "attempts")
         if not self.base_url.startswith(("http://", "https://")):
             raise UserError(f"judge.base_url={self.base_url}: must begin with http:// or https://")
         if self.timeout <= 0:
@@ -312,7 +313,7 @@ class InterpretConfig:
             raise UserError("set either run=DIR or runs='GLOB'")
         if self.latents is not None and self.latents < 1:
             raise UserError(f"latents={self.latents}: must be at least 1, or null for all")
-        _at_least(self, 1, "shown")
+        at_least(self, 1, "shown")
         if not self.scorers:
             raise UserError(f"scorers=[]: name some of {', '.join(s.value for s in Scorer)}")
 

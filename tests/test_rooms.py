@@ -56,6 +56,10 @@ ROOMS: dict[str, str] = {
         "evals.core"
     ),
     "evals.splice": "pipeline.model, trainer.config, trainer.coder",
+    "evals.circuits": (
+        f"{GROUND}, pipeline.model, pipeline.store, trainer.config, trainer.coder, trainer.run, "
+        "evals.config, evals.latents, evals.explain, evals.features, evals.splice"
+    ),
     "evals.explorer": f"{GROUND}, pipeline.store, trainer.run, evals.splice",
     "evals.export": (
         f"{GROUND}, pipeline.store, trainer.config, trainer.coder, trainer.run, trainer.formats, evals.core, "

@@ -34,30 +34,31 @@ class Spliced:
 
     def __init__(self, coder: SparseCoder) -> None:
         self.coder = coder
-        self.edits: list[tuple[int, Edit]] = []
+        self.edits: list[tuple[int, Edit, int | None]] = []
 
-    def edit(self, latent: int, function: Edit) -> None:
-        """From now on, replace the latent's activation v [N] (0 where it does not fire) by function(v)."""
+    def edit(self, latent: int, function: Edit, position: int | None = None) -> None:
+        """From now on, replace the latent's activation v [N] (0 where it does not fire) by function(v): everywhere or,
+        as a node of a circuit, at one position of each row."""
         if not 0 <= latent < self.coder.cfg.width:
             raise ValueError(f"latent {latent}: this coder has latents 0 to {self.coder.cfg.width - 1}")
-        self.edits.append((latent, function))
+        self.edits.append((latent, function, position))
 
-    def ablate(self, *latents: int) -> None:
+    def ablate(self, *latents: int, position: int | None = None) -> None:
         """Switch latents off."""
         for latent in latents:
-            self.edit(latent, torch.zeros_like)
+            self.edit(latent, torch.zeros_like, position)
 
-    def scale(self, latent: int, factor: float) -> None:
+    def scale(self, latent: int, factor: float, position: int | None = None) -> None:
         """Multiply a latent's activation."""
-        self.edit(latent, lambda v: factor * v)
+        self.edit(latent, lambda v: factor * v, position)
 
-    def add(self, latent: int, amount: float) -> None:
+    def add(self, latent: int, amount: float, position: int | None = None) -> None:
         """Add to a latent's activation, also where it does not fire: steering along its decoder direction."""
-        self.edit(latent, lambda v: v + amount)
+        self.edit(latent, lambda v: v + amount, position)
 
-    def set(self, latent: int, value: float) -> None:
-        """Hold a latent's activation at a value everywhere."""
-        self.edit(latent, lambda v: torch.full_like(v, value))
+    def set(self, latent: int, value: float, position: int | None = None) -> None:
+        """Hold a latent's activation at a value."""
+        self.edit(latent, lambda v: torch.full_like(v, value), position)
 
     def clear(self) -> None:
         """Forget all edits."""
@@ -75,17 +76,22 @@ class Spliced:
         directions = self.coder.W_dec[self.indices]
         return self.values.detach() * torch.einsum("bte,btke->btk", gradient.view(*lead, -1), directions)
 
-    def _run(self, x_ND: Tensor, shape: tuple[int, int], changes_only: bool) -> Tensor:
+    def _run(self, x_ND: Tensor, position_BT: Tensor, changes_only: bool) -> Tensor:
         if x_ND.shape[1] != self.coder.d_in:
             raise ValueError(
                 f"this coder reads {self.coder.d_in} dimensions, not {x_ND.shape[1]}; is it of another model?"
             )
         codes = self.coder.encode(x_ND)
         values_NK, indices_NK = codes.padded()
+        shape = position_BT.shape
         self.values, self.indices = values_NK.view(*shape, -1), indices_NK.view(*shape, -1)
         edited: dict[int, Tensor] = {}
-        for latent, function in self.edits:
-            edited[latent] = function(edited.get(latent, _activation(latent, values_NK, indices_NK)))
+        for latent, function, position in self.edits:
+            before_N = edited.get(latent, _activation(latent, values_NK, indices_NK))
+            after_N = function(before_N)
+            if position is not None:
+                after_N = torch.where(position_BT.flatten() == position, after_N, before_N)
+            edited[latent] = after_N
         # Adding an edit's change to the output is exact, as the decoder is linear, and works for silent latents.
         y_hat = x_ND.new_zeros(len(x_ND), self.coder.d_out) if changes_only else self.coder.decode(codes, x_ND)
         for latent, after_N in edited.items():
@@ -137,7 +143,7 @@ def splice(
                 replacing(
                     model,
                     *sites_of(hookpoint, one.coder),
-                    lambda x, one=one: one._run(x.float(), now.shape, keep_error),  # type: ignore[misc]
+                    lambda x, one=one: one._run(x.float(), now.position_BT, keep_error),  # type: ignore[misc]
                     lambda first=first, special=special: now.excluded(first, special),  # type: ignore[misc]
                     adds=keep_error,
                 )
@@ -153,7 +159,6 @@ class _Positions:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         like = tokens if tokens is not None else kwargs["inputs_embeds"][..., 0]
         self.tokens_BT, (b, t) = tokens, like.shape
-        self.shape = (b, t)
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         if isinstance(mask, Tensor) and mask.ndim == 2:  # padding on the left does not count
             self.position_BT = (mask.long().cumsum(1) - 1)[:, -t:]

@@ -1,0 +1,92 @@
+"""What is shown of a circuit's latents: texts from the store, explanations, tokens they promote. No model runs."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from typing_extensions import TypedDict
+
+from skipcoder.evals.circuits.graph import Circuit
+from skipcoder.evals.circuits.trace import Tracer
+from skipcoder.evals.config import ExamplesConfig
+from skipcoder.evals.explain.records import read_latents, read_summary
+from skipcoder.evals.features.pages import promoted
+from skipcoder.evals.latents.examples import ExampleMaker, Window
+from skipcoder.evals.latents.index import LatentIndex
+
+WINDOW, PROMOTED, TOKENS = 24, 6, 3
+"""Tokens of a text; tokens promoted and lowered; tokens that a latent is named by."""
+
+
+class Shown(TypedDict):
+    """What is shown of a latent."""
+
+    contexts: list[list[Any]]
+    """[tokens, activations in tenths of its largest, the text's largest] of each text."""
+    tokens: list[int]
+    """The tokens on which it is largest."""
+    density: float | None
+    explanation: str | None
+    up: list[tuple[int, float]]
+    """Tokens whose logits it raises, and by how much for each unit of activation."""
+    down: list[tuple[int, float]]
+
+
+def shown_latents(tracer: Tracer, circuits: Iterable[Circuit], contexts: int) -> dict[str, Shown]:
+    """{LAYER_LATENT: what is shown of it} for every latent of the circuits."""
+    wanted: dict[int, set[int]] = {}
+    for circuit in circuits:
+        for node in circuit["nodes"]:
+            if node["latent"] is not None:
+                wanted.setdefault(node["layer"], set()).add(node["latent"])
+    found: dict[str, Shown] = {}
+    for layer in tracer.layers:
+        run, latents = tracer.runs.get(layer.hookpoint), sorted(wanted.get(layer.number, ()))
+        if run is None or not latents:
+            continue
+        judged = read_summary(run)
+        said = {r["latent"]: r["explanation"] for r in (read_latents(run, judged["settings"]) if judged else [])}
+        up, down = promoted(tracer.model, run.coder.W_dec[torch.tensor(latents)].float())
+        maker, density = None, np.zeros(0)
+        if contexts:
+            index = LatentIndex(run, tracer.store)
+            index.ensure(tracer.device)
+            maker = ExampleMaker(index, ExamplesConfig(window=WINDOW))
+            density = index.counts / index.tokens.size
+        for place, latent in enumerate(latents):
+            windows, largest = [], 0.0
+            if maker is not None:
+                firing = maker.index.of(latent)
+                largest = float(firing.value.max(initial=0))
+                windows = maker.shown(latent, firing, contexts, 1)[0]
+            found[f"{layer.number}_{latent}"] = {
+                "contexts": [_context(window, largest) for window in windows],
+                "tokens": list(dict.fromkeys(int(w.tokens[w.activations.argmax()]) for w in windows))[:TOKENS],
+                "density": float(f"{density[latent]:.3g}") if contexts else None,
+                "explanation": said.get(latent),
+                "up": [(t, round(v, 3)) for t, v in up[place][:PROMOTED]],
+                "down": [(t, round(v, 3)) for t, v in down[place][:PROMOTED]],
+            }
+    return found
+
+
+def pages_of(tracer: Tracer, folder: Path) -> dict[int, str]:
+    """{layer: address, from a folder, of the pages of its coder's latents}, where they were made."""
+    return {
+        layer.number: os.path.relpath(page, folder)
+        for layer in tracer.layers
+        if (run := tracer.runs.get(layer.hookpoint)) and (page := run.path / "features" / "index.html").is_file()
+    }
+
+
+def label(shown: Shown, text: Any) -> str:
+    """A short name: its explanation or, without one, the tokens on which it is largest."""
+    return shown["explanation"] or "  ".join(text(token) for token in shown["tokens"])
+
+
+def _context(window: Window, largest: float) -> list[Any]:
+    tenths = np.ceil(10 * window.activations / max(largest, 1e-9)).clip(0, 10).astype(int).tolist()
+    return [window.tokens.tolist(), tenths, round(float(window.activations.max(initial=0)), 4)]
