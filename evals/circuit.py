@@ -42,7 +42,9 @@ def circuit(cfg: CircuitConfig) -> list[Path]:
         for prompt, one in zip(prompts, ids, strict=True):
             circuits.append(tracer.trace(prompt, tracer.replacement(one)))
             advance(1)
-    latents = contexts.shown_latents(tracer, circuits, cfg.contexts)
+    store_tokens = tracer.store.rows * tracer.store.context
+    with progress("contexts", len(tracer.runs) * store_tokens * bool(cfg.contexts)) as advance:
+        latents = contexts.shown_latents(tracer, circuits, cfg.contexts, advance)
     folders = [out] if cfg.prompt is not None else [out / str(i) for i in range(len(prompts))]
     for found, folder in zip(circuits, folders, strict=True):
         folder.mkdir(exist_ok=True)

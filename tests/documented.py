@@ -13,6 +13,7 @@ ENTRIES = {
     "evaluate": "evals",
     "scaling": "evals",
     "interpret": "evals",
+    "circuit": "evals",
     "explore": "evals",
     "export": "trainer",
     "import_coder": "trainer",

@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+import skipcoder.evals.circuit
 import skipcoder.evals.evaluate
 import skipcoder.evals.explore
 import skipcoder.evals.interpret
@@ -28,6 +29,7 @@ import skipcoder.trainer.train  # noqa: F401 (importing an entry point registers
 from skipcoder import registry
 from skipcoder.cli import quoted
 from skipcoder.errors import UserError
+from skipcoder.evals.circuits.config import CircuitConfig
 from skipcoder.evals.config import EvaluateConfig, ExploreConfig, InterpretConfig, ScalingConfig
 from skipcoder.evals.evaluate import evaluate
 from skipcoder.evals.tables.metrics import documented
@@ -60,6 +62,7 @@ SCHEMAS = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "interpret": InterpretConfig,
+    "circuit": CircuitConfig,
     "explore": ExploreConfig,
     "scaling": ScalingConfig,
     "export": ExportConfig,

@@ -62,8 +62,8 @@ ROOMS: dict[str, str] = {
     ),
     "evals.explorer": f"{GROUND}, pipeline.store, trainer.run, evals.splice",
     "evals.export": (
-        f"{GROUND}, pipeline.store, trainer.config, trainer.coder, trainer.run, trainer.formats, evals.core, "
-        "evals.latents, evals.tables"
+        f"{GROUND}, pipeline.store, trainer.config, trainer.coder, trainer.run, trainer.formats, "
+        "evals.config, evals.core, evals.latents, evals.explain, evals.features, evals.tables"
     ),
 }
 

@@ -35,7 +35,7 @@ class CircuitConfig:
     keep_missing: bool = False
     """Leave the MLPs of layers without a coder as they are, instead of refusing the set."""
     contexts: int = 3
-    """Texts shown for each latent, where it is largest in its store; 0: none, and no index of the store is made."""
+    """Texts shown for each latent, where it is largest in the store; 0: none, and the store is not read."""
     verify: int = 0
     """Switch off this many of the most influential latents, and as many others, in the model, and compare with what
     their edges predict."""

@@ -1,7 +1,7 @@
 """What is shown of a circuit's latents: texts from the store, explanations, tokens they promote. No model runs."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,10 @@ from typing_extensions import TypedDict
 
 from skipcoder.evals.circuits.graph import Circuit
 from skipcoder.evals.circuits.trace import Tracer
-from skipcoder.evals.config import ExamplesConfig
 from skipcoder.evals.explain.records import read_latents, read_summary
 from skipcoder.evals.features.pages import promoted
-from skipcoder.evals.latents.examples import ExampleMaker, Window
-from skipcoder.evals.latents.index import LatentIndex
+from skipcoder.evals.latents.examples import Window
+from skipcoder.evals.latents.largest import largest_windows
 
 WINDOW, PROMOTED, TOKENS = 24, 6, 3
 """Tokens of a text; tokens promoted and lowered; tokens that a latent is named by."""
@@ -28,15 +27,20 @@ class Shown(TypedDict):
     """[tokens, activations in tenths of its largest, the text's largest] of each text."""
     tokens: list[int]
     """The tokens on which it is largest."""
-    density: float | None
     explanation: str | None
     up: list[tuple[int, float]]
     """Tokens whose logits it raises, and by how much for each unit of activation."""
     down: list[tuple[int, float]]
 
 
-def shown_latents(tracer: Tracer, circuits: Iterable[Circuit], contexts: int) -> dict[str, Shown]:
-    """{LAYER_LATENT: what is shown of it} for every latent of the circuits."""
+def shown_latents(
+    tracer: Tracer,
+    circuits: Iterable[Circuit],
+    contexts: int,
+    advance: Callable[[int], object] = lambda tokens: None,
+) -> dict[str, Shown]:
+    """{LAYER_LATENT: what is shown of it} for every latent of the circuits; `advance` is told of the store's tokens
+    that are read for each layer."""
     wanted: dict[int, set[int]] = {}
     for circuit in circuits:
         for node in circuit["nodes"]:
@@ -50,22 +54,15 @@ def shown_latents(tracer: Tracer, circuits: Iterable[Circuit], contexts: int) ->
         judged = read_summary(run)
         said = {r["latent"]: r["explanation"] for r in (read_latents(run, judged["settings"]) if judged else [])}
         up, down = promoted(tracer.model, run.coder.W_dec[torch.tensor(latents)].float())
-        maker, density = None, np.zeros(0)
+        texts: list[list[Window]] = [[] for _ in latents]
         if contexts:
-            index = LatentIndex(run, tracer.store)
-            index.ensure(tracer.device)
-            maker = ExampleMaker(index, ExamplesConfig(window=WINDOW))
-            density = index.counts / index.tokens.size
+            texts = largest_windows(run, tracer.store, latents, contexts, WINDOW, tracer.device, advance)
         for place, latent in enumerate(latents):
-            windows, largest = [], 0.0
-            if maker is not None:
-                firing = maker.index.of(latent)
-                largest = float(firing.value.max(initial=0))
-                windows = maker.shown(latent, firing, contexts, 1)[0]
+            windows = texts[place]
+            largest = max((float(one.activations.max()) for one in windows), default=0.0)
             found[f"{layer.number}_{latent}"] = {
                 "contexts": [_context(window, largest) for window in windows],
                 "tokens": list(dict.fromkeys(int(w.tokens[w.activations.argmax()]) for w in windows))[:TOKENS],
-                "density": float(f"{density[latent]:.3g}") if contexts else None,
                 "explanation": said.get(latent),
                 "up": [(t, round(v, 3)) for t, v in up[place][:PROMOTED]],
                 "down": [(t, round(v, 3)) for t, v in down[place][:PROMOTED]],

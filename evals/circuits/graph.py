@@ -157,36 +157,32 @@ def circuit_tracer_form(
 ) -> dict[str, Any]:
     """The same as graph JSON of circuit-tracer and Neuronpedia. `scan`: the model's name there; `vocabulary`: texts of
     tokens; `labels`: explanations by node id."""
-    last = len(circuit["layers"])
+    last = str(len(circuit["layers"]) + 1)  # as circuit-tracer numbers logits
+    likeliest = max((node["probability"] or 0 for node in circuit["nodes"]), default=0)
     nodes = []
     for node in circuit["nodes"]:
-        layer, position, kind = str(node["layer"]), node["position"], node["kind"]
-        feature: int = -1
+        position, kind, text = node["position"], node["kind"], circuit["tokens"][node["position"]]
+        name, layer, feature = node["id"], str(node["layer"]), -1
         if kind == "latent":
-            latent = int(node["latent"] or 0)
-            feature = cantor(node["layer"], latent)
-            js, name, clerp = f"{layer}_{latent}-0", "cross layer transcoder", labels.get(node["id"], "")
+            feature = cantor(node["layer"], int(node["latent"] or 0))
+            js, what, clerp = f"{layer}_{node['latent']}-0", "cross layer transcoder", labels.get(name, "")
         elif kind == "error":
-            js, name, clerp = (
-                f"{layer}_{position}-0",
-                "mlp reconstruction error",
-                f"Err: mlp {circuit['tokens'][position]!r}",
-            )
+            js, what, clerp = f"{layer}_{position}-0", "mlp reconstruction error", f"Err: mlp {text!r}"
         elif kind == "token":
             layer, feature = "E", position
-            js, name = f"E_{node['token']}-{position}", "embedding"
-            clerp = f'Emb: "{circuit["tokens"][position]}"'
+            js, what, clerp = f"E_{node['token']}-{position}", "embedding", f'Emb: "{text}"'
         else:
-            feature, layer = int(node["token"] or 0), str(last)
-            js, name = f"L_{node['token']}-{position}", "logit"
+            layer, feature = last, int(node["token"] or 0)
+            name, js, what = f"{last}_{feature}_{position}", f"L_{feature}-{position}", "logit"
             clerp = f'Output "{vocabulary[feature]}" (p={node["probability"]:.3f})'
         nodes.append({
-            "node_id": node["id"], "feature": feature, "layer": layer, "ctx_idx": position, "feature_type": name,
-            "token_prob": node["probability"] or 0.0, "is_target_logit": kind == "logit", "run_idx": 0,
-            "reverse_ctx_idx": 0, "jsNodeId": js, "clerp": clerp, "influence": node["influence"],
+            "node_id": name, "feature": feature, "layer": layer, "ctx_idx": position, "feature_type": what,
+            "token_prob": node["probability"] or 0.0, "run_idx": 0, "reverse_ctx_idx": 0, "jsNodeId": js,
+            "is_target_logit": kind == "logit" and node["probability"] == likeliest, "clerp": clerp,
+            "influence": None if kind == "logit" else node["influence"],
             "activation": node["value"] if kind == "latent" else None,
         })  # fmt: skip
-    ids = [node["id"] for node in circuit["nodes"]]
+    ids = [node["node_id"] for node in nodes]
     node_threshold, edge_threshold = circuit["thresholds"]
     return {
         "metadata": {

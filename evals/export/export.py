@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from skipcoder import hub
 from skipcoder.errors import UserError
-from skipcoder.evals.export import card
+from skipcoder.evals.export import card, neuronpedia
 from skipcoder.evals.export.delphi import export as export_firings
 from skipcoder.evals.latents.index import LatentIndex
 from skipcoder.files import refuse_full
 from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.progress import progress
 from skipcoder.trainer.coder import readers
 from skipcoder.trainer.coder.activations.threshold import CALIBRATION_TOKENS
 from skipcoder.trainer.coder.coder import SparseCoder
@@ -30,6 +31,9 @@ from skipcoder.trainer.formats.fit import ROWS, Sample, fit
 from skipcoder.trainer.formats.hooks import layer_of
 from skipcoder.trainer.run.device import pick_device
 from skipcoder.trainer.run.run import Run
+
+_OF_LATENTS = (Target.delphi, Target.neuronpedia)
+"""Formats that hold latents' activations instead of weights."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +86,22 @@ def export(cfg: ExportConfig, paths: Sequence[Path]) -> Path:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as beside:
         work = Path(beside) / "out"
         work.mkdir()
-        if cfg.format is Target.delphi:
+        if cfg.format in _OF_LATENTS:
+            models: dict[str, Any] = {}
             for e in exports:
                 index = LatentIndex(e.run, e.store)
                 index.ensure(pick_device(None))
-                export_firings(index, work)
+                if cfg.format is Target.delphi:
+                    export_firings(index, work)
+                else:
+                    place = str(e.store.place)
+                    models[place] = models.get(place) or e.store.load_model()
+                    _to_neuronpedia(index, models[place], cfg, work)
         else:
             exports = _write_coders(exports, cfg, work)
             card.write(work, [e.run for e in exports], cfg.format.value, cfg.license, [e.changed for e in exports])
         work.replace(out)
-    how = "" if cfg.format is Target.delphi else f"; {out / 'README.md'} says how to read it"
+    how = "" if cfg.format in _OF_LATENTS else f"; {out / 'README.md'} says how to read it"
     print(f"{out}: {cfg.format.value}, {len(exports)} coder{'s' * (len(exports) > 1)}{how}")
     if cfg.push is not None:
         try:
@@ -111,6 +121,12 @@ def _write_coders(exports: Sequence[Export], cfg: ExportConfig, folder: Path) ->
             _compare(e, readers.read(folder, "circuit_tracer", layer=layer))
         return list(exports)
     return [_write_one(e, cfg, folder if cfg.run else folder / e.run.summary["hookpoint"]) for e in exports]
+
+
+def _to_neuronpedia(index: LatentIndex, model: nn.Module, cfg: ExportConfig, folder: Path) -> None:
+    tokenizer = index.store.load_tokenizer()
+    with progress("latents", int((index.counts > 0).sum()), "latents") as advance:
+        neuronpedia.export(index, model, tokenizer, cfg.neuronpedia, folder, advance)
 
 
 def push_to_hub(run: str | Path, name: str, private: bool = False, license: str | None = None) -> str:

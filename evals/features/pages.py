@@ -94,11 +94,10 @@ def promoted(model: nn.Module | None, W_dec_ME: Tensor) -> tuple[list[list[Logit
     """The tokens whose logits each latent raises and lowers most, and by how much for each unit of activation: its
     decoder row times the final norm's weights and the unembedding, ignoring the layers in between and the norm's
     denominator."""
-    none: list[list[Logit]] = [[] for _ in W_dec_ME]
-    head = None if model is None else model.get_output_embeddings()  # type: ignore[operator]
-    if head is None or head.weight.shape[1] != W_dec_ME.shape[1]:
+    unembed_VE = unembedding(model, W_dec_ME.shape[1])
+    if unembed_VE is None:
+        none: list[list[Logit]] = [[] for _ in W_dec_ME]
         return none, none
-    unembed_VE = head.weight.float() * _final_gain(model, head.weight.shape[1])
     up: list[list[Logit]] = []
     down: list[list[Logit]] = []
     for rows in W_dec_ME.to(unembed_VE.device).split(256):
@@ -107,6 +106,15 @@ def promoted(model: nn.Module | None, W_dec_ME: Tensor) -> tuple[list[list[Logit
             value, token = logits.topk(WORDS, largest=largest)
             found += [list(zip(*row, strict=True)) for row in zip(token.tolist(), value.tolist(), strict=True)]
     return up, down
+
+
+def unembedding(model: nn.Module | None, width: int) -> Tensor | None:
+    """[V, width] the final norm's weights times the unembedding; None of a model that has none of this width."""
+    head = None if model is None else model.get_output_embeddings()  # type: ignore[operator]
+    if head is None or head.weight.shape[1] != width:
+        return None
+    result: Tensor = head.weight.float() * _final_gain(model, width)
+    return result
 
 
 def firing_together(index: LatentIndex) -> list[list[list[float]]]:

@@ -13,6 +13,7 @@ class Target(Enum):
     saelens = "saelens"
     circuit_tracer = "circuit_tracer"
     delphi = "delphi"
+    neuronpedia = "neuronpedia"
 
 
 class Source(StrEnum):
@@ -26,6 +27,24 @@ class Source(StrEnum):
 class TopK(Enum):
     exact = "exact"
     thresholds = "thresholds"
+
+
+@dataclass
+class NeuronpediaConfig:
+    """How latents are called on Neuronpedia."""
+
+    model: str | None = None
+    """Its id of the model, such as gemma-2-2b; null: the store's name of it."""
+    set: str | None = None
+    """The source set; layer 10 is source 10-SET. null: skipcoder-KIND-WIDTH."""
+    release: str | None = None
+    """The release; null: as the set."""
+    description: str | None = None
+    """A line about the release and the set."""
+    creator: str = ""
+    """Whose they are."""
+    creator_id: str = "clkht01d40000jv08hvalcvly"
+    """The creator's id in Neuronpedia's database; this one is what its own exporter falls back on."""
 
 
 @dataclass
@@ -48,6 +67,7 @@ class ExportConfig:
     """ORG/NAME on the Hugging Face Hub to upload the folder to."""
     private: bool = False
     """Whether the repository, if new, is private."""
+    neuronpedia: NeuronpediaConfig = field(default_factory=NeuronpediaConfig)
     license: str | None = None
     """License of the weights for the model card, e.g. apache-2.0."""
 

@@ -50,7 +50,6 @@
     const facts = [where(i)];
     if (node.kind === "logit") facts.push(`probability ${digits(node.probability)}, logit ${digits(node.value)} above the mean`);
     if (node.kind === "latent") facts.push(`activation ${digits(node.value)}, of which ${digits(node.constant)} comes from biases and positions left out`);
-    if (node.kind === "latent" && it?.density != null) facts.push(`fires on ${(100 * it.density).toPrecision(2)} % of tokens`);
     if (node.kind === "error") facts.push("what this layer's coder does not reconstruct");
     panel.append(make("p", {}, facts.filter(Boolean).join("; ")), pin);
     if (node.kind === "latent" && pages[node.layer]) panel.append(" ", make("a", { href: `${pages[node.layer]}#latent/${node.latent}` }, "its page"));

@@ -1,0 +1,56 @@
+"""The texts shown for a circuit's latents are those of the whole index, without making one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from skipcoder.evals.config import ExamplesConfig
+from skipcoder.evals.latents.examples import ExampleMaker
+from skipcoder.evals.latents.index import LatentIndex
+from skipcoder.evals.latents.largest import largest_windows
+from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.run.run import Run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("window", [5, 8])
+def test_with_room_for_all_windows_they_are_the_index_s(store: ActivationStore, coders: Path, window: int) -> None:
+    """5 does not divide the context of 16: no window holds a row's last token."""
+    run = Run.open(coders / "layers.1.mlp")
+    index = LatentIndex(run, store)
+    index.ensure("cpu")
+    maker = ExampleMaker(index, ExamplesConfig(window=window))
+    latents = np.nonzero(index.counts)[0][:12].tolist()
+    done: list[int] = []
+    found = largest_windows(run, store, latents, 10**4, window, "cpu", done.append)
+    assert sum(done) == store.rows * store.context
+    for latent, windows in zip(latents, found, strict=True):
+        top, _ = maker.shown(latent, index.of(latent), 10**4, 1)
+        largest = {one.tokens.tobytes(): float(one.activations.max()) for one in top}
+        assert len(windows) == len(top) == len({one.tokens.tobytes() for one in windows})
+        values = [float(one.activations.max()) for one in windows]
+        assert values == sorted(values, reverse=True)
+        # Of the same words in two places the index shows the first; here it is the one in which the latent is larger.
+        assert np.all(np.array(values) >= np.array(sorted(largest.values(), reverse=True)) * (1 - 1e-5))
+        for one in windows[:3]:
+            row, at = divmod(one.number, maker.each_row)
+            firing = index.of(latent)
+            here = {int(p): v for p, v in zip(firing.position, firing.value, strict=True)}
+            start = row * store.context + at * window
+            np.testing.assert_allclose(one.activations, [here.get(start + i, 0) for i in range(window)], rtol=1e-5)
+            assert one.tokens.tolist() == index.tokens[row, at * window : (at + 1) * window].tolist()
+
+
+def test_few_windows_are_the_largest(store: ActivationStore, coders: Path) -> None:
+    run = Run.open(coders / "layers.1.mlp")
+    index = LatentIndex(run, store)
+    index.ensure("cpu")
+    maker = ExampleMaker(index, ExamplesConfig(window=8))
+    latents = np.argsort(-index.counts)[:12].tolist()
+    found = largest_windows(run, store, latents, 3, 8, "cpu")
+    for latent, windows in zip(latents, found, strict=True):
+        top, _ = maker.shown(latent, index.of(latent), 3, 1)
+        assert len(windows) == 3
+        assert windows[0].activations.max() == pytest.approx(float(top[0].activations.max()), rel=1e-5)
