@@ -54,7 +54,7 @@ def circuit(cfg: CircuitConfig) -> list[Path]:
             for node in found["nodes"]
             if node["kind"] == "latent"
         }
-        form = circuit_tracer_form(found, slug(found["prompt"]), tracer.name, vocabulary, labels)
+        form = circuit_tracer_form(found, slug(found["prompt"]), cfg.scan or tracer.name, vocabulary, labels)
         write_atomically(folder / "circuit.json", json.dumps(found).encode())
         write_atomically(folder / "circuit_tracer.json", json.dumps(form).encode())
         write_page(folder / "index.html", found, latents, contexts.pages_of(tracer, folder), tracer.text)

@@ -39,6 +39,9 @@ class CircuitConfig:
     verify: int = 0
     """Switch off this many of the most influential latents, and as many others, in the model, and compare with what
     their edges predict."""
+    scan: str | None = None
+    """`scan` in circuit_tracer.json: the model's id on Neuronpedia or, where circuit-tracer's viewer is given
+    features_dir, a name that begins with a slash; null: the store's name of the model."""
     batch: int = 32
     """Backward passes at once."""
     device: str | None = None

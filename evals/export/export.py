@@ -4,7 +4,7 @@ activations, and only then to their place."""
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from skipcoder import hub
 from skipcoder.errors import UserError
-from skipcoder.evals.export import card, neuronpedia
+from skipcoder.evals.export import card, circuit_tracer_features, neuronpedia
 from skipcoder.evals.export.delphi import export as export_firings
 from skipcoder.evals.latents.index import LatentIndex
 from skipcoder.files import refuse_full
@@ -119,6 +119,8 @@ def _write_coders(exports: Sequence[Export], cfg: ExportConfig, folder: Path) ->
         for e in exports:
             layer = layer_of(e.coder.meta["write"]["module"])
             _compare(e, readers.read(folder, "circuit_tracer", layer=layer))
+        if cfg.features:
+            _write_features(exports, folder / "features")
         return list(exports)
     return [_write_one(e, cfg, folder if cfg.run else folder / e.run.summary["hookpoint"]) for e in exports]
 
@@ -127,6 +129,22 @@ def _to_neuronpedia(index: LatentIndex, model: nn.Module, cfg: ExportConfig, fol
     tokenizer = index.store.load_tokenizer()
     with progress("latents", int((index.counts > 0).sum()), "latents") as advance:
         neuronpedia.export(index, model, tokenizer, cfg.neuronpedia, folder, advance)
+
+
+def _write_features(exports: Sequence[Export], folder: Path) -> None:
+    exports = sorted(exports, key=lambda e: layer_of(e.coder.meta["write"]["module"]))
+    indices = [LatentIndex(e.run, e.store) for e in exports]
+    for index in indices:
+        index.ensure(pick_device(None))
+    store = exports[0].store
+    tokenizer = store.load_tokenizer()
+
+    @cache
+    def text(token: int) -> str:
+        return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+    with progress("latents", sum(index.width for index in indices), "latents") as advance:
+        circuit_tracer_features.write(indices, store.load_model(), text, folder, advance)
 
 
 def push_to_hub(run: str | Path, name: str, private: bool = False, license: str | None = None) -> str:

@@ -61,6 +61,8 @@ class ExportConfig:
     """How to write a top-k transcoder to a format that has none (saelens; circuit_tracer where fewer than k latents are
     positive). exact: with classes that skipcoder registers with SAELens. thresholds: latents fire above thresholds
     instead, each as often as it was chosen; the change is measured and written into the metadata."""
+    features: bool = False
+    """circuit_tracer: also write what its viewer shows of each latent, from the store."""
     store: StoreRef = field(default_factory=StoreRef)
     """Store of activations to compare outputs on; null: the store that the run was trained on."""
     push: str | None = None
@@ -74,6 +76,8 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if (self.run is None) == (self.runs is None):
             raise UserError("set run=DIR, or runs=GLOB for several")
+        if self.features and self.format is not Target.circuit_tracer:
+            raise UserError(f"features=true is for format=circuit_tracer, not {self.format.value}")
         if self.topk is TopK.exact and self.format is not Target.saelens:
             raise UserError(f"topk=exact is for format=saelens, not {self.format.value}")
 

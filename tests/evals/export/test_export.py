@@ -13,7 +13,6 @@ import yaml
 from skipcoder.errors import UserError
 from skipcoder.evals.config import EvaluateConfig, ExamplesConfig, InterpretConfig
 from skipcoder.evals.evaluate import evaluate
-from skipcoder.evals.export import export as exporting
 from skipcoder.evals.interpret import interpret
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.bank import bank
@@ -25,31 +24,12 @@ from skipcoder.trainer.formats.fit import Sample, fit
 from skipcoder.trainer.formats.importing import import_coder
 from skipcoder.trainer.run.run import Run
 from tests.conftest import REPO
+from tests.evals.export.conftest import export
 from tests.trainer.coders import random_coder
 from tests.trainer.formats import hub_server
 from tests.trainer.run.test_run import config
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def runs(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
-    """An SAE, a transcoder and a skip transcoder of layer 1, and skip transcoders of layers 0 and 2."""
-    folder = tmp_path_factory.mktemp("runs")
-    found: dict[Any, Path] = {}
-    for kind in Kind:
-        bank.train(config(store, kind), found.setdefault(kind, folder / kind.value))
-    for layer in (0, 2):
-        cfg = config(store)
-        cfg.hookpoint = f"layers.{layer}.mlp"
-        bank.train(cfg, found.setdefault(layer, folder / f"layer{layer}"))
-    evaluate(EvaluateConfig(run=str(found[Kind.skip_transcoder]), intervals=False, ce_tokens=64))
-    return found
-
-
-def export(runs: list[Path], format: Target, out: Path, **options: Any) -> Path:
-    which: dict[str, Any] = {"run": str(runs[0])} if len(runs) == 1 else {"runs": "GLOB"}
-    return exporting.export(ExportConfig(**which, format=format, out=str(out), **options), runs)
 
 
 @pytest.mark.parametrize("format", [Target.plain, Target.sparsify])
@@ -145,23 +125,6 @@ def test_saelens_top_k_transcoders_need_a_decision(runs: dict[Any, Path], tmp_pa
     assert facts["l0_topk"] == 4 and abs(facts["l0_threshold"] - 4) < 1
     assert facts["fvu_topk"] == pytest.approx(held_out, rel=1e-5) and facts["fvu_threshold"] != facts["fvu_topk"]
     assert "not the coder that was trained" in (out / "README.md").read_text()
-
-
-def test_circuit_tracer_takes_a_run_for_each_layer(runs: dict[Any, Path], tmp_path: Path) -> None:
-    layers = [runs[2], runs[0], runs[Kind.skip_transcoder]]
-    out = export(layers, Target.circuit_tracer, tmp_path / "set", topk=TopK.thresholds)
-    assert {p.name for p in out.iterdir() if p.suffix != ".png"} == {
-        "README.md", "config.yaml", *(f"layer_{i}.safetensors" for i in range(3))}  # fmt: skip
-    config = yaml.safe_load((out / "config.yaml").read_text())
-    assert config["feature_input_hook"] == "mlp.hook_in" and "activation" not in config
-    with pytest.raises(UserError, match=r"not of layers \[0, 2\]"):
-        export([runs[0], runs[2]], Target.circuit_tracer, tmp_path / "gap", topk=TopK.thresholds)
-    few = SparseCoder.load(runs[0])
-    few.b_enc.sub_(100)  # no latent is ever positive
-    run = Run.open(runs[0])
-    item = exporting.Export(run, ActivationStore.open(run.store_path), few, {})
-    with pytest.raises(UserError, match=r"on (\d+) of \1 held-out tokens fewer than k=4 latents are positive"):
-        exporting._suited_to_circuit_tracer(item, None)
 
 
 def test_what_cannot_be_exported(runs: dict[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
