@@ -76,10 +76,11 @@ def _help(name: str) -> str:
 
 
 def quoted(argument: str) -> str:
-    """A setting whose value Hydra cannot read, such as a path with a bracket in it, with the quotes that it asks for.
+    """A setting whose value Hydra cannot read, such as a path with a bracket in it, with the quotes that it asks for;
+    and a prompt, which may hold commas.
 
-    >>> quoted("store.path=/data/my (new) store"), quoted("coder.k=32,64")
-    ("store.path='/data/my (new) store'", 'coder.k=32,64')
+    >>> quoted("store.path=/data/my (new) store"), quoted("coder.k=32,64"), quoted("prompt=Yes, we")
+    ("store.path='/data/my (new) store'", 'coder.k=32,64', "prompt='Yes, we'")
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -88,7 +89,8 @@ def quoted(argument: str) -> str:
     key, equals, value = argument.partition("=")
     in_quotes = f"{key}='" + value.replace("'", "\\'") + "'"
     is_text = equals and not argument.startswith("-") and not value.startswith(("[", "{", "'", '"'))
-    for form in (argument, in_quotes) if is_text else ():
+    forms = (in_quotes,) if key == "prompt" else (argument, in_quotes)
+    for form in forms if is_text else ():
         with suppress(HydraException):
             parser.parse_override(form)
             return form

@@ -78,7 +78,7 @@ def test_there_are_commands() -> None:
 def test_commands_compose(command: Command) -> None:
     """Every key, type and preset is known; of a sweep, the first job is taken."""
     words = [quoted(word) for word in command.words if word != "-m"]
-    overrides = [word if "[" in word else word.split(",")[0] for word in words]
+    overrides = [word if "[" in word or "='" in word else word.split(",")[0] for word in words]
     cfg = composed(command.entry, overrides)
     del cfg.hydra
     assert typed(cfg, SCHEMAS[command.entry])

@@ -35,11 +35,11 @@ function draw(tag, attributes, text = "") {
 }
 
 const graph = (() => {
-  const frame = document.getElementById("graph"), ROW = 24, STEP = 11, LEFT = 34, EMPTY = 30;
+  const frame = document.getElementById("graph"), ROW = 24, STEP = 11, AXIS = 34, EMPTY = 30;
   const last = Math.max(...nodes.map(n => n.layer)), cells = new Map(), at = [];
   const order = nodes.map((_, i) => i).sort((a, b) => nodes[a].influence - nodes[b].influence); // most influential first
   const marks = [], lines = draw("g", {});
-  let svg, limit = nodes.length, errors = true;
+  let limit = nodes.length, errors = true;
 
   const included = i => (nodes[i].kind !== "error" || errors) && (rank[i] < limit || ["token", "logit"].includes(nodes[i].kind));
   const rank = [];
@@ -56,22 +56,23 @@ const graph = (() => {
       for (let l = -1; l <= last; l++) most = Math.max(most, cells.get(l + " " + p)?.length ?? 0);
       return Math.max(EMPTY, 8 + STEP * most, Math.min(visible(token).length, 14) * 7.5 + 8);
     });
-    const left = [LEFT];
+    const left = [0];
     width.forEach((w, p) => { left[p + 1] = left[p] + w; });
-    return { left, width, height: ROW * (last + 2) + 34, total: left.at(-1) + 10 };
+    return { left, width, height: ROW * (last + 2) + 12, total: left.at(-1) + 10 };
   }
 
   function render() {
     const { left, width, height, total } = layout(), y = layer => 10 + ROW * (last - layer) + ROW / 2;
-    svg = draw("svg", { width: total, height, role: "img", "aria-label": circuit.prompt });
+    const svg = draw("svg", { width: total, height, role: "img", "aria-label": circuit.prompt });
+    const axis = draw("svg", { class: "axis", width: AXIS, height }), text = draw("svg", { class: "words", width: AXIS + total, height: 24 });
     circuit.tokens.forEach((token, p) => {
       if (p % 2) svg.append(draw("rect", { class: "stripe", x: left[p], y: 0, width: width[p], height }));
-      const text = visible(token);
-      svg.append(draw("text", { class: "word", x: left[p] + 4, y: height - 8 }, text.length > 14 ? text.slice(0, 13) + "…" : text));
+      const shown = visible(token);
+      text.append(draw("text", { class: "word", x: AXIS + left[p] + 4, y: 16 }, shown.length > 14 ? shown.slice(0, 13) + "…" : shown));
     });
     for (let layer = -1; layer <= last; layer++) {
       const name = layer < 0 ? "in" : layer === last ? "out" : String(layer);
-      svg.append(draw("text", { x: 6, y: y(layer) + 4 }, name));
+      axis.append(draw("text", { x: 6, y: y(layer) + 4 }, name));
     }
     lines.replaceChildren();
     svg.append(lines);
@@ -91,7 +92,7 @@ const graph = (() => {
         svg.append(mark);
       });
     }
-    frame.replaceChildren(svg);
+    frame.replaceChildren(axis, svg, text);
     document.getElementById("count").textContent = `${marks.filter(Boolean).length} of ${nodes.length}`;
   }
 
@@ -115,7 +116,7 @@ const graph = (() => {
 
   function show(i) { // bring a node into view
     if (!at[i] || !marks[i]) return;
-    const [x, y] = at[i];
+    const [x, y] = [at[i][0] + AXIS, at[i][1]];
     if (x < frame.scrollLeft + 40 || x > frame.scrollLeft + frame.clientWidth - 40) frame.scrollLeft = x - frame.clientWidth / 2;
     if (y < frame.scrollTop + 30 || y > frame.scrollTop + frame.clientHeight - 30) frame.scrollTop = y - frame.clientHeight / 2;
   }

@@ -47,10 +47,10 @@ const own = (() => {
     rows.forEach((row, r) => row.forEach((box, n) => { box.x = n * (W + 20) + (width - row.length * (W + 20)) / 2; box.y = r * (H + GAP) + 4; }));
     for (const a of list) for (const b of list) {
       const share = a === b ? 0 : between(a, b);
-      if (Math.abs(share) < 0.01) continue;
+      if (Math.abs(share) < 0.001) continue;
       const [x0, y0, x1, y1] = [a.x + W / 2, a.y, b.x + W / 2, b.y + H];
       svg.append(draw("path", { class: share < 0 ? "edge minus" : "edge", d: `M${x0} ${y0}C${x0} ${y0 - 20} ${x1} ${y1 + 20} ${x1} ${y1}`, "stroke-width": 1 + 5 * Math.abs(share) }));
-      svg.append(draw("text", { x: (x0 + x1) / 2 + 4, y: (y0 + y1) / 2 }, `${Math.round(100 * share)} %`));
+      svg.append(draw("text", { x: (x0 + x1) / 2 + 4, y: (y0 + y1) / 2 }, `${(100 * share).toPrecision(2)} %`));
     }
     for (const box of list) {
       const g = draw("g", { class: box.group ? "box group" : "box" }), text = visible(box.name);

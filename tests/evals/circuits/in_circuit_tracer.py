@@ -1,13 +1,14 @@
 """circuit-tracer's own attribution of a case of test_circuit_tracer.py, in an environment that has it:
 
-    python in_circuit_tracer.py FOLDER
+    python in_circuit_tracer.py FOLDER [LATENTS]
 
 FOLDER/model is a transformers model with its tokenizer, FOLDER/coders transcoders, FOLDER/ids.json the prompt's tokens.
-Writes FOLDER/theirs.npz.
+Writes FOLDER/theirs.npz, and says how long the attribution took; LATENTS: to follow at most.
 """
 
 import json
 import sys
+import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -42,9 +43,13 @@ with patch("transformer_lens.loading_from_pretrained.get_official_model_name", s
         hf_model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
     )
 ids = torch.tensor(json.loads((folder / "ids.json").read_text()))
-graph = attribute(ids, model, max_n_logits=10, desired_logit_prob=0.95, batch_size=64)
+most = int(sys.argv[2]) if len(sys.argv) > 2 else None
+begun = time.perf_counter()
+graph = attribute(ids, model, max_n_logits=10, desired_logit_prob=0.95, batch_size=64, max_feature_nodes=most)
+print(f"attribution took {time.perf_counter() - begun:.3f} s")
 assert graph.input_tokens.tolist() == ids.tolist()
-Model.model_validate_json((folder / "graph.json").read_text())  # raises for a field of another type
+if (folder / "graph.json").exists():
+    Model.model_validate_json((folder / "graph.json").read_text())  # raises for a field of another type
 pruned = prune_graph(graph, 0.8, 0.98)
 np.savez(
     folder / "theirs.npz",

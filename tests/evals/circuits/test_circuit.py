@@ -1,6 +1,7 @@
 """`python evals/circuit.py`: files, bad input, ablations, what recurs, and the page in a browser."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,7 @@ def test_bad_input(coders: Path, store: ActivationStore, tmp_path: Path) -> None
         return done.stderr
 
     assert "set either prompt='TEXT' or prompts=FILE" in fails()
+    assert "is a sweep" not in fails("prompt=Yes, we can, and", "contexts=-1")
     partial = tmp_path / "partial"
     partial.mkdir()
     for name in ("layers.0.mlp", "layers.2.mlp"):
@@ -196,6 +198,16 @@ def test_bad_input(coders: Path, store: ActivationStore, tmp_path: Path) -> None
     found = json.loads((folder / "circuit.json").read_text())
     assert found["layers"][1]["run"] is None
     assert [n["probability"] is not None for n in found["nodes"] if n["kind"] == "logit"] == [True]
+
+
+def test_the_page_s_python_runs(coders: Path, store: ActivationStore) -> None:
+    (block,) = re.findall(r"```python\n(.+?)```", (REPO / "docs" / "circuits.md").read_text(), re.S)
+    for there, here in (("stores/all.zarr", store.path), ("runs/set", coders), ("s.7.", "s.1."), ("4282", "5")):
+        assert there in block
+        block = block.replace(there, str(here))
+    names: dict[str, Any] = {}
+    exec(block.replace("position=13", "position=3"), names)
+    assert names["logits"].shape[-1] == 400
 
 
 def test_contexts_are_those_of_the_index(coders: Path, traced: Path) -> None:
