@@ -175,6 +175,20 @@ def test_a_real_judge_explains_and_is_found_too_weak(folder: Path, judge: str) -
         assert json.loads((run / "interpretation" / "summary.json").read_text())["use"]["requests"] == 0
 
 
+def test_a_circuit_of_the_real_model(folder: Path) -> None:
+    """With a coder in one of 30 layers, the others' MLPs as they are."""
+    (folder / "set").mkdir()
+    (folder / "set" / HOOKPOINT).symlink_to(folder / "runs" / "sweep" / "2")
+    said = command(
+        "evals/circuit.py", "run=set", "keep_missing=true", "prompt=The capital of France is", "out=circuit", cwd=folder
+    )
+    assert "nodes" in said and (folder / "circuit" / "index.html").exists()
+    found = json.loads((folder / "circuit" / "circuit.json").read_text())
+    assert found["departure"] < 1e-5 and len(found["layers"]) == 30 and found["visited"] == found["active"] > 50
+    form = json.loads((folder / "circuit" / "circuit_tracer.json").read_text())
+    assert any(node["clerp"].startswith('Output " Paris"') for node in form["nodes"])
+
+
 def test_every_evaluation_on_real_texts(folder: Path) -> None:
     """Small numbers of each; what they must be is only what a trained model on real text cannot miss."""
     run = folder / "runs" / "sweep" / "2"
