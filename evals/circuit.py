@@ -1,8 +1,11 @@
 """From a prompt to its circuit: `python evals/circuit.py run=SET prompt='The capital of France is'`."""
 
+import hashlib
 import json
 import re
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,22 +35,27 @@ def circuit(cfg: CircuitConfig) -> list[Path]:
 
     prompts = prompts_of(cfg)
     tracer = Tracer(cfg)
-    out = Path(cfg.out) if cfg.out else Path(cfg.run) / "circuits" / slug(cfg.prompt or Path(cfg.prompts or "").stem)
+    default = f"{slug(cfg.prompt or Path(cfg.prompts or '').stem)}-{fingerprint(cfg)}"
+    out = Path(cfg.out) if cfg.out else Path(cfg.run) / "circuits" / default
     out.mkdir(parents=True, exist_ok=True)
     refuse_unwritable(out)
     ids = [tracer.ids(prompt) for prompt in prompts]  # UserError before anything is computed
     tracer.targets()
+    folders = [out] if cfg.prompt is not None else [out / str(i) for i in range(len(prompts))]
+    for stale in out.iterdir():  # of an earlier, longer file of prompts
+        if stale.name.isdigit() and stale not in folders and (stale / "circuit.json").is_file():
+            shutil.rmtree(stale)
     circuits = []
     with progress("tracing", len(prompts), "prompts") as advance:
-        for prompt, one in zip(prompts, ids, strict=True):
+        for prompt, one, folder in zip(prompts, ids, folders, strict=True):
             circuits.append(tracer.trace(prompt, tracer.replacement(one)))
+            folder.mkdir(exist_ok=True)
+            write_atomically(folder / "circuit.json", json.dumps(circuits[-1]).encode())
             advance(1)
     store_tokens = tracer.store.rows * tracer.store.context
     with progress("contexts", len(tracer.runs) * store_tokens * bool(cfg.contexts)) as advance:
         latents = contexts.shown_latents(tracer, circuits, cfg.contexts, advance)
-    folders = [out] if cfg.prompt is not None else [out / str(i) for i in range(len(prompts))]
     for found, folder in zip(circuits, folders, strict=True):
-        folder.mkdir(exist_ok=True)
         vocabulary = {t: tracer.text(t) for node in found["nodes"] if (t := node["token"]) is not None}
         labels = {
             node["id"]: contexts.label(latents[f"{node['layer']}_{node['latent']}"], tracer.text)
@@ -55,7 +63,6 @@ def circuit(cfg: CircuitConfig) -> list[Path]:
             if node["kind"] == "latent"
         }
         form = circuit_tracer_form(found, slug(found["prompt"]), cfg.scan or tracer.name, vocabulary, labels)
-        write_atomically(folder / "circuit.json", json.dumps(found).encode())
         write_atomically(folder / "circuit_tracer.json", json.dumps(form).encode())
         write_page(folder / "index.html", found, latents, contexts.pages_of(tracer, folder), tracer.text)
         _say(folder / "index.html", found)
@@ -69,12 +76,26 @@ def _say(page: Path, found: "Circuit") -> None:
     print(
         f"{page}: {len(found['nodes']):,} nodes, {len(found['edges']):,} edges of {found['active']:,} active latents; "
         f"replacement score {found['replacement']:.2f}, completeness {found['completeness']:.2f}"
+        + (
+            f"; MLPs as they are at {len(found['left_out'])} of {len(found['ids'])} positions"
+            if found["left_out"]
+            else ""
+        )
     )
     for where in ("real", "replacement") if "verified" in found else ():
         fit = found["verified"][where]
+        if fit["correlation"] is None:
+            print(f"  ablations in the {where} model: too few latents, or no change")
+            continue
         low, high = fit["correlation_ci"]
         correlation = f"{fit['correlation']:.2f} [{low:.2f}, {high:.2f}]"
         print(f"  ablations in the {where} model: correlation with what the graph predicts {correlation}")
+
+
+def fingerprint(cfg: CircuitConfig) -> str:
+    """Six signs that differ between settings that give different graphs."""
+    kept = replace(cfg, out=None, device=None, batch=1, contexts=0, verify=0, scan=None)
+    return hashlib.sha256(repr(kept).encode()).hexdigest()[:6]
 
 
 def slug(text: str) -> str:

@@ -162,7 +162,9 @@ class EvaluateConfig:
         if (self.run is None) == (self.runs is None):
             raise UserError("set either run=DIR or runs='GLOB'")
         if self.out is not None and self.runs is None:
-            raise UserError("out=FILE goes with runs='GLOB'; a single run's result is written into its directory")
+            raise UserError(
+                "out=FILE goes with runs='GLOB' (of a set: runs='DIR/*'); a run's result is written into its directory"
+            )
         if self.out is not None and not self.out.endswith(".json"):
             raise UserError(f"out={self.out}: name a file that ends in .json")
         if (self.controls or self.together) and self.out is None:

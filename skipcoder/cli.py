@@ -88,8 +88,10 @@ def quoted(argument: str) -> str:
     parser = OverridesParser.create()
     key, equals, value = argument.partition("=")
     in_quotes = f"{key}='" + value.replace("'", "\\'") + "'"
-    is_text = equals and not argument.startswith("-") and not value.startswith(("[", "{", "'", '"'))
-    forms = (in_quotes,) if key == "prompt" else (argument, in_quotes)
+    is_text = bool(equals) and not argument.startswith("-") and not value.startswith(("[", "{", "'", '"'))
+    forms = [argument, in_quotes]
+    if key == "prompt" and not (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+        forms, is_text = [in_quotes], True
     for form in forms if is_text else ():
         with suppress(HydraException):
             parser.parse_override(form)

@@ -51,7 +51,11 @@ def train_set(
 ) -> SparseCoderSet:
     """Train one coder for each hookpoint of the store that the glob matches, in folder/HOOKPOINT; otherwise as
     `train`."""
-    _run(spread(_job(store, coder, Path(folder), settings | {"hookpoint": hookpoints})))
+    job = _job(store, coder, Path(folder), settings | {"hookpoint": hookpoints})
+    jobs = spread(job)
+    _run(
+        jobs if jobs != [job] else [_job(store, coder, Path(folder, hookpoints), settings | {"hookpoint": hookpoints})]
+    )
     return SparseCoderSet.load(folder)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from skipcoder.errors import UserError
-from skipcoder.evals.circuits.influence import partial_influence
+from skipcoder.evals.circuits.influence import normalised, partial_influence
 from skipcoder.evals.circuits.replacement import Replacement
 
 ROUNDS = 8
@@ -83,8 +83,8 @@ class Attribution:
 class Attributor:
     """Computes rows of edges for a prompt."""
 
-    def __init__(self, replacement: Replacement, batch: int) -> None:
-        self.replacement, self.batch = replacement, batch
+    def __init__(self, replacement: Replacement) -> None:
+        self.replacement = replacement
         self.latents = Latents(replacement)
         self.embedding = replacement.embedding_TD.clone().requires_grad_()
         self.writes = [z.clone().requires_grad_() for z in replacement.writes]
@@ -153,24 +153,25 @@ def attribute(
     targets: Tensor | None = None,
     max_logits: int = 10,
     probability: float = 0.95,
-    max_latents: int = 4096,
-    batch: int = 64,
+    max_latents: int = 8192,
+    batch: int = 32,
     advance: Callable[[int], object] = lambda latents: None,
 ) -> Attribution:
     """Edges into the likeliest next tokens (at most `max_logits`, until they hold `probability`) or the `targets`
     (tokens), and into active latents: all or, if there are more than `max_latents`, those with the most influence on
     the logits through the targets visited so far. `advance` is told of latents visited."""
-    at = Attributor(replacement, batch)
-    probabilities = replacement.logits_TV[-1].double().softmax(-1)
+    at = Attributor(replacement)
+    probabilities = replacement.logits_V.double().softmax(-1)
     logits = _likeliest(probabilities, max_logits, probability) if targets is None else targets.to(probabilities.device)
     count = min(max_latents, len(at.latents))
     columns = len(at.latents) + replacement.embedding_TD.shape[0] * (len(replacement.layers) + 1)
-    edges_RC = _room(len(logits) + count, columns, replacement.embedding_TD.dtype)
-    edges_RC[: len(logits)], constants = at.logit_rows(logits)
-    values_V = replacement.logits_TV[-1]
-    all_constants = [constants.cpu()]
+    edges_RC = _room(len(logits) + count, columns, len(at.latents), replacement.embedding_TD.dtype)
+    all_constants = []
+    for rows in torch.arange(len(logits)).split(batch):
+        edges_RC[rows], constants = (z.cpu() for z in at.logit_rows(logits[rows]))
+        all_constants.append(constants)
     visited = torch.empty(0, dtype=torch.long)
-    weights = probabilities[logits].cpu().to(edges_RC.dtype)
+    weights = normalised(probabilities[logits]).cpu().to(edges_RC.dtype)
     everything = count == len(at.latents)
     while len(visited) < count:
         done = len(logits) + len(visited)
@@ -181,13 +182,12 @@ def attribute(
             influence[visited] = -1
             chosen = influence.topk(min(-(-count // ROUNDS), count - len(visited))).indices.sort().values
         for some in chosen.split(batch):
-            rows = slice(done, done + len(some))
-            edges_RC[rows], constants = at.latent_rows(some)
-            all_constants.append(constants.cpu())
+            edges_RC[done : done + len(some)], constants = (z.cpu() for z in at.latent_rows(some))
+            all_constants.append(constants)
             done += len(some)
             advance(len(some))
         visited = torch.cat([visited, chosen])
-    logit_values = _uncapped(replacement, at)[logits].cpu() if len(logits) else values_V[:0].cpu()
+    logit_values = _uncapped(replacement, at)[logits].cpu()
     return Attribution(
         latents=at.latents,
         layers=len(replacement.layers),
@@ -202,7 +202,7 @@ def attribute(
 
 
 def _likeliest(probabilities_V: Tensor, most: int, share: float) -> Tensor:
-    values, tokens = probabilities_V.topk(most)
+    values, tokens = probabilities_V.topk(min(most, len(probabilities_V)))
     return tokens[: int((values.cumsum(0) < share).sum()) + 1][:most]
 
 
@@ -215,11 +215,12 @@ def _uncapped(replacement: Replacement, at: Attributor) -> Tensor:
     return logits - logits.mean()
 
 
-def _room(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def _room(rows: int, columns: int, latents: int, dtype: torch.dtype) -> Tensor:
     import psutil
 
-    needed = rows * columns * dtype.itemsize
-    if needed > 0.5 * psutil.virtual_memory().available:
+    nodes = rows + columns - latents  # of the graph that is pruned, of which there are some copies
+    needed = (rows * columns + 5 * nodes**2) * dtype.itemsize
+    if needed > 0.8 * psutil.virtual_memory().available:
         raise UserError(
             f"{rows:,} targets and {columns:,} sources need {needed / 2**30:.1f} GiB: lower max_latents or shorten the "
             "prompt"

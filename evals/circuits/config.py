@@ -13,7 +13,7 @@ class CircuitConfig:
     run: str = "???"
     """Folder of a set of coders: one run for each layer."""
     prompt: str | None = None
-    """The text; what comes next is explained."""
+    """The text; what comes next is explained. One that holds `${` goes into a file (prompts)."""
     prompts: str | None = None
     """A file with one prompt in each line: a graph for each, and what recurs."""
     out: str | None = None

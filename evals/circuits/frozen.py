@@ -36,14 +36,18 @@ class Frozen:
         """While active, forward passes take patterns and factors from here; the first one puts them here."""
         _register()
         with ExitStack() as stack:
-            for config in _configs(self.model):
-                stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
+            configs = _configs(self.model)
+            before = [config._attn_implementation for config in configs]
+            for config, name in reversed(
+                list(zip(configs, before, strict=True))
+            ):  # called last to first: parents first,
+                stack.callback(setattr, config, "_attn_implementation", name)  # which pass theirs on to their parts
+            for config in configs:
                 config._attn_implementation = NAME
             for name, module in self.model.named_modules():
                 if is_norm(module):
-                    forward = self._norm(name, module)
-                    stack.callback(module.__dict__.pop, "forward")
-                    module.__dict__["forward"] = forward
+                    stack.callback(_restore, module, module.__dict__.get("forward"))
+                    module.__dict__["forward"] = self._norm(name, module)
             _active.append(self)
             stack.callback(_active.pop)
             yield
@@ -61,6 +65,13 @@ class Frozen:
             return centred * scale + bias
 
         return forward
+
+
+def _restore(module: nn.Module, forward: Any) -> None:
+    if forward is None:
+        del module.__dict__["forward"]
+    else:
+        module.__dict__["forward"] = forward
 
 
 def is_norm(module: nn.Module) -> bool:

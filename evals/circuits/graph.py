@@ -12,7 +12,7 @@ import torch
 from typing_extensions import TypedDict
 
 from skipcoder.evals.circuits.attribution import Attribution
-from skipcoder.evals.circuits.influence import prune, scores, shares
+from skipcoder.evals.circuits.influence import normalised, prune, scores, shares
 
 FORMAT, VERSION = "skipcoder.circuit", 1
 
@@ -93,7 +93,7 @@ def circuit_of(
     edges_nn[:visited, : len(columns)] = found.edges_RC[logits:, columns]
     edges_nn[len(columns) :, : len(columns)] = found.edges_RC[:logits, columns]
     weights_n = edges_nn.new_zeros(n)
-    weights_n[len(columns) :] = found.probabilities.to(weights_n)
+    weights_n[len(columns) :] = normalised(found.probabilities).to(weights_n)
     place = torch.arange(n)
     tokens_from, logits_from = len(columns) - found.positions, len(columns)
     latents_n = place < visited
@@ -146,7 +146,7 @@ def _node(
         row = i - visited - errors - found.positions
         node["kind"], node["layer"], node["position"] = "logit", layers[-1]["number"] + 1, found.positions - 1
         node["token"], node["probability"] = int(found.logits[row]), _digits(found.probabilities[row])
-        node["id"] = f"{node['layer']}_{node['token']}_{node['position']}"
+        node["id"] = f"{node['layer'] + 1}_{node['token']}_{node['position']}"  # as circuit-tracer numbers logits
     if row is not None:
         node["value"], node["constant"] = _digits(found.values_R[row]), _digits(found.constants_R[row])
     return node
@@ -157,26 +157,25 @@ def circuit_tracer_form(
 ) -> dict[str, Any]:
     """The same as graph JSON of circuit-tracer and Neuronpedia. `scan`: the model's name there; `vocabulary`: texts of
     tokens; `labels`: explanations by node id."""
-    last = str(len(circuit["layers"]) + 1)  # as circuit-tracer numbers logits
     likeliest = max((node["probability"] or 0 for node in circuit["nodes"]), default=0)
     nodes = []
     for node in circuit["nodes"]:
         position, kind, text = node["position"], node["kind"], circuit["tokens"][node["position"]]
-        name, layer, feature = node["id"], str(node["layer"]), -1
+        layer, feature = str(node["layer"]), -1
         if kind == "latent":
             feature = cantor(node["layer"], int(node["latent"] or 0))
-            js, what, clerp = f"{layer}_{node['latent']}-0", "cross layer transcoder", labels.get(name, "")
+            js, what, clerp = f"{layer}_{node['latent']}-0", "cross layer transcoder", labels.get(node["id"], "")
         elif kind == "error":
             js, what, clerp = f"{layer}_{position}-0", "mlp reconstruction error", f"Err: mlp {text!r}"
         elif kind == "token":
             layer, feature = "E", position
             js, what, clerp = f"E_{node['token']}-{position}", "embedding", f'Emb: "{text}"'
         else:
-            layer, feature = last, int(node["token"] or 0)
-            name, js, what = f"{last}_{feature}_{position}", f"L_{feature}-{position}", "logit"
+            layer, feature = str(node["layer"] + 1), int(node["token"] or 0)
+            js, what = f"L_{feature}-{position}", "logit"
             clerp = f'Output "{vocabulary[feature]}" (p={node["probability"]:.3f})'
         nodes.append({
-            "node_id": name, "feature": feature, "layer": layer, "ctx_idx": position, "feature_type": what,
+            "node_id": node["id"], "feature": feature, "layer": layer, "ctx_idx": position, "feature_type": what,
             "token_prob": node["probability"] or 0.0, "run_idx": 0, "reverse_ctx_idx": 0, "jsNodeId": js,
             "is_target_logit": kind == "logit" and node["probability"] == likeliest, "clerp": clerp,
             "influence": None if kind == "logit" else node["influence"],
@@ -186,7 +185,7 @@ def circuit_tracer_form(
     node_threshold, edge_threshold = circuit["thresholds"]
     return {
         "metadata": {
-            "slug": slug, "scan": scan, "transcoder_list": [layer["run"] or "" for layer in circuit["layers"]],
+            "slug": slug, "scan": scan, "transcoder_list": [layer["hookpoint"] for layer in circuit["layers"]],
             "prompt_tokens": circuit["tokens"], "prompt": circuit["prompt"], "node_threshold": node_threshold,
             "schema_version": 1, "info": {"generator": {"name": "skipcoder"}},
             "pruning_settings": {"node_threshold": node_threshold, "edge_threshold": edge_threshold},

@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_ROWS = 256
+"""Rows of which a copy is made at a time: all of them can fill half of the memory."""
+
 
 class Pruned(NamedTuple):
     """What is left of a graph, and how well it stands for the whole."""
@@ -30,6 +33,11 @@ class Scores(NamedTuple):
     """Influence of tokens / influence of tokens and errors."""
     completeness: float
     """Mean share of a node's input that comes from latents and tokens, weighted by influence."""
+
+
+def normalised(probabilities: Tensor) -> Tensor:
+    """Weights of the logits: their probabilities over the sum of them, which can be tiny."""
+    return probabilities / probabilities.sum()
 
 
 def shares(edges: Tensor) -> Tensor:
@@ -52,11 +60,12 @@ def influence(N_nn: Tensor, weights_n: Tensor) -> Tensor:
 def partial_influence(edges_RC: Tensor, visited: Tensor, weights: Tensor) -> Tensor:
     """[C] influence of sources through the targets so far: rows of logits with these weights, then of latents
     `visited`, whose number is that of their column."""
-    N_RC = shares(edges_RC)
+    size_R = torch.cat([some.abs().sum(1) for some in edges_RC.split(_ROWS)]).clamp_min(1e-10)
     now = torch.cat([weights, weights.new_zeros(len(visited))])
     total = edges_RC.new_zeros(edges_RC.shape[1])
     while now.any():
-        reached = now @ N_RC
+        parts = zip((now / size_R).split(_ROWS), edges_RC.split(_ROWS), strict=True)
+        reached = sum((share @ some.abs() for share, some in parts), torch.zeros_like(total))
         total += reached
         now = torch.cat([torch.zeros_like(weights), reached[visited]])
     return total
@@ -104,11 +113,12 @@ def prune(
 
 def _most(scores: Tensor, share: float) -> Tensor:
     """bool: the largest scores that together hold a share of the sum."""
-    order = scores.argsort(descending=True)
-    before = scores[order].cumsum(0) - scores[order]
+    (place,) = scores.nonzero(as_tuple=True)
+    some, order = scores[place].sort(descending=True)
+    before = some.cumsum(0) - some
     kept = torch.zeros_like(scores, dtype=torch.bool)
-    kept[order[before < share * scores.sum()]] = True
-    return kept & (scores > 0)
+    kept[place[order[before < share * some.sum()]]] = True
+    return kept
 
 
 def total_effects(edges_LC: Tensor, edges_RC: Tensor, visited: Tensor, activation_R: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from scipy.stats import pearsonr
 from torch import Tensor
 
 from skipcoder.evals.circuits.attribution import Attribution
-from skipcoder.evals.circuits.influence import partial_influence, total_effects
+from skipcoder.evals.circuits.influence import normalised, partial_influence, total_effects
 from skipcoder.evals.circuits.replacement import Layer, Replacement
 from skipcoder.pipeline.model.sites import replacing
 
@@ -35,16 +35,20 @@ class Ablation(NamedTuple):
 
 
 @torch.no_grad()
-def logit_changes(replacement: Replacement, ablations: Sequence[Ablation], real: bool, batch: int = 16) -> Tensor:
-    """[n, V] changes of the last position's logits, less their mean, when each latent is switched off in the model
-    itself (`real`) or in the replacement model."""
-    plain = _logits(replacement, [None], real)
-    found = [_logits(replacement, ablations[i : i + batch], real) - plain for i in range(0, len(ablations), batch)]
+def logit_changes(
+    replacement: Replacement, ablations: Sequence[Ablation], tokens: Tensor, real: bool, batch: int = 16
+) -> Tensor:
+    """[n, L] changes of these tokens' logits at the last position, less the mean logit, when each latent is switched
+    off in the model itself (`real`) or in the replacement model."""
+    plain = _logits(replacement, [None], tokens, real)
+    found = [
+        _logits(replacement, ablations[i : i + batch], tokens, real) - plain for i in range(0, len(ablations), batch)
+    ]
     return torch.cat(found)
 
 
-def _logits(replacement: Replacement, ablations: Sequence[Ablation | None], real: bool) -> Tensor:
-    """[B, V] with one ablation in each row."""
+def _logits(replacement: Replacement, ablations: Sequence[Ablation | None], tokens: Tensor, real: bool) -> Tensor:
+    """[B, L] with one ablation in each row."""
     ids = replacement.ids_T.expand(len(ablations), -1)
     left_out = replacement.left_out_T.expand(len(ablations), -1)
 
@@ -95,17 +99,19 @@ def _logits(replacement: Replacement, ablations: Sequence[Ablation | None], real
                         adds=True,
                     )
                 )
-        logits: Tensor = replacement.model(ids, use_cache=False).logits[:, -1]
-    return logits - logits.mean(-1, keepdim=True)
+        logits = replacement.last_logits(ids)
+    return logits[:, tokens] - logits.mean(-1, keepdim=True)
 
 
-def verify(replacement: Replacement, found: Attribution, count: int, seed: int = 0) -> dict[str, Any]:
+def verify(replacement: Replacement, found: Attribution, count: int, seed: int = 0, batch: int = 16) -> dict[str, Any]:
     """Ablate the `count` most influential latents and as many random ones of like activation. Returns, for the model
     (`real`) and the replacement model, the correlation of predicted and measured changes of the explained logits'
-    mean, weighted by probability, with its 95 % interval; and the mean size of the changes."""
+    mean, weighted by probability, with its 95 % interval; and the mean size of the changes. Latents of one prompt are
+    not independent, and the interval is as if they were. Logits are measured as the model gives them, capped if it
+    caps them."""
     logits, rows = len(found.logits), found.edges_RC
-    weights = found.probabilities.to(rows.dtype)
-    order = partial_influence(rows, found.visited, weights)[found.visited].argsort(descending=True)
+    share = normalised(found.probabilities).to(rows.dtype)
+    order = partial_influence(rows, found.visited, share)[found.visited].argsort(descending=True)
     top = order[:count]
     others = order[count:]
     activation = found.values_R[logits:]
@@ -118,7 +124,6 @@ def verify(replacement: Replacement, found: Attribution, count: int, seed: int =
             drawn.append(int(rng.choice(near.numpy())))
     chosen = found.visited[torch.tensor([*top.tolist(), *drawn], dtype=torch.long)]
     total_LC = total_effects(rows[:logits], rows[logits:], found.visited, activation)
-    share = weights / weights.sum()
     predicted = -(share @ total_LC)[chosen].double().numpy()
     latents = found.latents
     ablations = [
@@ -127,14 +132,21 @@ def verify(replacement: Replacement, found: Attribution, count: int, seed: int =
     ]
     result: dict[str, Any] = {"influential": len(top), "random": len(drawn), "seed": seed}
     for name, real in (("real", True), ("replacement", False)):
-        changes = logit_changes(replacement, ablations, real)[:, found.logits.to(replacement.ids_T.device)].cpu()
-        measured = (changes.to(share.dtype) @ share).double().numpy()
-        fit: Any = pearsonr(predicted, measured)
-        low, high = fit.confidence_interval()
-        result[name] = {
-            "correlation": float(fit.statistic),
-            "correlation_ci": [float(low), float(high)],
-            "change_influential": float(np.abs(measured[: len(top)]).mean()),
+        measured = np.zeros(0)
+        if ablations:
+            changes = logit_changes(replacement, ablations, found.logits.to(replacement.ids_T.device), real, batch)
+            measured = (changes.cpu().to(share.dtype) @ share).double().numpy()
+        result[name] = _correlation(predicted, measured) | {
+            "change_influential": float(np.abs(measured[: len(top)]).mean()) if len(top) else None,
             "change_random": float(np.abs(measured[len(top) :]).mean()) if drawn else None,
         }
     return result
+
+
+def _correlation(predicted: np.ndarray, measured: np.ndarray) -> dict[str, Any]:
+    """Pearson's, with Fisher's 95 % interval; None where there are too few latents, or nothing changes."""
+    if len(predicted) < 4 or not np.ptp(predicted) or not np.ptp(measured):
+        return {"correlation": None, "correlation_ci": None}
+    fit: Any = pearsonr(predicted, measured)
+    low, high = fit.confidence_interval()
+    return {"correlation": float(fit.statistic), "correlation_ci": [float(low), float(high)]}

@@ -111,7 +111,7 @@ class Replacement:
             embedded: list[Tensor] = []
             stack.callback(self.embed.register_forward_hook(lambda m, a, out: embedded.append(out[0])).remove)
             stack.enter_context(self.frozen.held())
-            self.logits_TV: Tensor = self.model(self.ids_T[None], use_cache=False).logits[0]
+            self.logits_V: Tensor = self.last_logits(self.ids_T[None])[0]
         self.embedding_TD = embedded[0]
         kept_T1 = ~self.left_out_T[:, None]
         self.values: list[Tensor] = []
@@ -132,8 +132,10 @@ class Replacement:
             else:
                 if x_TD.shape[1] != coder.d_in or y_TE.shape[1] != coder.d_out:
                     raise UserError(f"the coder of {layer.hookpoint} is of another model: its widths differ")
-                values, indices = coder.encode(x_TD.to(coder.W_enc.dtype)).padded()
-                values = values.to(x_TD.dtype) * kept_T1
+                found, chosen = coder.encode(x_TD[~self.left_out_T].to(coder.W_enc.dtype)).padded()
+                values = x_TD.new_zeros(len(x_TD), found.shape[1])
+                indices = self.ids_T.new_zeros(values.shape)
+                values[~self.left_out_T], indices[~self.left_out_T] = found.to(x_TD.dtype), chosen
                 vectors = values[:, :, None] * coder.W_dec[indices].to(x_TD.dtype)
                 bias_TE = coder.b_dec.to(x_TD.dtype).expand_as(y_TE)
                 affine_TE = bias_TE + self._skip(layer, x_TD)
@@ -154,6 +156,15 @@ class Replacement:
         """[T, E] of each layer: all that is written but the skip."""
         parts = zip(self.constants, self.vectors, self.errors, strict=True)
         return [constant + vectors.sum(1) + error for constant, vectors, error in parts]
+
+    def last_logits(self, ids_BT: Tensor) -> Tensor:
+        """[B, V] the model's logits at the last position, and no others: a vocabulary for every token is large."""
+        handle = self.head.register_forward_pre_hook(lambda m, args: (args[0][:, -1:],))
+        try:
+            logits: Tensor = self.model(ids_BT, use_cache=False).logits
+        finally:
+            handle.remove()
+        return logits[:, -1]
 
     @property
     def active(self) -> int:
@@ -182,7 +193,7 @@ class Replacement:
             stack.callback(self.embed.register_forward_hook(lambda m, a, out: embedding[None]).remove)
             stack.callback(self.head.register_forward_pre_hook(lambda m, a: final.append(a[0][0])).remove)
             stack.enter_context(self.frozen.held())
-            self.model(self.ids_T[None], use_cache=False)
+            self.last_logits(self.ids_T[None])
         return Linear(reads, final[0])
 
     @torch.no_grad()

@@ -84,12 +84,17 @@ class Tracer:
                 raise UserError(
                     f"targets: {text!r} is {len(ids)} tokens ({parts}), not one; a space before it may be missing"
                 )
-        return torch.tensor([ids[0] for ids in found])
+        return torch.tensor(list(dict.fromkeys(ids[0] for ids in found)))
 
     def replacement(self, ids: Tensor) -> Replacement:
         """The replacement model on these tokens."""
         special = self.store.attrs["special_tokens"]
         kept = self.filter.keep(np.arange(len(ids)), ids.cpu().numpy(), len(ids), special)
+        if not kept.any():
+            raise UserError(
+                f"all {len(ids)} tokens of the prompt are at positions that the coders' training left out; "
+                "first_positions=1 leaves out one"
+            )
         return Replacement(self.model, self.layers, ids, torch.from_numpy(~kept).to(self.device))
 
     def trace(self, prompt: str, replacement: Replacement) -> Circuit:
@@ -118,7 +123,7 @@ class Tracer:
             edge_threshold=cfg.edge_threshold,
         )
         if cfg.verify:
-            circuit["verified"] = verify(replacement, found, cfg.verify)
+            circuit["verified"] = verify(replacement, found, cfg.verify, batch=cfg.batch)
         return circuit
 
     def text(self, token: int) -> str:

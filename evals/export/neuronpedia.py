@@ -69,10 +69,11 @@ def export(
             words[token] = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
         return words[token]
 
+    unembed_VE = unembedding(model, coder.d_out)
     for number, start in enumerate(range(0, len(alive), BATCH)):
         latents = alive[start : start + BATCH].tolist()
         features, activations, bodies = [], [], []
-        for latent, logits in zip(latents, _logits(model, coder.W_dec[torch.tensor(latents)]), strict=True):
+        for latent, logits in zip(latents, _logits(unembed_VE, coder.W_dec[torch.tensor(latents)]), strict=True):
             firing = index.of(latent)
             top, spread = maker.shown(latent, firing, TOP, PARTS)
             rows = [
@@ -124,9 +125,8 @@ def _feature(
 
 
 @torch.no_grad()
-def _logits(model: Any, rows_NE: torch.Tensor) -> Iterable[dict[str, Any]]:
+def _logits(unembed_VE: torch.Tensor | None, rows_NE: torch.Tensor) -> Iterable[dict[str, Any]]:
     """Of each decoder row: the tokens it raises and lowers most, and the histogram of what it adds to all logits."""
-    unembed_VE = unembedding(model, rows_NE.shape[1])
     if unembed_VE is None:
         empty: dict[str, list[Any]] = {key: [] for key in ("pos_tokens", "pos_values", "neg_tokens", "neg_values")}
         yield from ({**empty, "heights": [], "centres": []} for _ in rows_NE)

@@ -113,7 +113,7 @@ def unembedding(model: nn.Module | None, width: int) -> Tensor | None:
     head = None if model is None else model.get_output_embeddings()  # type: ignore[operator]
     if head is None or head.weight.shape[1] != width:
         return None
-    result: Tensor = head.weight.float() * _final_gain(model, width)
+    result: Tensor = head.weight.float() * _final_gain(model, width).to(head.weight.device)
     return result
 
 

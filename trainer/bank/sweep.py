@@ -67,7 +67,8 @@ def spread(job: Job) -> list[Job]:
 
 def run_sweep(jobs: Sequence[Job], settings: Settings) -> list[Outcome]:
     """Train all jobs; return their outcomes in the same order."""
-    several = torch.cuda.device_count() > 1 or settings.address is not None
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # torchrun's processes share each coder
+    several = (alone and torch.cuda.device_count() > 1) or settings.address is not None
     refuse_shared_directories(jobs)
     if settings.address is not None and settings.memory_gib is None:
         raise UserError("hydra.launcher.address needs hydra.launcher.memory_gib: the memory of one of its devices")

@@ -59,6 +59,8 @@ def coder_folders(folder: Path) -> list[Path]:
     """Return the subfolders of a folder that hold a coder, in natural order; UserError if it is none or has none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such directory")
+    if any((folder / name).is_file() for name in (TENSORS, f"{FOLDER}/{TENSORS}")):
+        raise UserError(f"{folder} is one coder, not a set: name the folder that holds the runs of all hookpoints")
     within = natsorted(path for path in folder.iterdir() if path.is_dir())
     found = [path for path in within if (path / TENSORS).is_file() or (path / FOLDER / TENSORS).is_file()]
     if not found:

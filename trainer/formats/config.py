@@ -62,7 +62,8 @@ class ExportConfig:
     positive). exact: with classes that skipcoder registers with SAELens. thresholds: latents fire above thresholds
     instead, each as often as it was chosen; the change is measured and written into the metadata."""
     features: bool = False
-    """circuit_tracer: also write what its viewer shows of each latent, from the store."""
+    """circuit_tracer: also write what its viewer shows of each latent, from the store: where the run's own coder fires,
+    whatever `topk` makes of it."""
     store: StoreRef = field(default_factory=StoreRef)
     """Store of activations to compare outputs on; null: the store that the run was trained on."""
     push: str | None = None

@@ -124,7 +124,7 @@ const graph = (() => {
   function beside(i, step) { // the next node of the same layer
     const row = [...cells.entries()].filter(([key]) => Number(key.split(" ")[0]) === nodes[i].layer)
       .sort((a, b) => Number(a[0].split(" ")[1]) - Number(b[0].split(" ")[1])).flatMap(([, members]) => members);
-    return row[row.indexOf(i) + step];
+    return row.includes(i) ? row[row.indexOf(i) + step] : undefined;
   }
 
   return {

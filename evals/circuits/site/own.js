@@ -4,9 +4,10 @@ const own = (() => {
   const name = `skipcoder circuit ${circuit.model} ${circuit.layers.map(l => l.run).join()} ${circuit.prompt}`;
   const frame = document.getElementById("own"), number = new Map(nodes.map((node, i) => [node.id, i]));
   let state = { pinned: [], groups: [] };
-  try { state = { ...state, ...JSON.parse(localStorage.getItem(name)) }; } catch { /* nothing was kept, or it is damaged */ }
-  state.pinned = state.pinned.filter(id => number.has(id));
-  state.groups = state.groups.map(g => ({ ...g, ids: g.ids.filter(id => number.has(id)) })).filter(g => g.ids.length);
+  try {
+    const { pinned, groups } = JSON.parse(localStorage.getItem(name)), known = ids => ids.filter(id => number.has(id));
+    state = { pinned: known(pinned), groups: groups.map(g => ({ name: String(g.name), ids: known(g.ids) })).filter(g => g.ids.length) };
+  } catch { /* nothing was kept, or it is damaged */ }
 
   function keep() {
     try { localStorage.setItem(name, JSON.stringify(state)); } catch { /* a browser that keeps nothing */ }

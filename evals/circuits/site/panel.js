@@ -9,7 +9,7 @@
   function row(weight, i) {
     const button = make("button", { className: "row" });
     button.append(make("b", { className: weight < 0 ? "minus" : "" }, digits(weight)), make("span", {}, [label(i), where(i)].filter(Boolean).join("  ")));
-    button.onclick = () => choose(i);
+    button.onclick = () => { choose(i); frame.focus({ preventScroll: true }); };
     return button;
   }
   function list(title, edges, nothing) {
@@ -107,7 +107,7 @@
   const likely = nodes.filter(n => n.kind === "logit").sort((a, b) => b.probability - a.probability).slice(0, 5);
   document.title = "Circuit: " + circuit.prompt;
   document.getElementById("title").textContent = circuit.prompt + " …";
-  const verified = circuit.verified ? `; switching latents off in the model changes the logits as predicted with correlation ${circuit.verified.real.correlation.toFixed(2)}` : "";
+  const verified = circuit.verified?.real.correlation != null ? `; switching latents off in the model changes the logits as predicted with correlation ${circuit.verified.real.correlation.toFixed(2)}` : "";
   document.getElementById("facts").textContent = `${circuit.model}; next: ${likely.map(n => `“${word(n.token)}” ${digits(n.probability)}`).join(", ")}. `
     + `${nodes.length} nodes and ${window.skipcoderCircuit.edges} edges of ${circuit.active} active latents; replacement score ${circuit.replacement.toFixed(2)}, completeness ${circuit.completeness.toFixed(2)}${verified}.`;
   graph.render();

@@ -107,28 +107,28 @@ def test_ablations(monkeypatch: pytest.MonkeyPatch) -> None:
         expected = found.values_R[:logits] - responding(list(replacement.writes), without)
         torch.testing.assert_close(total[:, without], expected, rtol=1e-6, atol=1e-9)
 
+    own = replacement.logits_V - replacement.logits_V.mean()
+    every = torch.arange(len(own))
     for real in (True, False):  # with their errors, the coders give the model's own logits
-        plain = interventions._logits(replacement, [None], real)[0]
-        torch.testing.assert_close(
-            plain, replacement.logits_TV[-1] - replacement.logits_TV[-1].mean(), rtol=1e-4, atol=1e-5
-        )
+        plain = interventions._logits(replacement, [None], every, real)[0]
+        torch.testing.assert_close(plain, own, rtol=1e-4, atol=1e-5)
     nothing = Ablation(1, 3, 39, 0.0)  # a latent that is silent there
     assert not bool((replacement.indices[1][3] == 39).any())
-    assert float(logit_changes(replacement, [nothing], real=False).abs().max()) < 1e-9
+    assert float(logit_changes(replacement, [nothing], every, real=False).abs().max()) < 1e-9
     some = [
         Ablation(int(lat.layer[i]), int(lat.position[i]), int(lat.latent[i]), float(lat.activation[i])) for i in (1, 60)
     ]
     for real in (True, False):
-        one_by_one = torch.cat([logit_changes(replacement, [one], real) for one in some])
-        torch.testing.assert_close(logit_changes(replacement, some, real, batch=2), one_by_one)
+        one_by_one = torch.cat([logit_changes(replacement, [one], every, real) for one in some])
+        torch.testing.assert_close(logit_changes(replacement, some, every, real, batch=2), one_by_one)
         assert float(one_by_one.abs().max()) > 1e-3
     coders = {layer.hookpoint: layer.coder for layer in replacement.layers if layer.coder is not None}
     with skipcoder.splice(replacement.model, coders, keep_error=True) as spliced:  # the same by public means
         s, p, i, _ = some[1]
         spliced[f"layers.{s}.mlp"].ablate(i, position=p)
         edited = replacement.model(replacement.ids_T[None]).logits[0, -1]
-    change = (edited - edited.mean()) - (replacement.logits_TV[-1] - replacement.logits_TV[-1].mean())
-    torch.testing.assert_close(logit_changes(replacement, [some[1]], real=True)[0], change, rtol=1e-3, atol=1e-4)
+    change = (edited - edited.mean()) - own
+    torch.testing.assert_close(logit_changes(replacement, [some[1]], every, real=True)[0], change, rtol=1e-3, atol=1e-4)
     fit = verify(replacement, found, 15)
     low, high = fit["replacement"]["correlation_ci"]
     assert low < fit["replacement"]["correlation"] < high and fit["influential"] == fit["random"] == 15
@@ -137,6 +137,8 @@ def test_ablations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(wrong["replacement"]["correlation"]) < fit["replacement"]["correlation"]
     monkeypatch.setattr(interventions, "ALIKE", 1)
     assert verify(replacement, found, 15)["random"] == 15
+    for few in (0, 1):
+        assert verify(replacement, found, few)["real"]["correlation"] is None
 
 
 def _with(found: Any, edges: torch.Tensor) -> Any:
@@ -151,11 +153,14 @@ def test_many_prompts(coders: Path, tmp_path: Path) -> None:
     file.write_text("The stream of chunks is\n\nThe store of tokens is\nThe stream of tokens is\n")
     folders = circuit(CircuitConfig(str(coders), prompts=str(file), out=str(tmp_path / "out"), contexts=0))
     assert folders == [tmp_path / "out" / str(i) for i in range(3)]
+    file.write_text("The stream of chunks is\nThe store of tokens is\n")
+    circuit(CircuitConfig(str(coders), prompts=str(file), out=str(tmp_path / "out"), contexts=0))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0", "1", "recurring.json"]
     found = json.loads((tmp_path / "out" / "recurring.json").read_text())
-    assert found["circuits"] == 3 and found["edges"][0]["circuits"] >= found["edges"][-1]["circuits"] >= 2
+    assert found["circuits"] == 2 and found["edges"][0]["circuits"] >= found["edges"][-1]["circuits"] >= 2
     names = {node["node"] for node in found["nodes"]}
     assert any(name.startswith("token") for name in names) and {e["source"] for e in found["edges"]} <= names
-    circuits = [json.loads((f / "circuit.json").read_text()) for f in folders]
+    circuits = [json.loads((f / "circuit.json").read_text()) for f in folders[:2]]
     again = recurring([circuits[0], circuits[0]])
     assert {n["circuits"] for n in again["nodes"]} == {2}
     into: dict[str, float] = {}
@@ -174,7 +179,8 @@ def test_bad_input(coders: Path, store: ActivationStore, tmp_path: Path) -> None
         return done.stderr
 
     assert "set either prompt='TEXT' or prompts=FILE" in fails()
-    assert "is a sweep" not in fails("prompt=Yes, we can, and", "contexts=-1")
+    for prompt in ("Yes, we can, and", "[INST] go {on", '{"key": 1}', 'it\'s \\ "so"', "12"):  # whatever is in it
+        assert "contexts=-1: must be at least 0" in fails(f"prompt={prompt}", "contexts=-1")
     partial = tmp_path / "partial"
     partial.mkdir()
     for name in ("layers.0.mlp", "layers.2.mlp"):
@@ -188,6 +194,8 @@ def test_bad_input(coders: Path, store: ActivationStore, tmp_path: Path) -> None
     refuses("no such directory", run=str(tmp_path / "absent"))
     refuses("the prompt has 7,50. tokens; between 2 and 2,048", prompt="tokens " * 2500)
     refuses("the prompt has 1 tokens", prompt="")
+    refuses("all 14 tokens of the prompt are at positions that .* left out", first_positions=99)
+    refuses("is one coder, not a set", run=str(coders / "layers.1.mlp"))
     refuses("targets: .* is 2 tokens", targets=["zq"])
     refuses("cannot be read", prompt=None, prompts=str(tmp_path / "absent.txt"))
     (tmp_path / "empty.txt").write_text("\n")

@@ -60,7 +60,12 @@ def test_the_page(traced: Path, browser: Any) -> None:
     with page.expect_download() as download:
         page.locator("#export").click()
     kept = json.loads(Path(download.value.path()).read_text())["qParams"]
+    form = json.loads((traced / "circuit_tracer.json").read_text())
+    assert set(kept["pinnedIds"]) <= {node["node_id"] for node in form["nodes"]}
     assert len(kept["pinnedIds"]) == 2 and kept["supernodes"][0][0] == HOSTILE.strip()[:80]
+    page.evaluate('localStorage.setItem(localStorage.key(0), \'{"pinned":5,"groups":[{}]}\')')
+    page.reload()
+    assert page.locator(".node.pinned").count() == 0 and page.locator("#panel h2").count() == 1
     assert not errors and all(url.startswith(("file:", "blob:")) for url in asked)
     assert page.title().startswith("Circuit: ")
     phone = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")

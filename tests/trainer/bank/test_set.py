@@ -72,6 +72,15 @@ def test_load(trained: SparseCoderSet, tmp_path: Path) -> None:
         SparseCoderSet({**trained, NAMES[0]: other})
 
 
+def test_a_set_of_one(store: ActivationStore, tmp_path: Path) -> None:
+    loop, optim = LoopConfig(tokens=256, batch_tokens=128), OptimConfig(lr=1e-2)
+    coder = CoderConfig(kind="transcoder", k=4, width=64)
+    one = skipcoder.train_set(store, coder, tmp_path / "one", NAMES[1], train=loop, optim=optim)
+    assert list(one) == [NAMES[1]] and one[NAMES[1]].folder == tmp_path / "one" / NAMES[1]
+    with pytest.raises(UserError, match="is one coder, not a set"):
+        SparseCoderSet.load(tmp_path / "one" / NAMES[1])
+
+
 def test_evaluate_a_set(trained: SparseCoderSet) -> None:
     folder = trained[NAMES[0]].folder
     assert folder is not None
