@@ -1,5 +1,6 @@
 """What is found: a planted circuit, the most influential latents, scores."""
 
+import json
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from skipcoder.evals.circuits.influence import partial_influence
 from skipcoder.evals.circuits.replacement import Replacement, layers_of
 from skipcoder.trainer.coder.coder import make_coder
 from skipcoder.trainer.config import CoderConfig
+from tests.conftest import REPO
 from tests.evals.circuits.families import VOCABULARY, D, coders_of, model_of
 from tests.evals.circuits.test_attribution import IDS, T, replacement_of
 
@@ -149,3 +151,20 @@ def circuit(found: Attribution, replacement: Replacement) -> Any:
         found, prompt="", ids=IDS.tolist(), tokens=["w"] * T, left_out=[0], model="", layers=layers,
         node_threshold=0.8, edge_threshold=0.98,
     )  # fmt: skip
+
+
+def test_the_numbers_of_the_page_are_those_measured() -> None:
+    page = (REPO / "docs" / "circuits.md").read_text()
+    facts = json.loads((REPO / "benchmarks" / "circuits-2-cores-2026-11-27.json").read_text())
+    for one in facts["prompts"]:
+        row = f"| `{one['prompt']}` | {one['replacement']:.2f} | {one['completeness']:.2f} "
+        for where in ("real", "replacement"):
+            low, high = one["verified"][where]["correlation_ci"]
+            row += f"| {one['verified'][where]['correlation']:.2f} [{low:.2f}, {high:.2f}] "
+        assert row + "|" in page
+    of_set = facts["set"]
+    assert f"FVU {min(of_set['fvu_by_layer']):.2f}\nto {max(of_set['fvu_by_layer']):.2f}" in page
+    assert f"from {of_set['ce_clean']:.2f} to {of_set['ce_spliced']:.2f} nats" in page
+    assert f"alone it is {of_set['ce_skip_only']:.2f}, with\nno MLPs {of_set['ce_zero']:.2f}" in page
+    assert f"{facts['linear_seconds'] + facts['edges_seconds']:.1f} s, {facts['ratio']:.1f} times as fast" in page
+    assert f"after {facts['page_seconds']:.1f} s" in page
