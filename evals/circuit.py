@@ -29,7 +29,7 @@ def circuit(cfg: CircuitConfig) -> list[Path]:
     """Trace every prompt and write its graph and page; returns their folders."""
     from skipcoder.evals.circuits import contexts
     from skipcoder.evals.circuits.graph import circuit_tracer_form
-    from skipcoder.evals.circuits.page import write_page
+    from skipcoder.evals.circuits.page import write_overview, write_page
     from skipcoder.evals.circuits.recurring import recurring
     from skipcoder.evals.circuits.trace import Tracer, prompts_of
 
@@ -67,8 +67,13 @@ def circuit(cfg: CircuitConfig) -> list[Path]:
         write_page(folder / "index.html", found, latents, contexts.pages_of(tracer, folder), tracer.text)
         _say(folder / "index.html", found)
     if cfg.prompts is not None:
-        write_atomically(out / "recurring.json", json.dumps(recurring(circuits), indent=1).encode())
-        print(f"{out / 'recurring.json'}: what these {len(circuits)} circuits share")
+        shared = recurring(circuits)
+        write_atomically(out / "recurring.json", json.dumps(shared, indent=1).encode())
+        called = {f"latent {key.replace('_', '/')}": contexts.label(one, tracer.text) for key, one in latents.items()}
+        nexts = {node["token"] for one in circuits for node in one["nodes"] if node["kind"] == "logit"}
+        called |= {f"next {token}": repr(tracer.text(token or 0)) for token in nexts}
+        write_overview(out / "index.html", shared, called)
+        print(f"{out / 'index.html'}: what these {len(circuits)} circuits share")
     return folders
 
 

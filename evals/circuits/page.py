@@ -1,14 +1,19 @@
-"""A circuit's page: one file that opens from disk and asks for nothing else."""
+"""A circuit's page, and an overview of several: files that open from disk and ask for nothing else."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
+from html import escape
 from pathlib import Path
+from typing import Any
 
 from skipcoder.evals.circuits.contexts import Shown
 from skipcoder.evals.circuits.graph import Circuit
 from skipcoder.files import write_atomically
 
 SITE = Path(__file__).with_name("site")
+LISTED = 200
+"""Edges and nodes in an overview."""
 EDGES = 40
 """Edges into a node, and out of it, that the page holds."""
 
@@ -57,3 +62,22 @@ def reaching(circuit: Circuit) -> list[float]:
     for _, target, weight in circuit["edges"]:
         found[target] += abs(weight)
     return [float(f"{size:.4g}") for size in found]
+
+
+def write_overview(file: Path, found: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Write what circuits of several prompts share (recurring.py), with links to their pages beside the file. `names`:
+    what "latent LAYER/NUMBER" and "next TOKEN" are called."""
+
+    def called(node: str) -> str:
+        return escape(f"{node} {names.get(node, '')}".strip())
+
+    links = enumerate(found["prompts"])
+    prompts = "".join(f'<li><a href="{i}/index.html">{escape(text)}</a></li>' for i, text in links)
+    edges = "".join(
+        f"<tr><td>{called(edge['source'])}<td>{called(edge['target'])}<td>{edge['circuits']}<td>{edge['weight']:.1%}"
+        for edge in found["edges"][:LISTED]
+    )
+    nodes = "".join(f"<tr><td>{called(node['node'])}<td>{node['circuits']}" for node in found["nodes"][:LISTED])
+    file_of = {"prompts": prompts, "edges": edges, "nodes": nodes, "style.css": (SITE / "style.css").read_text()}
+    page = re.sub(r"/\* (\S+) \*/", lambda match: file_of[match[1]], (SITE / "overview.html").read_text())
+    write_atomically(file, page.encode())

@@ -155,7 +155,7 @@ def test_many_prompts(coders: Path, tmp_path: Path) -> None:
     assert folders == [tmp_path / "out" / str(i) for i in range(3)]
     file.write_text("The stream of chunks is\nThe store of tokens is\n")
     circuit(CircuitConfig(str(coders), prompts=str(file), out=str(tmp_path / "out"), contexts=0))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0", "1", "recurring.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0", "1", "index.html", "recurring.json"]
     found = json.loads((tmp_path / "out" / "recurring.json").read_text())
     assert found["circuits"] == 2 and found["edges"][0]["circuits"] >= found["edges"][-1]["circuits"] >= 2
     names = {node["node"] for node in found["nodes"]}

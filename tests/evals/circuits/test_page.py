@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from skipcoder.evals.circuits.page import write_page
+from skipcoder.evals.circuits.page import write_overview, write_page
 
 pytestmark = pytest.mark.slow
 HOSTILE = '</script><img src=x onerror="document.title=1">'
@@ -72,6 +72,17 @@ def test_the_page(traced: Path, browser: Any) -> None:
     phone.goto(f"file://{traced}/index.html")
     assert phone.evaluate("document.documentElement.scrollWidth") <= 390
     assert phone.locator("#panel").bounding_box()["y"] > phone.locator("#graph").bounding_box()["y"]
+
+
+def test_the_overview_of_several(tmp_path: Path, browser: Any) -> None:
+    edge = {"source": f"token {HOSTILE!r}", "target": "latent 3/5", "circuits": 2, "weight": -0.25}
+    found = {"prompts": [HOSTILE, "b"], "edges": [edge], "nodes": [{"node": "latent 3/5", "circuits": 2}]}
+    write_overview(tmp_path / "index.html", found, {"latent 3/5": HOSTILE})
+    page = browser.new_page()
+    page.goto(f"file://{tmp_path}/index.html")
+    assert page.locator("img").count() == 0 and page.locator("li").count() == 2
+    assert page.locator("td").all_inner_texts()[1:4] == [f"latent 3/5 {HOSTILE}", "2", "-25.0%"]
+    assert page.locator("a").first.get_attribute("href") == "0/index.html" and page.title() == "Circuits"
 
 
 def test_hostile_text_is_text(traced: Path, tmp_path: Path, browser: Any) -> None:
