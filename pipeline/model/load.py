@@ -2,10 +2,10 @@
 
 import contextlib
 import hashlib
-import importlib.util
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired
 
@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 from skipcoder import fingerprint, hub
 from skipcoder.errors import UserError
 from skipcoder.pipeline.config import ModelConfig
+from skipcoder.pipeline.model.gguf_once import read_once
 from skipcoder.pipeline.model.hookpoints import Hookpoint, layers_needed, resolve
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def locate(cfg: ModelConfig) -> Path | None:
     """Directory that holds the weights, or None for a hub id."""
     if cfg.id.startswith(_PACKAGE):
         package = cfg.id.removeprefix(_PACKAGE)
-        spec = importlib.util.find_spec(package)
+        spec = find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             pip = package.replace("_", "-")
             raise UserError(
@@ -263,7 +264,8 @@ def _explained(cfg: ModelConfig) -> Iterator[None]:
     hf_logging.disable_progress_bar()
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
-        yield
+        with read_once() if cfg.gguf_file is not None and find_spec("gguf") else contextlib.nullcontext():
+            yield
     except UserError:
         raise
     except (OSError, ImportError, KeyError, ValueError, SafetensorError) as error:
