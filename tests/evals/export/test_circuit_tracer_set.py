@@ -14,6 +14,7 @@ from skipcoder.evals.export import export as exporting
 from skipcoder.evals.latents.index import LatentIndex
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.coder.coder_set import SparseCoderSet
 from skipcoder.trainer.config import Kind
 from skipcoder.trainer.formats.config import ExportConfig, Target, TopK
 from skipcoder.trainer.run.run import Run
@@ -62,3 +63,9 @@ def test_circuit_tracer_takes_a_run_for_each_layer(runs: dict[Any, Path], tmp_pa
     item = exporting.Export(run, ActivationStore.open(run.store_path), few, {})
     with pytest.raises(UserError, match=r"on (\d+) of \1 held-out tokens fewer than k=4 latents are positive"):
         exporting._suited_to_circuit_tracer(item, None)
+
+
+def test_a_plain_export_of_all_layers_is_a_set(runs: dict[Any, Path], tmp_path: Path) -> None:
+    out = export([runs[2], runs[Kind.skip_transcoder], runs[0]], Target.plain, tmp_path / "plain")
+    assert list(SparseCoderSet.load(out)) == [f"layers.{i}.mlp" for i in range(3)]
+    assert repr(SparseCoderSet.from_pretrained(str(out))).startswith("<SparseCoderSet of 3: layers.0.mlp to layers.2")
