@@ -275,6 +275,11 @@ class JudgeConfig:
             raise UserError(f"judge.timeout={self.timeout}: must be positive")
 
 
+class Draw(Enum):
+    random = "random"
+    density = "density"
+
+
 class Scorer(Enum):
     detection = "detection"
     fuzzing = "fuzzing"
@@ -292,9 +297,13 @@ class InterpretConfig:
     runs: str | None = None
     """A glob of run directories."""
     latents: int | None = 100
-    """Number of latents per run, drawn at random from those that fire; null: all."""
+    """Number of latents per run, of those that fire; null: all."""
+    draw: Draw = Draw.random
+    """How they are chosen: at random, or those that fire on most tokens (density)."""
     which: list[int] | None = None
     """The latents to explain, instead of a draw."""
+    circuit: str | None = None
+    """The circuit.json of a prompt: the most influential of a run's latents in it, instead of a draw."""
     seed: int = 0
     """Seed of the draw."""
     scorers: list[Scorer] = field(default_factory=lambda: [Scorer.detection, Scorer.fuzzing])
@@ -316,6 +325,8 @@ class InterpretConfig:
         if self.latents is not None and self.latents < 1:
             raise UserError(f"latents={self.latents}: must be at least 1, or null for all")
         at_least(self, 1, "shown")
+        if self.which is not None and self.circuit is not None:
+            raise UserError("set either which=[...] or circuit=FILE")
         if not self.scorers:
             raise UserError(f"scorers=[]: name some of {', '.join(s.value for s in Scorer)}")
 

@@ -55,6 +55,9 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> None:
             if cfg.judge.model is None:
                 print(f"{run.path}: no judge.model is set, so nothing is explained")
                 continue
+            if not interpreter.chosen():
+                print(f"{run.path}: none of its latents is in {cfg.circuit}")
+                continue
             with progress("latents", len(interpreter.chosen()), "latents") as advance:
                 summary = await interpreter.run(advance)
             _say(run.path, summary)

@@ -8,13 +8,14 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
 from skipcoder.errors import UserError
-from skipcoder.evals.config import InterpretConfig
+from skipcoder.evals.config import Draw, InterpretConfig
 from skipcoder.evals.explain import calibration, questions
 from skipcoder.evals.explain.intervention import Steering
 from skipcoder.evals.explain.judge import Judge
@@ -60,9 +61,14 @@ class Interpreter:
             if wrong:
                 raise UserError(f"which={wrong}: {self.index.run.path} has latents 0 to {self.index.width - 1}")
             return sorted(set(self.cfg.which))
+        if self.cfg.circuit is not None:
+            return sorted(_of_circuit(Path(self.cfg.circuit), self.index.run.summary["hookpoint"])[: self.cfg.latents])
         alive = np.flatnonzero(self.index.counts)
         if self.cfg.latents is None or self.cfg.latents >= len(alive):
             return alive.tolist()
+        if self.cfg.draw is Draw.density:
+            densest: list[int] = np.argsort(-self.index.counts, kind="stable")[: self.cfg.latents].tolist()
+            return sorted(densest)
         rng = np.random.default_rng(self.cfg.seed)
         return sorted(rng.choice(alive, self.cfg.latents, replace=False).tolist())
 
@@ -159,3 +165,18 @@ class Interpreter:
             "unreadable": judge.unreadable, "failures": judge.failures, "prompt_tokens": judge.prompt_tokens,
             "completion_tokens": judge.completion_tokens, "cost": judge.cost,
         }  # fmt: skip
+
+
+def _of_circuit(file: Path, hookpoint: str) -> list[int]:
+    """A hookpoint's latents in a circuit (evals/circuits/graph.py), the most influential first."""
+    try:
+        circuit = json.loads(file.read_text())
+        layer = {facts["hookpoint"]: facts["number"] for facts in circuit["layers"]}.get(hookpoint)
+        nodes = [
+            (n["influence"], n["latent"]) for n in circuit["nodes"] if n["kind"] == "latent" and n["layer"] == layer
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"circuit={file} is no circuit.json of evals/circuit.py ({type(error).__name__}: {error})"
+        ) from None
+    return list(dict.fromkeys(latent for _, latent in sorted(nodes)))

@@ -1,11 +1,15 @@
 """The texts shown for a circuit's latents are those of the whole index, without making one."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from skipcoder.evals.config import ExamplesConfig
+from skipcoder.errors import UserError
+from skipcoder.evals.config import Draw, ExamplesConfig, InterpretConfig
+from skipcoder.evals.explain.interpreter import Interpreter
 from skipcoder.evals.latents.examples import ExampleMaker
 from skipcoder.evals.latents.index import LatentIndex
 from skipcoder.evals.latents.largest import largest_windows
@@ -54,3 +58,26 @@ def test_few_windows_are_the_largest(store: ActivationStore, coders: Path) -> No
         top, _ = maker.shown(latent, index.of(latent), 3, 1)
         assert len(windows) == 3
         assert windows[0].activations.max() == pytest.approx(float(top[0].activations.max()), rel=1e-5)
+
+
+def test_the_latents_of_a_circuit_are_those_to_explain(store: ActivationStore, coders: Path, traced: Path) -> None:
+    found = json.loads((traced / "circuit.json").read_text())
+    index = LatentIndex(Run.open(coders / "layers.1.mlp"), store)
+    index.ensure("cpu")
+
+    def chosen(**settings: Any) -> list[int]:
+        nobody: Any = None
+        return Interpreter(index, nobody, InterpretConfig(run="r", **settings), nobody).chosen()
+
+    file = str(traced / "circuit.json")
+    mine = {n["latent"]: n["influence"] for n in reversed(found["nodes"]) if n["kind"] == "latent" and n["layer"] == 1}
+    assert chosen(circuit=file, latents=None) == sorted(mine) != []
+    assert len(chosen(circuit=file, latents=2)) == 2
+    best = min((n["influence"], n["latent"]) for n in found["nodes"] if n["kind"] == "latent" and n["layer"] == 1)
+    assert chosen(circuit=file, latents=1) == [best[1]]
+    dense = chosen(draw=Draw.density, latents=3)
+    assert sorted(index.counts[dense]) == sorted(index.counts)[-3:]
+    with pytest.raises(UserError, match=r"circuit=.* is no circuit\.json"):
+        chosen(circuit=str(traced / "index.html"))
+    with pytest.raises(UserError, match="either which"):
+        chosen(circuit=file, which=[1])
