@@ -1,12 +1,16 @@
-"""From a prompt to its graph: how long does it take, part by part, and beside circuit-tracer?
+r"""From a prompt to its graph: how long does it take, part by part, and beside circuit-tracer?
 
-    python benchmarks/circuits.py --set RUNS [--circuit-tracer PYTHON] [--latents 4096] [--rounds 3] [--json OUT]
+    python benchmarks/circuits.py --set RUNS [--circuit-tracer PYTHON] [--latents 4096] [--rounds 3] \
+        [--circuits DIR...] [--json OUT]
 
 RUNS: a folder of runs of all layers (`+experiment=set-smollm2`). Times the passes that make the model linear, the
 edges, and loading the page of 3,000 nodes and 150,000 edges in Chromium until a node's edges are drawn.
 
 PYTHON has circuit-tracer (tests/evals/circuits/test_circuit_tracer.py says how). The same coders, model, prompt and
 number of latents; theirs in a process of its own, loading not counted, in turn with ours.
+
+What `evaluate.py run=RUNS` found is copied beside the times and, from each DIR that `circuit.py verify=N` wrote, its
+scores.
 """
 
 import argparse
@@ -97,12 +101,36 @@ def page_seconds(rounds: int) -> list[float]:
     return seconds
 
 
+def of_set(folder: Path) -> dict[str, Any]:
+    """How the set was trained, and what an evaluation found of it."""
+    rows, (together,) = (json.loads((folder / name).read_text()) for name in ("set.json", "set.together.json"))
+    summaries = [json.loads((Path(row["run"]) / "summary.json").read_text()) for row in rows]
+    found = {
+        key: together[key] for key in ("ce_tokens", "ce_clean", "ce_spliced", "ce_zero", "ce_skip_only", "kl_spliced")
+    }
+    return {
+        "coders": len(rows),
+        **{key: summaries[0][key] for key in ("kind", "width", "k", "train_tokens")},
+        "train_seconds": sum(one["seconds"] for one in summaries),
+        "fvu_by_layer": together["fvu_by_hookpoint"],
+        **found,
+    }
+
+
+def of_circuit(folder: Path) -> dict[str, Any]:
+    """A circuit's scores."""
+    circuit = json.loads((folder / "circuit.json").read_text())
+    keys = ("prompt", "replacement", "completeness", "active", "visited", "departure", "verified")
+    return {key: circuit[key] for key in keys} | {key: len(circuit[key]) for key in ("nodes", "edges")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--set", required=True)
     parser.add_argument("--circuit-tracer")
     parser.add_argument("--latents", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--circuits", type=Path, nargs="*", default=[])
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     tracer = Tracer(CircuitConfig(asked.set, PROMPT, first_positions=1))
@@ -127,6 +155,9 @@ def main() -> None:
         total = result["linear_seconds"] + result["edges_seconds"]
         result |= {"circuit_tracer_seconds": statistics.median(peer), "ratio": statistics.median(peer) / total}
     result["page_seconds"] = statistics.median(page_seconds(asked.rounds))
+    if (Path(asked.set) / "set.json").exists():
+        result["set"] = of_set(Path(asked.set))
+    result["prompts"] = [of_circuit(folder) for folder in asked.circuits]
     print(json.dumps(result, indent=1))
     if asked.json:
         asked.json.write_text(json.dumps(result, indent=1) + "\n")

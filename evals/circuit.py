@@ -80,12 +80,8 @@ def circuit(cfg: CircuitConfig) -> list[Path]:
 def _say(page: Path, found: "Circuit") -> None:
     print(
         f"{page}: {len(found['nodes']):,} nodes, {len(found['edges']):,} edges of {found['active']:,} active latents; "
-        f"replacement score {found['replacement']:.2f}, completeness {found['completeness']:.2f}"
-        + (
-            f"; MLPs as they are at {len(found['left_out'])} of {len(found['ids'])} positions"
-            if found["left_out"]
-            else ""
-        )
+        f"replacement score {found['replacement']:.2f}, completeness {found['completeness']:.2f}; "
+        f"MLPs as they are at {len(found['left_out'])} of {len(found['ids'])} positions"
     )
     for where in ("real", "replacement") if "verified" in found else ():
         fit = found["verified"][where]

@@ -51,11 +51,7 @@ def train_set(
 ) -> SparseCoderSet:
     """Train one coder for each hookpoint of the store that the glob matches, in folder/HOOKPOINT; otherwise as
     `train`."""
-    job = _job(store, coder, Path(folder), settings | {"hookpoint": hookpoints})
-    jobs = spread(job)
-    _run(
-        jobs if jobs != [job] else [_job(store, coder, Path(folder, hookpoints), settings | {"hookpoint": hookpoints})]
-    )
+    _run(spread(_job(store, coder, Path(folder), settings | {"hookpoint": hookpoints}), always=True))
     return SparseCoderSet.load(folder)
 
 

@@ -10,7 +10,7 @@ Legend: R targets, C sources, S layers, T positions, K active latents, D read wi
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ class Latents:
 
     def __init__(self, replacement: Replacement) -> None:
         active = [values > 0 for values in replacement.values]
-        self.active_CK = active
+        self.active = active
+        """bool [T, K] of each layer."""
         self.layer = torch.cat([torch.full((int(a.sum()),), i) for i, a in enumerate(active)])
         """int64 [n]: index of the replaced layer."""
         self.position = torch.cat([a.nonzero()[:, 0].cpu() for a in active])
@@ -57,11 +58,6 @@ class Attribution:
     constants_R: Tensor
     values_R: Tensor
     """Logits less the mean logit, and activations: what a row of edges and its constant add up to."""
-    skipped: int = field(init=False)
-    """Active latents that were not visited, for want of room."""
-
-    def __post_init__(self) -> None:
-        self.skipped = len(self.latents) - len(self.visited)
 
     @property
     def error_column(self) -> int:
@@ -134,7 +130,7 @@ class Attributor:
         )
         to_tokens, to_writes = gradients[0], gradients[1:]
         found, errors = [], []
-        for s, active in enumerate(self.latents.active_CK):
+        for s, active in enumerate(self.latents.active):
             if s >= len(before):
                 found.append(to_tokens.new_zeros(len(layer), int(active.sum())))
                 errors.append(to_tokens.new_zeros(len(layer), active.shape[0]))

@@ -21,15 +21,15 @@ class CircuitConfig:
     targets: list[str] | None = None
     """Next tokens to explain (`targets='[" Austin"]'`); null: the likeliest."""
     max_logits: int = 10
-    """Next tokens at most,"""
+    """Next tokens at most."""
     probability: float = 0.95
-    """or as many as hold this probability."""
+    """Fewer next tokens, if they hold this probability."""
     max_latents: int = 8192
     """Latents whose inputs are followed at most: the most influential ones."""
     node_threshold: float = 0.8
-    """Keep the nodes that hold this share of the influence on the next tokens,"""
+    """Keep the nodes that hold this share of the influence on the next tokens."""
     edge_threshold: float = 0.98
-    """and the edges between them that hold this share."""
+    """Keep the edges between them that hold this share."""
     first_positions: int | None = None
     """Leave the MLPs at this many first tokens as they are; null: at as many as the coders' training left out."""
     keep_missing: bool = False

@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from typing_extensions import TypedDict
 
 from skipcoder.evals.circuits.graph import Circuit
 from skipcoder.evals.circuits.trace import Tracer
-from skipcoder.evals.explain.records import read_latents, read_summary
-from skipcoder.evals.features.pages import promoted
+from skipcoder.evals.explain.records import explanations
+from skipcoder.evals.features.pages import context, promoted
 from skipcoder.evals.latents.examples import Window
 from skipcoder.evals.latents.largest import largest_windows
 
@@ -24,7 +23,7 @@ class Shown(TypedDict):
     """What is shown of a latent."""
 
     contexts: list[list[Any]]
-    """[tokens, activations in tenths of its largest, the text's largest] of each text."""
+    """As on the pages of latents (features/pages.py)."""
     tokens: list[int]
     """The tokens on which it is largest."""
     explanation: str | None
@@ -51,8 +50,7 @@ def shown_latents(
         run, latents = tracer.runs.get(layer.hookpoint), sorted(wanted.get(layer.number, ()))
         if run is None or not latents:
             continue
-        judged = read_summary(run)
-        said = {r["latent"]: r["explanation"] for r in (read_latents(run, judged["settings"]) if judged else [])}
+        said = explanations(run)
         up, down = promoted(tracer.model, run.coder.W_dec[torch.tensor(latents)].float())
         texts: list[list[Window]] = [[] for _ in latents]
         if contexts:
@@ -61,7 +59,7 @@ def shown_latents(
             windows = texts[place]
             largest = max((float(one.activations.max()) for one in windows), default=0.0)
             found[f"{layer.number}_{latent}"] = {
-                "contexts": [_context(window, largest) for window in windows],
+                "contexts": [context(window, largest) for window in windows],
                 "tokens": list(dict.fromkeys(int(w.tokens[w.activations.argmax()]) for w in windows))[:TOKENS],
                 "explanation": said.get(latent),
                 "up": [(t, round(v, 3)) for t, v in up[place][:PROMOTED]],
@@ -79,11 +77,6 @@ def pages_of(tracer: Tracer, folder: Path) -> dict[int, str]:
     }
 
 
-def label(shown: Shown, text: Any) -> str:
+def label(shown: Shown, text: Callable[[int], str]) -> str:
     """A short name: its explanation or, without one, the tokens on which it is largest."""
     return shown["explanation"] or "  ".join(text(token) for token in shown["tokens"])
-
-
-def _context(window: Window, largest: float) -> list[Any]:
-    tenths = np.ceil(10 * window.activations / max(largest, 1e-9)).clip(0, 10).astype(int).tolist()
-    return [window.tokens.tolist(), tenths, round(float(window.activations.max(initial=0)), 4)]

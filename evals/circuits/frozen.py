@@ -36,13 +36,11 @@ class Frozen:
         """While active, forward passes take patterns and factors from here; the first one puts them here."""
         _register()
         with ExitStack() as stack:
-            configs = _configs(self.model)
-            before = [config._attn_implementation for config in configs]
-            for config, name in reversed(
-                list(zip(configs, before, strict=True))
-            ):  # called last to first: parents first,
-                stack.callback(setattr, config, "_attn_implementation", name)  # which pass theirs on to their parts
-            for config in configs:
+            # A configuration passes its value on to its parts, which come after it: so it is restored before them.
+            before = [(config, config._attn_implementation) for config in _configs(self.model)]
+            for config, name in reversed(before):
+                stack.callback(setattr, config, "_attn_implementation", name)
+            for config, _ in before:
                 config._attn_implementation = NAME
             for name, module in self.model.named_modules():
                 if is_norm(module):

@@ -206,7 +206,7 @@ class Replacement:
         """What reaches each layer from biases and from positions left out."""
         names = [*(layer.hookpoint for layer in self.layers), "the unembedding"]
         for name, a, b, c in zip(names, *([*z.reads, z.final] for z in (nothing, half, whole)), strict=True):
-            if float((b - (a + c) / 2).abs().max()) > LINEAR * float(c.abs().max()):
+            if not float((b - (a + c) / 2).abs().max()) <= LINEAR * float(c.abs().max()):  # also where it is no number
                 raise UserError(
                     f"{type(self.model).__name__}: what {name} reads is not linear in what was written before it, with "
                     "attention patterns and norms fixed: a module on the way has no rule (evals/circuits/frozen.py)"

@@ -16,6 +16,9 @@ from skipcoder.evals.circuits.config import CircuitConfig
 from skipcoder.evals.circuits.graph import Circuit, LayerFacts, circuit_of
 from skipcoder.evals.circuits.interventions import verify
 from skipcoder.evals.circuits.replacement import Replacement, layers_of
+from skipcoder.evals.features.pages import text_of
+from skipcoder.pipeline.model.load import predicts
+from skipcoder.pipeline.store.attrs import model_config
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.progress import progress
 from skipcoder.trainer.coder.coder_set import coder_folders
@@ -45,6 +48,8 @@ class Tracer:
             run.check(self.store)
         self.device = pick_device(cfg.device, "device")
         self.name = self.store.attrs["model"]["name"]
+        if not predicts(model_config(self.store.attrs)):
+            raise UserError(f"{self.name} predicts no next token, so there is nothing to trace")
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -128,7 +133,7 @@ class Tracer:
 
     def text(self, token: int) -> str:
         """A token's text."""
-        return str(self.tokenizer.decode([int(token)], clean_up_tokenization_spaces=False))
+        return text_of(self.tokenizer, token)
 
     def _facts(self, hookpoint: str, number: int) -> LayerFacts:
         run = self.runs.get(hookpoint)

@@ -99,6 +99,12 @@ def read_latents(run: Run, settings: str) -> list[LatentRecord]:
     return [record for record in records if record["settings"] == settings]
 
 
+def explanations(run: Run) -> dict[int, str | None]:
+    """{latent: its explanation} of the run's interpretation; {} without one."""
+    found = read_summary(run)
+    return {r["latent"]: r["explanation"] for r in read_latents(run, found["settings"])} if found else {}
+
+
 def write_latent(run: Run, record: LatentRecord) -> None:
     """Write a latent's record."""
     content = json.dumps(record, indent=2, ensure_ascii=False).encode()

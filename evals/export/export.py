@@ -4,7 +4,7 @@ activations, and only then to their place."""
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from skipcoder import hub
 from skipcoder.errors import UserError
 from skipcoder.evals.export import card, circuit_tracer_features, neuronpedia
 from skipcoder.evals.export.delphi import export as export_firings
+from skipcoder.evals.features.pages import text_of
 from skipcoder.evals.latents.index import LatentIndex
 from skipcoder.files import refuse_full
 from skipcoder.pipeline.store.reader import ActivationStore
@@ -137,12 +138,7 @@ def _write_features(exports: Sequence[Export], folder: Path) -> None:
     for index in indices:
         index.ensure(pick_device(None))
     store = exports[0].store
-    tokenizer = store.load_tokenizer()
-
-    @cache
-    def text(token: int) -> str:
-        return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-
+    text = cache(partial(text_of, store.load_tokenizer()))
     with progress("latents", sum(index.width for index in indices), "latents") as advance:
         circuit_tracer_features.write(indices, store.load_model(), text, folder, advance)
 

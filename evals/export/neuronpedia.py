@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ import torch
 
 from skipcoder.errors import UserError
 from skipcoder.evals.config import ExamplesConfig
-from skipcoder.evals.explain.records import read_latents, read_summary
-from skipcoder.evals.features.pages import unembedding
+from skipcoder.evals.explain.records import explanations, read_summary
+from skipcoder.evals.features.pages import text_of, unembedding
 from skipcoder.evals.latents.examples import ExampleMaker, Window
 from skipcoder.evals.latents.index import LatentIndex
 from skipcoder.trainer.formats.config import NeuronpediaConfig
@@ -58,17 +59,10 @@ def export(
         (out / part).mkdir(parents=True)
     for table, row in _tables(index, cfg, model_id, name, source, release, now).items():
         (out / f"{table}.jsonl").write_text(json.dumps(row) + "\n")
-    judged = read_summary(run)
-    said = {r["latent"]: r["explanation"] for r in (read_latents(run, judged["settings"]) if judged else [])}
+    judged, said = read_summary(run), explanations(run)
     maker = ExampleMaker(index, ExamplesConfig(window=min(WINDOW, index.store.context)))
     alive = np.nonzero(index.counts)[0]
-    words: dict[int, str] = {}
-
-    def text(token: int) -> str:
-        if token not in words:
-            words[token] = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-        return words[token]
-
+    text = cache(partial(text_of, tokenizer))
     unembed_VE = unembedding(model, coder.d_out)
     for number, start in enumerate(range(0, len(alive), BATCH)):
         latents = alive[start : start + BATCH].tolist()

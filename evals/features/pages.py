@@ -70,16 +70,16 @@ def write_pages(
             part.append({
                 "n": len(firing.value), "largest": largest,
                 "histogram": np.histogram(firing.value, BINS, (0, largest or 1))[0].tolist(),
-                "up": [[_text(tokenizer, t), round(logit, 3)] for t, logit in up_MK[latent]],
-                "down": [[_text(tokenizer, t), round(logit, 3)] for t, logit in down_MK[latent]],
+                "up": [[text_of(tokenizer, t), round(logit, 3)] for t, logit in up_MK[latent]],
+                "down": [[text_of(tokenizer, t), round(logit, 3)] for t, logit in down_MK[latent]],
                 "together": together[latent],
                 "nearest": [[int(j), round(float(c), 3)] for j, c in zip(*(x[latent] for x in nearest), strict=True)],
-                **{name: [_context(window, largest) for window in windows] for name, windows in shown.items()},
+                **{name: [context(window, largest) for window in windows] for name, windows in shown.items()},
             })  # fmt: skip
         _write(site, f"latents-{first // CHUNK}", part)
         advance(len(part))
     _write(site, "table", _table(index, others, rows) | {"window": [maker.each_row, maker.size]})
-    _write(site, "words", {token: _text(tokenizer, token) for token in sorted(used)})
+    _write(site, "words", {token: text_of(tokenizer, token) for token in sorted(used)})
     for number, other in enumerate(others):
         latent_M1, cosine_M1 = nearest_latents(run.coder.W_dec, other.coder.W_dec, 1)
         match = {"latent": latent_M1[:, 0].tolist(), "cosine": [round(c, 3) for c in cosine_M1[:, 0].tolist()]}
@@ -174,10 +174,10 @@ class _Rows:
         """The next latent, its activations and its windows."""
         at = [int(window.activations.argmax()) for window in top]
         often = Counter(int(window.tokens[i]) for window, i in zip(top, at, strict=True)).most_common(3)
-        self.tokens.append("  ".join(_line(_text(tokenizer, token)) for token, _ in often))
+        self.tokens.append("  ".join(_line(text_of(tokenizer, token)) for token, _ in often))
         self.preview.append(
             [
-                _line("".join(_text(tokenizer, token) for token in top[0].tokens[part]))
+                _line("".join(text_of(tokenizer, token) for token in top[0].tokens[part]))
                 for part in (
                     slice(max(0, at[0] - BEFORE), at[0]),
                     slice(at[0], at[0] + 1),
@@ -259,13 +259,14 @@ def _skip_share(index: LatentIndex) -> float:
     return float(skip.square().sum() / (skip.square().sum() + latents.square().sum()))
 
 
-def _context(window: Window, largest: float) -> list[Any]:
+def context(window: Window, largest: float) -> list[Any]:
     """[tokens, activations in tenths of the latent's largest, the window's largest, the window's number]."""
     tenths = np.ceil(10 * window.activations / max(largest, 1e-9)).clip(0, 10).astype(int).tolist()
     return [window.tokens.tolist(), tenths, round(float(window.activations.max(initial=0)), 4), window.number]
 
 
-def _text(tokenizer: Any, token: int) -> str:
+def text_of(tokenizer: Any, token: int) -> str:
+    """A token's text, its spaces as they are."""
     result: str = tokenizer.decode([int(token)], clean_up_tokenization_spaces=False)
     return result
 

@@ -48,11 +48,11 @@ class Failure(NamedTuple):
     """Where an unforeseen error came from."""
 
 
-def spread(job: Job) -> list[Job]:
-    """Return the jobs that one stands for: itself or, where its hookpoint is a glob (`layers.*.mlp`), one for each
-    hookpoint of the store that matches, in a folder of its name. UserError if none does."""
+def spread(job: Job, always: bool = False) -> list[Job]:
+    """Return the jobs that one stands for: itself or, where its hookpoint is a glob (`layers.*.mlp`) or `always`, one
+    for each hookpoint of the store that matches, in a folder of its name. UserError if none does."""
     pattern = job.cfg.hookpoint
-    if pattern is None or not set(pattern) & set("*?["):
+    if pattern is None or not (always or set(pattern) & set("*?[")):
         return [job]
     store = open_store(job.cfg)
     names = matching(store.hookpoints, pattern)

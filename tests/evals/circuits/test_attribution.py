@@ -164,6 +164,13 @@ def test_what_cannot_be_followed_is_refused() -> None:
         Replacement(model, layers, IDS, LEFT_OUT)
 
 
+def test_a_model_that_overflows_is_refused() -> None:
+    model, coders = model_of("llama", torch.float32), coders_of("llama", torch.float32)
+    model.model.layers[1].mlp.down_proj.weight.fill_(float("inf"))
+    with pytest.raises(UserError, match=r"what layers\.2\.mlp reads is not linear|does not scale its input"):
+        Replacement(model, layers_of(coders, model), IDS, LEFT_OUT)
+
+
 def test_a_model_that_attends_in_its_own_way_is_refused() -> None:
     from transformers import BloomConfig, BloomForCausalLM
 

@@ -1,6 +1,7 @@
 """The texts shown for a circuit's latents are those of the whole index, without making one."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ import numpy as np
 import pytest
 
 from skipcoder.errors import UserError
+from skipcoder.evals.circuits.config import CircuitConfig
+from skipcoder.evals.circuits.contexts import pages_of
+from skipcoder.evals.circuits.trace import Tracer
 from skipcoder.evals.config import Draw, ExamplesConfig, InterpretConfig
 from skipcoder.evals.explain.interpreter import Interpreter
 from skipcoder.evals.latents.examples import ExampleMaker
@@ -60,8 +64,15 @@ def test_few_windows_are_the_largest(store: ActivationStore, coders: Path) -> No
         assert windows[0].activations.max() == pytest.approx(float(top[0].activations.max()), rel=1e-5)
 
 
-def test_the_latents_of_a_circuit_are_those_to_explain(store: ActivationStore, coders: Path, traced: Path) -> None:
+def test_pages_and_the_latents_to_explain(store: ActivationStore, coders: Path, traced: Path) -> None:
     found = json.loads((traced / "circuit.json").read_text())
+    tracer = Tracer(CircuitConfig(str(coders), "x"))
+    assert pages_of(tracer, traced) == {}
+    page = coders / "layers.2.mlp" / "features" / "index.html"
+    page.parent.mkdir()
+    page.touch()
+    assert (traced / pages_of(tracer, traced)[2]).resolve() == page
+    shutil.rmtree(page.parent)
     index = LatentIndex(Run.open(coders / "layers.1.mlp"), store)
     index.ensure("cpu")
 

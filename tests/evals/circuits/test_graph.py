@@ -98,7 +98,7 @@ def test_the_most_influential_latents_come_first(monkeypatch: pytest.MonkeyPatch
     """With room for fewer, rows are those of the whole, and hold more influence than the first ones in order."""
     replacement = replacement_of("qwen3", torch.float64)
     whole, some = attribute(replacement), attribute(replacement, max_latents=30)
-    assert some.skipped == len(whole.latents) - 30 and len(set(some.visited.tolist())) == 30
+    assert len(some.latents) == len(whole.latents) and len(set(some.visited.tolist())) == 30
     logits = len(whole.logits)
     torch.testing.assert_close(some.edges_RC[:logits], whole.edges_RC[:logits])
     torch.testing.assert_close(some.edges_RC[logits:], whole.edges_RC[logits:][some.visited])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from skipcoder.evals.circuits.contexts import Shown
 from skipcoder.evals.circuits.page import write_overview, write_page
 
 pytestmark = pytest.mark.slow
@@ -116,6 +117,23 @@ def large() -> Any:
         "model": "m", "layers": layers, "nodes": nodes, "edges": edges, "replacement": 0.5, "completeness": 0.5,
         "active": 3000, "visited": 3000, "departure": 0.0, "thresholds": (0.8, 0.98),
     }  # fmt: skip
+
+
+def test_a_latent_s_explanation_and_its_page(traced: Path, tmp_path: Path, browser: Any) -> None:
+    found = json.loads((traced / "circuit.json").read_text())
+    place, node = next((i, n) for i, n in enumerate(found["nodes"]) if n["kind"] == "latent")
+    shown: Shown = {"contexts": [], "tokens": [], "explanation": "fires on tests", "up": [], "down": []}
+    latents = {f"{node['layer']}_{node['latent']}": shown}
+    write_page(tmp_path / "index.html", found, latents, {node["layer"]: "../there/index.html"}, str)
+    page = browser.new_page()
+    page.goto(f"file://{tmp_path}/index.html")
+    page.locator(f'.node[data-i="{place}"]').click()
+    assert page.locator("#panel h2").inner_text() == "fires on tests"
+    assert page.locator("#panel a").get_attribute("href") == f"../there/index.html#latent/{node['latent']}"
+    page.locator("#search").fill("fires on t")
+    assert page.locator(".node.found").count() == sum(
+        n["kind"] == "latent" and (n["layer"], n["latent"]) == (node["layer"], node["latent"]) for n in found["nodes"]
+    )
 
 
 def test_three_thousand_nodes(tmp_path: Path, browser: Any) -> None:
