@@ -9,7 +9,7 @@ value 0 gets no gradient.
 Legend: N tokens, K active latents, M latents, D input width, L entries of a flat batch.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class Codes(NamedTuple):
     """int64 [N], where each token's entries begin; None where each has K."""
     by_latent: ByLatent
     """The same entries by latent, for gradients."""
+    place: Tensor | None = None
+    """See Chosen."""
 
     @property
     def token(self) -> Tensor:
@@ -50,12 +52,38 @@ class Codes(NamedTuple):
         return values.index_put((token, place), self.values), indices.index_put((token, place), self.indices)
 
 
+class Peers(Protocol):
+    """Processes of which each holds some of a coder's latents (trainer/coder/shard.py). What they choose together is
+    what one process would; each gets the entries of its own latents, flat, by token."""
+
+    def topk(self, mine: Chosen, k: int) -> Chosen:
+        """From the k largest of each process, or all if it has fewer, those among the k largest."""
+
+    def batchtopk(self, mine: Chosen, k: int) -> Chosen:
+        """From the N k largest of the batch of each process those among the N k largest."""
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """The sum over the processes, the same bits in all."""
+
+
 def encode_topk(
-    x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, k: int, b_pre_D: Tensor | None = None, search: Search = EXACT
+    x_ND: Tensor,
+    W_enc_MD: Tensor,
+    b_enc_M: Tensor,
+    k: int,
+    b_pre_D: Tensor | None = None,
+    search: Search = EXACT,
+    peers: Peers | None = None,
 ) -> Codes:
-    """Codes [N, K]: the k largest latents of each token. ValueError unless 1 <= k <= M."""
+    """Codes [N, K]: the k largest latents of each token. ValueError unless 1 <= k <= M. With peers flat."""
     centred_ND, search = _centred(x_ND, b_pre_D, search)
-    chosen = select.topk(centred_ND, W_enc_MD.detach(), b_enc_M.detach(), k, search)
+    offered = k if peers is None else min(k, len(W_enc_MD))
+    if offered or peers is None:
+        chosen = select.topk(centred_ND, W_enc_MD.detach(), b_enc_M.detach(), offered, search)
+    else:
+        chosen = Chosen(x_ND.new_empty(len(x_ND), 0), x_ND.new_empty(len(x_ND), 0, dtype=torch.int64), None)
+    if peers is not None:
+        chosen = peers.topk(chosen, k)
     return _codes(x_ND, W_enc_MD, b_enc_M, b_pre_D, centred_ND, chosen)
 
 
@@ -76,10 +104,15 @@ def encode_batchtopk(
     b_pre_D: Tensor | None = None,
     search: Search = EXACT,
     hint: Tensor | None = None,
+    peers: Peers | None = None,
 ) -> Codes:
     """Flat codes: the N k largest positive latents of the whole batch. For `hint` see `select.batchtopk`."""
     centred_ND, search = _centred(x_ND, b_pre_D, search)
-    chosen = select.batchtopk(centred_ND, W_enc_MD.detach(), b_enc_M.detach(), k, search, hint)
+    if peers is None:
+        chosen = select.batchtopk(centred_ND, W_enc_MD.detach(), b_enc_M.detach(), k, search, hint)
+    else:  # few of the latents here exceed the hint
+        offered = min(k, len(W_enc_MD))
+        chosen = peers.batchtopk(select.batchtopk(centred_ND, W_enc_MD.detach(), b_enc_M.detach(), offered, search), k)
     return _codes(x_ND, W_enc_MD, b_enc_M, b_pre_D, centred_ND, chosen)
 
 
@@ -133,7 +166,7 @@ def _codes(
     x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, b_pre_D: Tensor | None, centred_ND: Tensor, chosen: Chosen
 ) -> Codes:
     order = by_latent(chosen.indices, len(W_enc_MD), chosen.offsets)
-    codes = Codes(torch.relu(chosen.values), chosen.indices, chosen.offsets, order)
+    codes = Codes(torch.relu(chosen.values), chosen.indices, chosen.offsets, order, chosen.place)
     values: Tensor = _Values.apply(x_ND, W_enc_MD, b_enc_M, b_pre_D, centred_ND, codes)  # type: ignore[no-untyped-call]
     return codes._replace(values=values)
 
@@ -146,7 +179,7 @@ class _Values(Function):
         ctx: Any, x_ND: Tensor, W_enc_MD: Tensor, b_enc_M: Tensor, b_pre_D: Tensor | None, centred_ND: Tensor,
         codes: Codes,
     ) -> Tensor:  # fmt: skip
-        values, indices, offsets, order = codes
+        values, indices, offsets, order, _ = codes
         ctx.save_for_backward(centred_ND, W_enc_MD, values, indices, offsets, *order)
         ctx.has_b_pre = b_pre_D is not None
         return values

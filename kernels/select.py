@@ -34,6 +34,8 @@ class Chosen(NamedTuple):
     """int64, shaped like the values."""
     offsets: Tensor | None
     """int64 [N], where each token's entries begin; None where each has K."""
+    place: Tensor | None = None
+    """int64, shaped like the values: how many of its token's are larger, where the order does not show it."""
 
 
 def topk(x_ND: Tensor, W_MD: Tensor, b_M: Tensor, k: int, search: Search = EXACT) -> Chosen:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from skipcoder.kernels.backend import in_triton
-from skipcoder.kernels.encode import Codes
+from skipcoder.kernels.encode import Codes, Peers
 from skipcoder.kernels.rows import ByLatent, gather_dot, gather_sum
 from skipcoder.kernels.unsummed import decoder_gradients
 
@@ -31,11 +31,17 @@ class SquaredError(NamedTuple):
 
 
 def squared_error(
-    codes: Codes, W_dec_ME: Tensor, base: Tensor, y_NE: Tensor, block: Tensor | None = None, blocks: int = 1
+    codes: Codes,
+    W_dec_ME: Tensor,
+    base: Tensor,
+    y_NE: Tensor,
+    block: Tensor | None = None,
+    blocks: int = 1,
+    peers: Peers | None = None,
 ) -> SquaredError:
     """Decode on top of `base` (the bias [E], or bias plus skip [N, E]) and compare. `block`: the block of each entry,
-    shaped like the indices; without it there is one."""
-    squares, errors = _SquaredError.apply(codes.values, W_dec_ME, base, y_NE, codes, block, blocks)  # type: ignore[no-untyped-call]
+    shaped like the indices; without it there is one. `peers`: who holds the other latents."""
+    squares, errors = _SquaredError.apply(codes.values, W_dec_ME, base, y_NE, codes, block, blocks, peers)  # type: ignore[no-untyped-call]
     return SquaredError(squares, errors)
 
 
@@ -50,16 +56,20 @@ class _SquaredError(Function):
     @staticmethod
     def forward(
         ctx: Any, values: Tensor, W_dec_ME: Tensor, base: Tensor, y_NE: Tensor, codes: Codes, block: Tensor | None,
-        blocks: int,
+        blocks: int, peers: Peers | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         indices, offsets = codes.indices, codes.offsets
-        if in_triton(W_dec_ME):
+        if in_triton(W_dec_ME) and peers is None:
             from skipcoder.kernels.gpu import rows as gpu
 
             errors, squares = gpu.errors(indices, values, W_dec_ME, offsets, base, y_NE, block, blocks)
         else:
             kept = [values if block is None else torch.where(block <= b, values, 0) for b in range(blocks)]
-            each = [y_NE - gather_sum(indices, v, W_dec_ME, offsets, base) for v in kept]
+            if peers is None:
+                each = [y_NE - gather_sum(indices, v, W_dec_ME, offsets, base) for v in kept]
+            else:
+                partial = torch.stack([gather_sum(indices, v, W_dec_ME, offsets) for v in kept])
+                each = list(y_NE - base - peers.sum(partial))
             errors = each[0][None] if blocks == 1 else torch.stack(each)
             squares = torch.stack([error.square().sum() for error in each])
         ctx.save_for_backward(values, W_dec_ME, errors, indices, offsets, block, *codes.by_latent)
@@ -88,4 +98,4 @@ class _SquaredError(Function):
             for b in range(1, blocks):
                 grad_values = torch.where(block == b, gather_dot(rows_BNE[b], W_dec_ME, indices, offsets), grad_values)
         grad_base = scale * rows_BNE[0].sum(0) if ctx.base_is_bias else scale * rows_BNE[0]
-        return grad_values.to(values.dtype), grad_W, grad_base, None, None, None, None
+        return grad_values.to(values.dtype), grad_W, grad_base, None, None, None, None, None

@@ -216,6 +216,9 @@ class LoopConfig:
     """Tokens per step, over all processes."""
     micro_batches: int = 1
     """Parts in which a batch goes through the coder, one after another, to save memory."""
+    shards: int = 1
+    """Processes over which a coder's latents are spread, for coders too wide for one GPU (docs/cluster.md); other
+    processes beside them share the tokens."""
     k_start: int | None = None
     """Latents active per token at the start, falling linearly to coder.k over k_anneal of the run; null: coder.k."""
     k_anneal: float = 0.1
@@ -242,7 +245,7 @@ class LoopConfig:
     """Steps between checkpoints from which an interrupted run can resume."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_tokens", "micro_batches", "log_every", "save_every"):
+        for name in ("tokens", "batch_tokens", "micro_batches", "shards", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)}: must be at least 1")
         if not 0 < self.k_anneal <= 1:
@@ -273,7 +276,11 @@ class TrainConfig:
     """Seed of the coder's initialisation."""
 
     def __post_init__(self) -> None:
-        k_start = self.train.k_start
+        k_start, shards = self.train.k_start, self.train.shards
+        if self.coder.width % shards:
+            raise UserError(f"coder.width={self.coder.width}: must be a multiple of train.shards={shards}")
+        if shards > 1 and self.optim.name is OptimName.muon:
+            raise UserError("optim=muon needs whole matrices, and train.shards spreads them: use adam or signum")
         if k_start is not None and not self.coder.k <= k_start <= self.coder.width:
             raise UserError(f"train.k_start={k_start}: must be between coder.k and coder.width")
         if self.coder.side is Side.input and self.coder.kind != Kind.sae:

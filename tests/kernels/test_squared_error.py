@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from skipcoder.kernels import backend
-from skipcoder.kernels.encode import Codes, encode_batchtopk, encode_reference, encode_topk
+from skipcoder.kernels.encode import encode_batchtopk, encode_reference, encode_topk
 from skipcoder.kernels.squared_error import squared_error, squared_error_reference
 from skipcoder.kernels.unsummed import Pending, leaving_unsummed
 from tests.kernels.test_encode import DEVICE, gradient
@@ -34,7 +34,7 @@ def test_squares_and_gradients(
     *mine, y = problem(torch.float64 if way == "torch" else torch.float32, skip)
     monkeypatch.setattr(backend, "ON_CPU", way != "torch")
     x, W_enc, b_enc, W_dec, base = (p.requires_grad_() for p in mine)
-    codes: Codes = {"topk": encode_topk, "batchtopk": encode_batchtopk}[activation](x, W_enc, b_enc, K)
+    codes = (encode_topk if activation == "topk" else encode_batchtopk)(x, W_enc, b_enc, K)
     block = None if blocks == 1 else blocks_of(codes.indices, blocks)
     found = squared_error(codes, W_dec, base, y, block, blocks)
     pending = Pending(), Pending()

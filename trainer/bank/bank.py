@@ -64,7 +64,7 @@ def stream_key(cfg: TrainConfig) -> tuple[Any, ...]:
     """Return what the members of a bank must have in common."""
     stream = tuple(vars(cfg.stream).items())
     loop = cfg.train
-    machine = loop.device, loop.threads
+    machine = loop.device, loop.threads, loop.shards
     return cfg.store.path, cfg.hookpoint, loop.batch_tokens, loop.eval_tokens, stream, machine
 
 
@@ -111,7 +111,7 @@ def refuse_shared_directories(jobs: Sequence[tuple[TrainConfig, Path]]) -> None:
 
 def _train(members: list[Member], store: ActivationStore, outcomes: dict[Path, Outcome]) -> None:
     cfg = members[0].cfg
-    ranks = Ranks.join()
+    ranks = Ranks.join(cfg.train.shards)
     device = pick_device(cfg.train.device)
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
@@ -120,7 +120,8 @@ def _train(members: list[Member], store: ActivationStore, outcomes: dict[Path, O
     for member in members:
         with _failing(outcomes, member.directory):
             check(member.cfg, ranks.size)
-            memory.refuse_too_large(member.cfg, store, memory.free_bytes(device), device)
+            with ranks.together():
+                memory.refuse_too_large(member.cfg, store, memory.free_bytes(device), device)
             position = member.start(store, stream, device, ranks)
             positions[member.learner.step_number] = position
     if not positions:
@@ -151,7 +152,7 @@ def _loop(
             taking = [member for member in members if member.learner.step_number == step]
             step += 1
             for member in taking:
-                with _failing(outcomes, member.directory):
+                with _failing(outcomes, member.directory, alone=ranks.size == 1):
                     member.step(batch, read_ms, held_out)
             stopping = ranks.any(asked_to_stop())
             for member in taking:
@@ -210,11 +211,14 @@ def _stopping() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def _failing(outcomes: dict[Path, Outcome], *directories: Path) -> Iterator[None]:
-    """Make an exception the outcome of these runs (where they have none yet) rather than the end of the others."""
+def _failing(outcomes: dict[Path, Outcome], *directories: Path, alone: bool = True) -> Iterator[None]:
+    """Make an exception the outcome of these runs (where they have none yet) rather than the end of the others; unless
+    `alone`, only one that all processes raise."""
     try:
         yield
     except Exception as error:
+        if not alone and not isinstance(error, UserError):
+            raise
         fault: Exception = error
         if isinstance(error, OSError) and (message := explained(error)) is not None:
             fault = UserError(message)

@@ -10,6 +10,7 @@ from skipcoder.errors import UserError
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.bank.loggers import Logger, loggers
 from skipcoder.trainer.coder.files import FOLDER
+from skipcoder.trainer.coder.shard import Shard
 from skipcoder.trainer.config import ActivationName, TrainConfig
 from skipcoder.trainer.data.batch import Batch
 from skipcoder.trainer.data.ranks import ALONE, Ranks
@@ -61,7 +62,9 @@ class Member:
         """Build the learner, from the last save if any; return the stream's position, None at the beginning."""
         self.store, (self.hookpoint,) = store, stream.hookpoints
         self.ranks = ranks
-        state = load_state(self.directory)
+        with ranks.together():
+            shard = Shard(ranks.latents, self.cfg.coder.width)
+            state = load_state(self.directory, shard.rows if self.cfg.train.shards > 1 else None)
         self._learner = make_learner(self.cfg, store, self.hookpoint, self.steps, device, state is None, ranks)
         if ranks.is_main:
             self.files.write_config(self.cfg)
@@ -163,14 +166,13 @@ class Member:
 
     def save(self, stream: Position) -> None:
         """Save the point from which an interrupted run resumes; `stream`: the position after the last step."""
-        if self.ranks.is_main:
-            state: State = {
-                "learner": self.learner.state_dict(),
-                "stream": stream,
-                "window": [{key: value.cpu() for key, value in w.items()} for w in self.window],
-                "seconds": self.seconds,
-            }
-            save_state(state, self.directory)
+        state: State = {
+            "learner": self.learner.state_dict(),
+            "stream": stream,
+            "window": [{key: value.cpu() for key, value in w.items()} for w in self.window],
+            "seconds": self.seconds,
+        }
+        save_state(state, self.learner.coder.latents, self.directory, self.ranks)
 
     def finish(self) -> Summary:
         """Write the coder and the summary."""
@@ -197,12 +199,15 @@ class Member:
             "seconds": round(self.seconds, 2),
             "bank_coders": self.bank_coders,
         }
-        if self.ranks.is_main:
-            coder.save(self.directory / FOLDER)
-            self.files.write_summary(summary)
-            if summary["train_fvu"] > 1:
-                print(
-                    f"{self.directory}: its FVU is {summary['train_fvu']:.3g}, worse than always answering the mean: "
-                    f"lower optim.lr (it was {self.learner.optimiser.base_lr:g})"
-                )
+        with self.ranks.together():
+            if self.ranks.data.is_main:
+                coder.save(self.directory / FOLDER)
+        with self.ranks.together():
+            if self.ranks.is_main:
+                self.files.write_summary(summary)
+        if self.ranks.is_main and summary["train_fvu"] > 1:
+            print(
+                f"{self.directory}: its FVU is {summary['train_fvu']:.3g}, worse than always answering the mean: "
+                f"lower optim.lr (it was {self.learner.optimiser.base_lr:g})"
+            )
         return summary

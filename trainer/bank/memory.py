@@ -26,8 +26,8 @@ class Need(NamedTuple):
 
 
 def need(cfg: TrainConfig, d_in: int, d_out: int, device: str) -> Need:
-    """Return the need of one coder, float32 throughout."""
-    m = cfg.coder.width
+    """Return the need of one coder, or of one of its shards, float32 throughout."""
+    m = cfg.coder.width // cfg.train.shards
     weights = m * (d_in + d_out + 1) + d_out + (d_in * d_out if cfg.coder.kind == Kind.skip_transcoder else 0)
     copies = 3 if cfg.optim.name is OptimName.adam else 2
     chunk = min(chunk_bytes(cfg.encode, device), 4 * m * cfg.train.batch_tokens)
@@ -40,9 +40,10 @@ def refuse_too_large(cfg: TrainConfig, store: ActivationStore, budget: float, de
     facts = store.hookpoints[store.hookpoint(cfg.hookpoint)]
     one = need(cfg, facts["d_in"], facts["d_out"], device)
     if bank_bytes([one]) > budget:
+        shards = f" / train.shards={cfg.train.shards}" if cfg.train.shards > 1 else ""
         raise UserError(
-            f"coder.width={cfg.coder.width}: takes about {bank_bytes([one]) / GIB:,.1f} GiB to train, {device} has "
-            f"{budget / GIB:,.1f} GiB for it; lower the width"
+            f"coder.width={cfg.coder.width}{shards}: takes about {bank_bytes([one]) / GIB:,.1f} GiB to train, {device} "
+            f"has {budget / GIB:,.1f} GiB for it; lower the width, or raise train.shards to spread it over processes"
         )
     return one
 

@@ -24,7 +24,15 @@ from skipcoder.registry import Registry
 from skipcoder.settings import typed
 from skipcoder.trainer.coder import readers
 from skipcoder.trainer.coder.activations import ACTIVATIONS, Activation
-from skipcoder.trainer.coder.files import FORMAT_VERSION, Provenance, read_coder, write_coder
+from skipcoder.trainer.coder.files import (
+    FORMAT_VERSION,
+    Provenance,
+    read_coder,
+    write_coder,
+    write_index,
+    write_part,
+)
+from skipcoder.trainer.coder.shard import EVERYWHERE, Shard, uniform_rows
 from skipcoder.trainer.config import CoderConfig, Kind
 
 
@@ -45,11 +53,14 @@ class SparseCoder(nn.Module):
     threshold: Tensor | None
     """[M], what a pre-activation must exceed: for batchtopk outside training, for jumprelu always."""
 
-    def __init__(self, cfg: CoderConfig, d_in: int, d_out: int, seed: int = 0) -> None:
+    def __init__(self, cfg: CoderConfig, d_in: int, d_out: int, seed: int = 0, shard: Shard | None = None) -> None:
+        """`shard`: the latents to hold; None: all."""
         super().__init__()
         if cfg.kind == Kind.sae and d_in != d_out:
             raise ValueError(f"an SAE reconstructs what it reads, but d_in={d_in} and d_out={d_out}")
-        self.cfg, self.d_in, self.d_out = cfg, d_in, d_out
+        self.cfg, self.d_in, self.d_out, self.shard = cfg, d_in, d_out, shard
+        self.latents = range(cfg.width) if shard is None else shard.rows
+        """Those that are here, one for each row of the parameters."""
         self.activation: Activation = ACTIVATIONS[cfg.activation]
         self.activation.check(cfg)
         self.meta: Provenance = {}
@@ -57,14 +68,12 @@ class SparseCoder(nn.Module):
         """Where it was loaded from."""
         self.search = EXACT
         """How the encoder finds latents; in a mode other than float32 the skip's product is in bfloat16."""
-        bound = d_in**-0.5
-        generator = torch.Generator().manual_seed(seed)
-        self.W_enc = nn.Parameter(torch.rand(cfg.width, d_in, generator=generator) * 2 * bound - bound)
-        self.b_enc = nn.Parameter(torch.zeros(cfg.width))
+        self.W_enc = nn.Parameter(uniform_rows(self.latents, d_in, d_in**-0.5, seed))
+        self.b_enc = nn.Parameter(torch.zeros(len(self.latents)))
         if cfg.kind == Kind.sae:
             self.W_dec = nn.Parameter(nn.functional.normalize(self.W_enc.detach(), dim=1))
         else:
-            self.W_dec = nn.Parameter(torch.zeros(cfg.width, d_out))
+            self.W_dec = nn.Parameter(torch.zeros(len(self.latents), d_out))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.W_skip = nn.Parameter(torch.zeros(d_out, d_in)) if cfg.kind == Kind.skip_transcoder else None
         self.activation.attach(self)
@@ -86,7 +95,9 @@ class SparseCoder(nn.Module):
     @property
     def b_pre(self) -> Tensor | None:
         """What the encoder subtracts from its input."""
-        return self.b_dec if self.cfg.kind == Kind.sae else None
+        if self.cfg.kind != Kind.sae:
+            return None
+        return self.b_dec if self.shard is None else self.shard.read(self.b_dec)
 
     def encode(self, x_ND: Tensor, k: int | None = None) -> Codes:
         """Return values and indices of the active latents of each token (K of them, or `k`)."""
@@ -101,8 +112,11 @@ class SparseCoder(nn.Module):
             self.W_skip.mul_(s_out / s_in)
 
     def decode(self, codes: Codes, x_ND: Tensor) -> Tensor:
-        """Return [N, E]: the sparse part, plus bias, plus the skip of `x_ND`."""
-        return sparse_decode(codes, self.W_dec, self.affine(x_ND))
+        """Return [N, E]: the sparse part, plus bias, plus the skip of `x_ND`. Of a shard without gradients."""
+        if self.shard is None:
+            return sparse_decode(codes, self.W_dec, self.affine(x_ND))
+        partial = sparse_decode(codes, self.W_dec, torch.zeros_like(self.b_dec))
+        return self.shard.sum(partial.detach()) + self.affine(x_ND)
 
     def affine(self, x_ND: Tensor) -> Tensor:
         """Return what the sparse part is added to: b_dec [E] or, with a skip, W_skip x + b_dec [N, E]."""
@@ -129,7 +143,7 @@ class SparseCoder(nn.Module):
         return x.to(self.W_skip.dtype) @ self.W_skip.T + self.b_dec
 
     def save(self, folder: Path) -> None:
-        """Write coder.safetensors and coder.json."""
+        """Write coder.safetensors and coder.json. Shards are saved together, one file of tensors each."""
         asked = {key: value.value if isinstance(value, Enum) else value for key, value in vars(self.cfg).items()}
         description: Any = {
             "format_version": FORMAT_VERSION,
@@ -140,7 +154,16 @@ class SparseCoder(nn.Module):
             "subtract_decoder_bias": self.cfg.kind == Kind.sae,
             **self.meta,
         }
-        write_coder(folder, {name: t.detach().contiguous() for name, t in self.state_dict().items()}, description)
+        tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
+        if self.shard is None:
+            write_coder(folder, tensors, description)
+            return
+        group = self.shard.group
+        kept = {name: t for name, t in tensors.items() if group.is_main or name not in EVERYWHERE}
+        with group.together():
+            write_part(folder, kept, description, group.rank, group.size)
+        if group.is_main:
+            write_index(folder, description, group.size)
 
     @classmethod
     def load(cls, path: str | Path) -> "SparseCoder":
@@ -177,6 +200,6 @@ KINDS: Registry[type[SparseCoder]] = Registry("coder.kind", dict.fromkeys(Kind, 
 """The class of each kind of coder; all but SAEs read an MLP's input and write its output."""
 
 
-def make_coder(cfg: CoderConfig, d_in: int, d_out: int, seed: int = 0) -> SparseCoder:
-    """Make a new coder; `seed` is that of its initialisation."""
-    return KINDS[cfg.kind](cfg, d_in, d_out, seed)
+def make_coder(cfg: CoderConfig, d_in: int, d_out: int, seed: int = 0, shard: Shard | None = None) -> SparseCoder:
+    """Make a new coder, or a shard of one; `seed` is that of its initialisation."""
+    return KINDS[cfg.kind](cfg, d_in, d_out, seed, *(() if shard is None else (shard,)))

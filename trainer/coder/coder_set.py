@@ -8,7 +8,7 @@ from natsort import natsorted
 from skipcoder import hub
 from skipcoder.errors import UserError
 from skipcoder.trainer.coder.coder import SparseCoder
-from skipcoder.trainer.coder.files import FOLDER, TENSORS
+from skipcoder.trainer.coder.files import find_tensors
 
 
 class SparseCoderSet(Mapping[str, SparseCoder]):
@@ -59,10 +59,10 @@ def coder_folders(folder: Path) -> list[Path]:
     """Return the subfolders of a folder that hold a coder, in natural order; UserError if it is none or has none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such directory")
-    if any((folder / name).is_file() for name in (TENSORS, f"{FOLDER}/{TENSORS}")):
+    if find_tensors(folder):
         raise UserError(f"{folder} is one coder, not a set: name the folder that holds the runs of all hookpoints")
     within = natsorted(path for path in folder.iterdir() if path.is_dir())
-    found = [path for path in within if (path / TENSORS).is_file() or (path / FOLDER / TENSORS).is_file()]
+    found = [path for path in within if find_tensors(path)]
     if not found:
         raise UserError(f"{folder} holds no folder with a coder; train a set with hookpoint='layers.*.mlp'")
     return found

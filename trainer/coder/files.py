@@ -1,9 +1,13 @@
-"""The files of a coder, coder.safetensors and coder.json (docs/formats.md): their types, writing and reading."""
+"""The files of a coder, coder.safetensors and coder.json (docs/formats.md): their types, writing and reading.
+
+A coder that several processes trained comes in several files of tensors, each with some of the latents, and an index.
+"""
 
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 from torch import Tensor
@@ -18,6 +22,7 @@ FORMAT_VERSION = 1
 FOLDER = "checkpoint"
 """Where a run directory keeps them."""
 TENSORS = "coder.safetensors"
+INDEX = "coder.safetensors.index.json"
 DESCRIPTION = "coder.json"
 
 
@@ -86,6 +91,13 @@ class Description(Provenance):
     subtract_decoder_bias: bool
 
 
+class Index(TypedDict):
+    """coder.safetensors.index.json."""
+
+    files_by_latent: list[str]
+    """Files of tensors, which follow one another in each parameter with a row for each latent."""
+
+
 class Loaded(NamedTuple):
     """What the files of a coder hold."""
 
@@ -110,17 +122,59 @@ def write_coder(folder: Path, tensors: dict[str, Tensor], description: Descripti
     write_atomically(folder / DESCRIPTION, text.encode())
 
 
+def write_part(folder: Path, tensors: dict[str, Tensor], description: Description, part: int, parts: int) -> None:
+    """Write one of the files of a coder in several: the parameters of its latents and, into the first, all others."""
+    file = folder / part_name(part, parts)
+    write_atomically(file, safetensors_save(tensors, {DESCRIPTION: json.dumps(description, indent=2)}))
+
+
+def write_index(folder: Path, description: Description, parts: int) -> None:
+    """Write what says that all parts are there."""
+    names = [part_name(part, parts) for part in range(parts)]
+    write_atomically(folder / DESCRIPTION, json.dumps(description, indent=2).encode())
+    write_atomically(folder / INDEX, json.dumps({"files_by_latent": names}, indent=2).encode())
+
+
+def part_name(part: int, parts: int) -> str:
+    """Return the name of a file of tensors, counted from 0."""
+    return f"coder-{part + 1:05}-of-{parts:05}.safetensors"
+
+
+def find_tensors(path: Path) -> list[Path]:
+    """Return the files of tensors of a coder; `path` may be the run, its checkpoint folder or the folder itself. Empty
+    if there is no coder; UserError if its index is damaged."""
+    for folder in (path / FOLDER, path):
+        if (folder / TENSORS).is_file():
+            return [folder / TENSORS]
+        if (folder / INDEX).is_file():
+            try:
+                index = json.loads((folder / INDEX).read_text())
+            except ValueError as error:
+                raise UserError(f"{folder / INDEX} is damaged ({error}); train or fetch the coder again") from None
+            names = checked(Index, index, str(folder / INDEX), "train or fetch the coder again")["files_by_latent"]
+            return [folder / Path(name).name for name in names]
+    return []
+
+
 def read_coder(path: Path) -> Loaded:
-    """Read what `write_coder` wrote; `path` may be the run, its checkpoint folder or the folder itself.
+    """Read what was written; `path` as for `find_tensors`.
 
     Raises UserError if there is no coder, or if it is damaged (naming the field at fault) or of another version.
     """
-    for folder in (path / FOLDER, path):
-        file = folder / TENSORS
-        if file.is_file():
-            break
-    else:
+    files = find_tensors(path)
+    if not files:
         raise UserError(f"no {TENSORS} in {path} or {path / FOLDER}; has this run been trained to its end?")
+    first, *others = [_read(file) for file in files]
+    for file, part in zip(files[1:], others, strict=True):
+        if part.description != first.description:
+            raise UserError(f"{file} and {files[0].name} are of different coders; train or fetch the coder again")
+    if others:
+        for name in list(others[0].tensors):
+            first.tensors[name] = torch.cat([part.tensors.pop(name) for part in (first, *others)])
+    return first
+
+
+def _read(file: Path) -> Loaded:
     try:
         content = file.read_bytes()
         tensors = safetensors_load(content)

@@ -20,6 +20,9 @@ def check(cfg: TrainConfig, ranks: int = 1) -> None:
     activation = ACTIVATIONS[cfg.coder.activation]
     activation.check(cfg.coder)
     activation.check_training(cfg, ranks)
+    shards = cfg.train.shards
+    if shards > 1 and cfg.coder.kind not in set(Kind):
+        raise UserError(f"train.shards is for the built-in kinds of coder, not coder.kind={cfg.coder.kind}")
 
 
 def open_store(cfg: TrainConfig) -> ActivationStore:
@@ -46,8 +49,8 @@ def make_stream(cfg: TrainConfig, store: ActivationStore, device: str, ranks: Ra
         cfg.train.batch_tokens,
         seed=cfg.stream.seed,
         filter=token_filter(cfg),
-        rank=ranks.rank,
-        world_size=ranks.size,
+        rank=ranks.data.rank,
+        world_size=ranks.data.size,
         pool_chunks=cfg.stream.pool_chunks,
         readers=cfg.stream.readers,
         device=device,
@@ -68,8 +71,9 @@ def make_learner(
     x, y = (store.moments(hookpoint, side, positions=kept.classes) for side in sides(cfg.coder))
     learner = Learner(cfg, x, y, steps, device, ranks, in_bfloat16=True)  # as all codecs decode
     if fresh and cfg.coder.kind == Kind.skip_transcoder and _starts_from_ridge(cfg, x.count, len(x.mean)):
-        if ranks.is_main:
-            learner.start_skip(*ridge(store, hookpoint, kept, device))
+        with ranks.together():
+            if ranks.is_main:
+                learner.start_skip(*ridge(store, hookpoint, kept, device))
         assert learner.coder.W_skip is not None
         ranks.share(learner.coder.W_skip.data, learner.coder.b_dec.data)
     return learner

@@ -20,7 +20,7 @@ from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.records import checked
 from skipcoder.settings import differences, flat
 from skipcoder.trainer.coder.coder import SparseCoder
-from skipcoder.trainer.coder.files import FOLDER, TENSORS
+from skipcoder.trainer.coder.files import FOLDER, TENSORS, find_tensors
 from skipcoder.trainer.data.filter import TokenFilter
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
@@ -32,6 +32,7 @@ _FREE_KEYS = (
     "train.threads",
     "train.save_every",
     "train.graph",
+    "train.shards",
     "train.tensorboard",
     "train.wandb",
     "stream.readers",
@@ -132,7 +133,7 @@ class RunDirectory:
             found = json.loads(file.read_text())
         except ValueError as error:
             raise UserError(f"{file} is damaged ({error}); delete it and run the same command again") from None
-        if not (self.path / FOLDER / TENSORS).is_file():
+        if not find_tensors(self.path / FOLDER):
             raise UserError(
                 f"{self.path} is finished, but its coder is gone ({FOLDER}/{TENSORS}); delete {self.path}, train again"
             )
@@ -225,8 +226,11 @@ class Run:
 
     @cached_property
     def weights(self) -> str:
-        """A fingerprint of the coder's file."""
-        return hashlib.sha256((self.path / FOLDER / TENSORS).read_bytes()).hexdigest()[:16]
+        """A fingerprint of the coder's files."""
+        found = hashlib.sha256()
+        for file in find_tensors(self.path / FOLDER):
+            found.update(file.read_bytes())
+        return found.hexdigest()[:16]
 
     @property
     def filter(self) -> TokenFilter:

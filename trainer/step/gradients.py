@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from skipcoder.kernels.unsummed import Pending, RowSums, leaving_unsummed
 from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.coder.shard import EVERYWHERE
 
 
 class Gradients:
@@ -48,12 +49,16 @@ class Gradients:
         W_dec = self.coder.W_dec
         if self.unit_norm and W_dec.grad is not None:
             remove_parallel_gradient(W_dec)
-        if not self.left:
+        shard = self.coder.shard
+        if not self.left and shard is None:
             return torch.nn.utils.clip_grad_norm_(self.coder.parameters(), most)
-        dense = [p.grad for p in self.coder.parameters() if p.grad is not None]
-        lengths = [length.square() for length in torch._foreach_norm(dense)]
+        grads = {name: p.grad for name, p in self.coder.named_parameters() if p.grad is not None}
+        dense = list(grads.values())
+        lengths = dict(zip(grads, torch._foreach_norm(dense), strict=True))
+        everywhere = [lengths.pop(name).square() for name in EVERYWHERE if name in lengths]
         squares = [sums.squares_M.sum() for sums in self.left.values()]
-        norm = torch.stack(lengths + squares).sum().sqrt()
+        here = torch.stack([length.square() for length in lengths.values()] + squares).sum()
+        norm = torch.stack([here if shard is None else shard.sum(here), *everywhere]).sum().sqrt()
         factor = (most / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
         torch._foreach_mul_(dense, factor)
         self.left = {p: sums._replace(scale=sums.scale * factor) for p, sums in self.left.items()}

@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, NotRequired
+from typing import NamedTuple
 
 import torch
-from pydantic import ConfigDict, with_config
 from torch import Tensor, nn
-from typing_extensions import TypedDict
 
 from skipcoder.kernels.backend import in_triton
 from skipcoder.pipeline.store.stats import Moments
@@ -20,6 +18,7 @@ from skipcoder.trainer.coder.activations.base import Step
 from skipcoder.trainer.coder.coder import SparseCoder, make_coder
 from skipcoder.trainer.coder.encoding import available, make_search, more_exact, recall
 from skipcoder.trainer.coder.fold import fold, power_of_two_scale
+from skipcoder.trainer.coder.shard import Shard
 from skipcoder.trainer.config import CoderConfig, Kind, Side, TrainConfig
 from skipcoder.trainer.data.ranks import ALONE, Ranks
 from skipcoder.trainer.step.clock import Clock
@@ -27,6 +26,7 @@ from skipcoder.trainer.step.gradients import Gradients, normalise_rows
 from skipcoder.trainer.step.graph import Graphs, fixed
 from skipcoder.trainer.step.losses import Losses, losses
 from skipcoder.trainer.step.optimisers import build_optimiser, schedule
+from skipcoder.trainer.step.state import LearnerState
 
 DENSITY_TOKENS = 2**20
 DENSE = 0.1
@@ -47,22 +47,6 @@ class Sides(NamedTuple):
 
     read: str
     write: str
-
-
-@with_config(ConfigDict(arbitrary_types_allowed=True))
-class LearnerState(TypedDict):
-    """All that a step depends on, as a checkpoint keeps it."""
-
-    coder: dict[str, Tensor]
-    optimiser: list[dict[str, Any]]
-    since_fired: Tensor
-    density: Tensor
-    encode_mode: str
-    chunk_bytes: NotRequired[int]
-    recall: float
-    has_dead: NotRequired[bool]
-    step: int
-    tokens: int
 
 
 class Learner:
@@ -86,7 +70,8 @@ class Learner:
         self.scales = Scales(
             power_of_two_scale(x.mean_square), power_of_two_scale(y.mean_square), float(y.variance.sum())
         )
-        self.coder = make_coder(cfg.coder, len(x.mean), len(y.mean), cfg.seed).to(device)
+        shard = Shard(ranks.latents, cfg.coder.width) if ranks.latents.size > 1 else None
+        self.coder = make_coder(cfg.coder, len(x.mean), len(y.mean), cfg.seed, shard).to(device)
         self.activation = self.coder.activation
         s = self.scales
         self.coder.search = make_search(cfg.encode, x, s.s_in, device, cfg.coder.width)
@@ -94,12 +79,13 @@ class Learner:
         self.clock = Clock(device)
         self.coder.init_biases(torch.from_numpy(x.mean / s.s_in), torch.from_numpy(y.mean / s.s_out))
         self.optimiser = build_optimiser(cfg.optim, self.coder)
-        self.since_fired_M = torch.zeros(cfg.coder.width, dtype=torch.int64, device=device)
-        self.density_M = torch.zeros(cfg.coder.width, device=device)
+        here = len(self.coder.latents)
+        self.since_fired_M = torch.zeros(here, dtype=torch.int64, device=device)
+        self.density_M = torch.zeros(here, device=device)
         """How often each latent fires per token: the mean so far, later a moving average over DENSITY_TOKENS."""
         self.in_bfloat16 = in_bfloat16
         self.density_weight = torch.zeros((), device=device)
-        unsummed = ranks.size == 1 and self.optimiser.takes_sums and cfg.train.micro_batches == 1
+        unsummed = ranks.data.size == 1 and self.optimiser.takes_sums and cfg.train.micro_batches == 1
         self.gradients = Gradients(self.coder, self.unit_norm, unsummed=unsummed)
         can = device.startswith("cuda") and ranks.size == 1 and cfg.train.graph and self.activation.is_static
         self.graphs = Graphs() if can else None
@@ -156,7 +142,9 @@ class Learner:
                 normalise_rows(copy)
         self.since_fired_M.add_(batch_tokens).masked_fill_(fired_M > 0, 0)
         self.density_M.lerp_(fired_M / batch_tokens, self.density_weight)
-        return {**parts, "l0": fired_M.sum() / batch_tokens, "grad_norm": norm}
+        fired = fired_M.sum()
+        self.ranks.latents.sum(fired)
+        return {**parts, "l0": fired / batch_tokens, "grad_norm": norm}
 
     def _backward(self, x: Tensor, y: Tensor, batch_tokens: int) -> tuple[dict[str, Tensor], Tensor]:
         """Set gradients; return the loss's terms and how often each latent fired [M], over micro-batches and ranks."""
@@ -173,7 +161,7 @@ class Learner:
             fired_M += loss.fired_M
             self.clock.lap("backward")
         of_batch = step.finish(self.cfg.loss.l0, self.step_number == 0)
-        self.ranks.sum(*(p.grad for p in self.coder.parameters() if p.grad is not None), *parts.values(), fired_M)
+        self.ranks.data.sum(*(p.grad for p in self.coder.parameters() if p.grad is not None), *parts.values(), fired_M)
         return parts | of_batch, fired_M
 
     def losses(self, step: Step, x: Tensor, y: Tensor, batch_tokens: int) -> Losses:
@@ -218,7 +206,7 @@ class Learner:
         from the mean."""
         x, y = self._scaled(x, y)
         with self.as_saved() as coder:
-            error = y.double() - coder(x).y_hat.double()
+            error = y.double() - coder.decode(coder.encode(x), x).double()
         return float(error.square().sum() / (y.double() - y.double().mean(0)).square().sum())
 
     def folded(self) -> SparseCoder:
@@ -257,13 +245,14 @@ class Learner:
     @property
     def dead(self) -> int:
         """Number of latents that have not fired for `dead_tokens` tokens."""
-        return int((self.since_fired_M >= self.dead_tokens).sum())
+        return self.ranks.latents.total(int((self.since_fired_M >= self.dead_tokens).sum()))
 
     @property
     def density(self) -> dict[str, float]:
         """The median of latents' firing densities, and the share of latents that fire on more than a tenth of all
         tokens."""
-        return {"median": float(self.density_M.median()), "dense": float((self.density_M > DENSE).float().mean())}
+        all_M = self.ranks.latents.stack(self.density_M)
+        return {"median": float(all_M.median()), "dense": float((all_M > DENSE).float().mean())}
 
     def state_dict(self) -> LearnerState:
         """Return all that `step` depends on."""

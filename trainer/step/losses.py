@@ -52,8 +52,9 @@ def losses(
     lap("encode")
     # One decode for all reconstructions: of each prefix, of the k latents, of 4 k (Multi-TopK).
     last = len(prefixes)
-    block = _blocks(codes, prefixes, k) if prefixes or wide else None
-    squares, errors = squared_error(codes, coder.W_dec, coder.affine(x_ND), y_NE, block, 1 + last + wide)
+    block = _blocks(codes, coder.latents.start, prefixes, k) if prefixes or wide else None
+    base = coder.affine(x_ND)
+    squares, errors = squared_error(codes, coder.W_dec, base, y_NE, block, 1 + last + wide, coder.shard)
     terms = squares / variance
     parts = {"fvu": terms[last]} | {f"fvu_{p}": terms[i].detach() for i, p in enumerate(prefixes)}
     total = terms[: last + 1].mean() if prefixes else parts["fvu"]  # Matryoshka: Bussmann et al., arXiv 2503.17547
@@ -71,12 +72,15 @@ def losses(
     )
 
 
-def _blocks(codes: Codes, prefixes: list[int], k: int) -> Tensor:
-    """Return the first reconstruction in which each entry takes part; those after the k largest come last."""
+def _blocks(codes: Codes, first: int, prefixes: list[int], k: int) -> Tensor:
+    """Return the first reconstruction in which each entry takes part; those after the k largest come last. `first`: the
+    latent of index 0."""
     block = torch.zeros_like(codes.indices)
     for prefix in prefixes:
-        block += codes.indices >= prefix
-    if codes.offsets is None:
+        block += codes.indices >= prefix - first
+    if codes.place is not None:
+        block[codes.place >= k] = len(prefixes) + 1
+    elif codes.offsets is None:
         block[:, k:] = len(prefixes) + 1
     return block
 
@@ -90,13 +94,17 @@ def auxk(coder: SparseCoder, x_ND: Tensor, error_NE: Tensor, dead_M: Tensor) -> 
     b_enc: Tensor
     W_dec: Tensor
     W_enc, b_enc, W_dec = coder.W_enc, coder.b_enc, coder.W_dec
+    dead = dead_M.sum()
+    if coder.shard is not None:
+        coder.shard.group.sum(dead)
     if in_triton(W_dec):  # all latents compete, as counting the dead would wait; the living are far below 0
-        b_enc = torch.where(dead_M, b_enc, -torch.inf)
+        b_enc, k = torch.where(dead_M, b_enc, -torch.inf), min(most, coder.cfg.width)
     else:
-        found = dead_M.nonzero()[:, 0]
-        if not len(found):
+        k = min(most, int(dead))
+        if not k:
             return error_NE.new_zeros(())
+        found = dead_M.nonzero()[:, 0]
         W_enc, b_enc, W_dec = (p.index_select(0, found) for p in (W_enc, b_enc, W_dec))
-    codes = encode_topk(x_ND.to(W_enc.dtype), W_enc, b_enc, min(most, len(W_enc)), b_pre, coder.search)
-    squares, _ = squared_error(codes, W_dec, torch.zeros_like(coder.b_dec), error_NE)
-    return (dead_M.sum().to(squares) / most).clamp(max=1) * squares[0]
+    codes = encode_topk(x_ND.to(W_enc.dtype), W_enc, b_enc, k, b_pre, coder.search, coder.shard)
+    squares, _ = squared_error(codes, W_dec, torch.zeros_like(coder.b_dec), error_NE, peers=coder.shard)
+    return (dead.to(squares) / most).clamp(max=1) * squares[0]

@@ -15,6 +15,7 @@ from skipcoder.errors import UserError
 from skipcoder.kernels.encode import Codes
 from skipcoder.kernels.preactivations import Search
 from skipcoder.registry import Registry
+from skipcoder.trainer.coder.shard import Shard
 from skipcoder.trainer.config import CoderConfig, TrainConfig
 from skipcoder.trainer.data.ranks import Ranks
 
@@ -27,6 +28,10 @@ class Encoder(Protocol):
     search: Search
     threshold: Tensor | None
     training: bool
+    latents: range
+    """Those that the parameters have rows for."""
+    shard: Shard | None
+    """Who holds the others, where one process does not hold all."""
 
     @property
     def W_enc(self) -> Tensor:  # noqa: N802
@@ -77,6 +82,8 @@ class Activation:
     must do without `Step.encode`."""
     k_may_vary = False
     """Whether k may change during training (`train.k_start`)."""
+    shards = False
+    """Whether it works on a coder of which each process holds some latents (`train.shards`)."""
     is_static = False
     """Whether a training step's work on a GPU is the same whatever the values, so that it can be a CUDA graph."""
     calibration_tokens = 0
@@ -92,6 +99,8 @@ class Activation:
         if cfg.train.k_start is not None and not self.k_may_vary:
             able = _where("k_may_vary")
             raise UserError(f"train.k_start needs coder.activation={able}, not {cfg.coder.activation}")
+        if cfg.train.shards > 1 and not self.shards:
+            raise UserError(f"train.shards needs coder.activation={_where('shards')}, not {cfg.coder.activation}")
 
     def attach(self, coder: Encoder) -> None:
         """Give a new coder the parameters and buffers of this activation."""

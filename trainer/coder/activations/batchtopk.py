@@ -29,13 +29,14 @@ class BatchTopK(Activation):
 
     name = "batchtopk"
     k_may_vary = True
+    shards = True
     is_static = True
     calibration_tokens = CALIBRATION_TOKENS
 
     def check_training(self, cfg: TrainConfig, ranks: int = 1) -> None:
         """Raise UserError if several processes would not see the whole batch at once."""
         super().check_training(cfg, ranks)
-        if ranks > 1 and cfg.train.micro_batches > 1:
+        if ranks > cfg.train.shards and cfg.train.micro_batches > 1:
             raise UserError(
                 f"coder.activation=batchtopk looks at the whole batch: with {ranks} processes, "
                 f"train.micro_batches={cfg.train.micro_batches} must be 1"
@@ -43,7 +44,7 @@ class BatchTopK(Activation):
 
     def attach(self, coder: Encoder) -> None:
         """Add a buffer `threshold` [M], the same for all latents."""
-        coder.register_buffer("threshold", torch.zeros(coder.cfg.width))
+        coder.register_buffer("threshold", torch.zeros(len(coder.latents)))
 
     def encode(self, coder: Encoder, x_ND: Tensor, k: int | None = None) -> Codes:
         """Return flat codes."""
@@ -53,7 +54,8 @@ class BatchTopK(Activation):
             return encode_above(x_ND, coder.W_enc, coder.b_enc, coder.threshold, coder.b_pre, coder.search)
         # All entries of the threshold are equal; it is no guide to a k other than the coder's.
         hint = (HINT * coder.threshold).amin() if k in (None, coder.cfg.k) else None
-        return encode_batchtopk(x_ND, coder.W_enc, coder.b_enc, k or coder.cfg.k, coder.b_pre, coder.search, hint)
+        k = k or coder.cfg.k
+        return encode_batchtopk(x_ND, coder.W_enc, coder.b_enc, k, coder.b_pre, coder.search, hint, coder.shard)
 
     def step(self, coder: Encoder, k: int, ranks: Ranks) -> Step:
         """Return a step that sees the batch of all ranks and moves the threshold."""
@@ -73,18 +75,19 @@ class _Step(Step):
         return self.codes
 
     def _encode(self, x_ND: Tensor) -> Codes:
-        if self.ranks.size == 1:
+        if self.ranks.data.size == 1:
             return super().encode(x_ND)
         # Tokens are dealt at random, so each rank first offers a quarter more than its share; if a rank had still more
         # to offer, all offer as much as could be needed.
-        tokens = int(self.ranks.total(len(x_ND)))
+        tokens, latents = self.ranks.data.total(len(x_ND)), self.ranks.latents
         for share in (1.25, tokens / max(len(x_ND), 1)):
             offer = min(math.ceil(share * self.k), self.coder.cfg.width)
             codes = self.activation.encode(self.coder, x_ND, offer)
             values = codes.values.detach()
             everyones = self.ranks.gather(values).sort(descending=True).values
             least = everyones[: tokens * self.k][-1:].sum()  # 0 if none is positive
-            gave_all = len(values) == offer * len(x_ND) and bool((values > least).all()) and len(values) > 0
+            all_above = not latents.any(bool((values <= least).any()))
+            gave_all = latents.total(len(values)) == offer * len(x_ND) > 0 and all_above
             if not self.ranks.any(gave_all):
                 break
         return subset(codes, values >= least)
@@ -93,6 +96,6 @@ class _Step(Step):
     def finish(self, l0_weight: float, first: bool) -> dict[str, Tensor]:
         """Move the threshold towards the smallest value that was kept; the last micro-batch represents all."""
         assert self.coder.threshold is not None
-        kept = self.ranks.gather(self.codes.values.detach())
-        self.coder.threshold.lerp_(smallest(kept), 1.0 if first else RATE)
+        kept = smallest(self.codes.values.detach(), self.ranks)
+        self.coder.threshold.lerp_(kept, 1.0 if first else RATE)
         return {}

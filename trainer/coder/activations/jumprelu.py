@@ -21,10 +21,11 @@ class JumpReLU(Activation):
     """Chooses all latents above learned thresholds."""
 
     name = "jumprelu"
+    shards = True
 
     def attach(self, coder: Encoder) -> None:
         """Add a parameter `threshold` [M]."""
-        coder.register_parameter("threshold", torch.nn.Parameter(torch.zeros(coder.cfg.width)))
+        coder.register_parameter("threshold", torch.nn.Parameter(torch.zeros(len(coder.latents))))
 
     def learning_rate_scale(self, name: str, d_in: int) -> float:
         """Return sqrt(d_in) for thresholds, which must keep up with pre-activations: as inputs have elements of about
@@ -37,7 +38,7 @@ class JumpReLU(Activation):
 
     def begin(self, coder: Encoder, x_ND: Tensor, k: int, ranks: Ranks) -> None:
         """Start from a threshold at which k latents fire per token."""
-        set_threshold(coder, ranks.gather(x_ND), k)
+        set_threshold(coder, ranks.data.gather(x_ND), k)
 
     def step(self, coder: Encoder, k: int, ranks: Ranks) -> Step:
         """Return a step with the penalty on the number of latents."""

@@ -12,9 +12,10 @@ class TopK(Activation):
     name = "topk"
     nested = True
     k_may_vary = True
+    shards = True
     is_static = True
 
     def encode(self, coder: Encoder, x_ND: Tensor, k: int | None = None) -> Codes:
-        """Return codes [N, K]."""
-        k = k or coder.cfg.k
-        return encode_topk(x_ND.to(coder.W_enc.dtype), coder.W_enc, coder.b_enc, k, coder.b_pre, coder.search)
+        """Return codes [N, K], of a shard flat."""
+        k, x_ND = k or coder.cfg.k, x_ND.to(coder.W_enc.dtype)
+        return encode_topk(x_ND, coder.W_enc, coder.b_enc, k, coder.b_pre, coder.search, coder.shard)
