@@ -7,7 +7,8 @@ from typing import Any, overload
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.settings import as_typed, refuse_unknown
 from skipcoder.trainer.bank.bank import Job
-from skipcoder.trainer.bank.sweep import Settings, run_sweep, spread
+from skipcoder.trainer.bank.plan import Settings
+from skipcoder.trainer.bank.sweep import run_sweep, spread
 from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.coder.coder_set import SparseCoderSet
 from skipcoder.trainer.config import CoderConfig, RunConfig, StoreRef, TrainConfig

@@ -21,7 +21,8 @@ def main(cfg: DictConfig) -> None:
     """Entry point that Hydra calls once per job. Jobs of a sweep write where Hydra says, a single run to run.dir."""
     config = typed(cfg, TrainConfig)
     from skipcoder.trainer.bank.bank import Job, train
-    from skipcoder.trainer.bank.sweep import Settings, report, run_sweep, spread
+    from skipcoder.trainer.bank.plan import Settings
+    from skipcoder.trainer.bank.sweep import report, run_sweep, spread
 
     one = Job(config, Path(HydraConfig.get().runtime.output_dir))
     jobs = spread(one)

@@ -28,6 +28,15 @@ TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others: the first alone may read the whole store (skip_init)."""
 
 
+class OtherProcessError(UserError):
+    """Something failed in another process."""
+
+
+def backend() -> str:
+    """Return what carries tensors between processes."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
 @dataclass(frozen=True)
 class Group:
     """Processes that exchange tensors; one alone by default. All of them call the same methods in the same order."""
@@ -117,7 +126,7 @@ class Group:
         if error is not None:
             raise error
         if failed:
-            raise UserError("another of the run's processes failed; its message says why")
+            raise OtherProcessError("another of the run's processes failed; its message says why")
 
     @property
     def _device(self) -> str:
@@ -138,14 +147,14 @@ class Ranks(Group):
         if size % shards:
             raise UserError(
                 f"train.shards={shards} needs a multiple of {shards} processes, here are {size}: start them with "
-                f"torchrun --nproc-per-node {shards} trainer/train.py ..."
+                f"torchrun --nproc-per-node {shards} trainer/train.py ..., or as a sweep (-m), which starts them itself"
             )
         if size == 1:
             return cls()
         if not dist.is_initialized():
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+            dist.init_process_group(backend(), timeout=TIMEOUT)
         return cls(dist.get_rank(), dist.get_world_size(), None, _mesh(shards) if shards > 1 else None)
 
     @property

@@ -29,6 +29,8 @@ class BankLauncherConf:
     """An existing Ray cluster (`auto` or an address); null: start one of our own."""
     memory_gib: float | None = None
     """Memory that one bank may use; null: what is free on the device."""
+    gpus_per_coder: int | None = None
+    """GPUs that train one coder together, each with a Ray task; null: train.shards. More share the tokens."""
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="bank", node=BankLauncherConf, provider="skipcoder")
@@ -37,8 +39,10 @@ ConfigStore.instance().store(group="hydra/launcher", name="bank", node=BankLaunc
 class BankLauncher(Launcher):
     """Gives each job its own folder and configuration, as any launcher does, but trains all jobs together."""
 
-    def __init__(self, ray: bool | None, address: str | None, memory_gib: float | None) -> None:
-        self.ray, self.address, self.memory_gib = ray, address, memory_gib
+    def __init__(
+        self, ray: bool | None, address: str | None, memory_gib: float | None, gpus_per_coder: int | None
+    ) -> None:
+        self.settings = ray, address, memory_gib, gpus_per_coder
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what `launch` needs; Hydra calls this first."""
@@ -49,7 +53,8 @@ class BankLauncher(Launcher):
         of a set of coders the mean)."""
         setup_globals()
         from skipcoder.trainer.bank.bank import Job
-        from skipcoder.trainer.bank.sweep import Failure, Settings, report, report_failures, run_sweep, spread
+        from skipcoder.trainer.bank.plan import Settings
+        from skipcoder.trainer.bank.sweep import Failure, report, report_failures, run_sweep, spread
         from skipcoder.trainer.config import TrainConfig
         from skipcoder.trainer.run.build import check
 
@@ -72,7 +77,7 @@ class BankLauncher(Launcher):
             if one.status is JobStatus.FAILED:  # before anything is trained
                 report_failures([Failure(" ".join(overrides), one._return_value, "")])
             returns.append(one)
-        outcomes = run_sweep([job for jobs in sets for job in jobs], Settings(self.ray, self.address, self.memory_gib))
+        outcomes = run_sweep([job for jobs in sets for job in jobs], Settings(*self.settings))
         report(outcomes)
         found = {o.directory: o.summary.get("validation_fvu") for o in outcomes if o.summary is not None}
         for one, jobs in zip(returns, sets, strict=True):

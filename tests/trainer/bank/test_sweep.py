@@ -15,7 +15,8 @@ from skipcoder.settings import typed
 from skipcoder.trainer.bank import memory
 from skipcoder.trainer.bank.bank import Job
 from skipcoder.trainer.bank.memory import MARGIN, Need, bank_bytes, need, pack
-from skipcoder.trainer.bank.sweep import Settings, plan, run_sweep
+from skipcoder.trainer.bank.plan import Settings, plan
+from skipcoder.trainer.bank.sweep import run_sweep
 from skipcoder.trainer.config import Kind, StreamConfig, TrainConfig
 from skipcoder.trainer.data.stream import ActivationStream
 from tests.conftest import REPO

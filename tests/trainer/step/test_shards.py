@@ -188,3 +188,14 @@ def test_what_cannot_be_spread_is_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"train.shards=4 needs a multiple of 4 processes, here are 1: start them with"):
         Ranks.join(4)
     assert D < M
+
+
+def test_the_numbers_of_the_documentation_are_those_measured() -> None:
+    measured = json.loads((REPO / "benchmarks" / "shards-2-cores-2026-11-27.json").read_text())
+    page = (REPO / "docs" / "cluster.md").read_text()
+    for one in measured["measured"]:
+        sent = [f"{one['bytes a process'][way] / 1e6:.1f}" for way in ("shards", "data parallel")]
+        assert f"| {one['width']:,} | {one['processes']} | {' | '.join(sent)} | {one['ratio']:.2f} |" in page
+        for way, by_arithmetic in one["by arithmetic"].items():
+            assert one["bytes a process"][way] == pytest.approx(by_arithmetic, rel=0.01)
+    assert max(measured["widest"]["peak GiB"]) < 9.6
