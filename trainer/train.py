@@ -1,5 +1,6 @@
 """Train sparse coders on a store: `python trainer/train.py coder=skip_transcoder coder.k=32`; -m for sweeps."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def main(cfg: DictConfig) -> None:
         outcomes = run_sweep(jobs, Settings())
         report(outcomes)
         summaries = [outcome.summary for outcome in outcomes if outcome.summary is not None]
+    if int(os.environ.get("RANK", "0")):  # of torchrun's processes the first reports
+        return
     for (_, directory), summary in zip(jobs, summaries, strict=True):
         print(f"{directory}: {summary['kind']} k={summary['k']} training FVU {summary['train_fvu']:.4f}")
 

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,7 +143,8 @@ def _loop(
     ranks: Ranks,
 ) -> None:
     """Take batches until every member has made all of its steps."""
-    with live_table(members, outcomes) as show, closing(iter(stream)) as batches, _stopping() as asked_to_stop:
+    table = live_table(members, outcomes) if ranks.is_main else nullcontext(lambda: None)
+    with table as show, closing(iter(stream)) as batches, _stopping() as asked_to_stop:
         members = _unfinished(members, outcomes)
         while members:
             begun = time.perf_counter()

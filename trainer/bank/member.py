@@ -83,7 +83,7 @@ class Member:
         self.last = kept[-1] if kept else None
         if ranks.is_main:
             self.files.write_metrics(kept)
-        print(f"{self.directory}: going on from step {self.learner.step_number} of {self.steps}")
+            print(f"{self.directory}: going on from step {self.learner.step_number} of {self.steps}")
         return state["stream"]
 
     @property

@@ -70,7 +70,7 @@ def make_learner(
     kept = token_filter(cfg)
     x, y = (store.moments(hookpoint, side, positions=kept.classes) for side in sides(cfg.coder))
     learner = Learner(cfg, x, y, steps, device, ranks, in_bfloat16=True)  # as all codecs decode
-    if fresh and cfg.coder.kind == Kind.skip_transcoder and _starts_from_ridge(cfg, x.count, len(x.mean)):
+    if fresh and cfg.coder.kind == Kind.skip_transcoder and _starts_from_ridge(cfg, x.count, len(x.mean), ranks):
         with ranks.together():
             if ranks.is_main:
                 learner.start_skip(*ridge(store, hookpoint, kept, device))
@@ -79,12 +79,13 @@ def make_learner(
     return learner
 
 
-def _starts_from_ridge(cfg: TrainConfig, tokens: int, d_in: int) -> bool:
+def _starts_from_ridge(cfg: TrainConfig, tokens: int, d_in: int, ranks: Ranks) -> bool:
     if cfg.coder.skip_init is not None:
         return cfg.coder.skip_init is SkipInit.ridge
     if tokens < TOKENS_PER_DIMENSION * d_in:
         wanted = TOKENS_PER_DIMENSION * d_in
-        print(f"the skip starts from zero: ridge would need {wanted:,} training tokens, not {tokens:,}")
+        if ranks.is_main:
+            print(f"the skip starts from zero: ridge would need {wanted:,} training tokens, not {tokens:,}")
         return False
     return True
 
