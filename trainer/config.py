@@ -177,12 +177,16 @@ class StreamConfig:
     """Leave out this many positions at the start of each row (attention sinks, BOS)."""
     special_tokens: bool = True
     """Leave out positions that hold one of the tokenizer's special tokens."""
+    max_norm: float | None = None
+    """Leave out tokens whose MLP input or output is longer than so many medians, e.g. 10 (docs/sweeps.md)."""
 
     def __post_init__(self) -> None:
         if self.seed < 0 or self.first_positions < 0:
             raise UserError(
                 f"stream.seed={self.seed}, stream.first_positions={self.first_positions}: must not be negative"
             )
+        if self.max_norm is not None and self.max_norm <= 1:
+            raise UserError(f"stream.max_norm={self.max_norm}: must be above 1, or null")
         if self.pool_chunks is not None and self.pool_chunks < 1:
             raise UserError(f"stream.pool_chunks={self.pool_chunks}: must be at least 1, or null")
         if self.readers is not None and self.readers < 1:

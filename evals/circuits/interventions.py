@@ -50,7 +50,6 @@ def logit_changes(
 def _logits(replacement: Replacement, ablations: Sequence[Ablation | None], tokens: Tensor, real: bool) -> Tensor:
     """[B, L] with one ablation in each row."""
     ids = replacement.ids_T.expand(len(ablations), -1)
-    left_out = replacement.left_out_T.expand(len(ablations), -1)
 
     def change(layer: Layer, number: int, activation: Callable[[int, Ablation], Any]) -> Tensor | None:
         """[B, T, E] what the ablations in this layer take away; None if there are none."""
@@ -86,7 +85,7 @@ def _logits(replacement: Replacement, ablations: Sequence[Ablation | None], toke
                         layer.read,
                         layer.write,
                         lambda x, layer=layer, number=number: replaced(x, layer, number),  # type: ignore[misc]
-                        left_out,
+                        replacement.left_out[number].expand(len(ablations), -1),
                     )
                 )
             elif (taken := change(layer, number, lambda row, one: one.activation)) is not None:

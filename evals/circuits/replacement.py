@@ -11,6 +11,7 @@ Legend: T positions, D read width, E written width, K active latents, M latents,
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -113,7 +114,8 @@ class Replacement:
             stack.enter_context(self.frozen.held())
             self.logits_V: Tensor = self.last_logits(self.ids_T[None])[0]
         self.embedding_TD = embedded[0]
-        kept_T1 = ~self.left_out_T[:, None]
+        self.left_out: list[Tensor] = []
+        """bool [T] of each layer: positions where its MLP stays as it is."""
         self.values: list[Tensor] = []
         """[T, K] of each layer; 0 at positions left out."""
         self.indices: list[Tensor] = []
@@ -124,7 +126,12 @@ class Replacement:
         self.constants: list[Tensor] = []
         """[T, E] what is written whatever is active: biases, and the outputs of MLPs at positions left out."""
         for layer, x_TD, y_TE in zip(self.layers, ins, outs, strict=True):
-            coder = layer.coder
+            coder, left_T = layer.coder, self.left_out_T
+            if coder is not None and coder.longest is not None:
+                left_T = left_T | (x_TD.norm(dim=1) > coder.longest[layer.read.side])
+                left_T = left_T | (y_TE.norm(dim=1) > coder.longest[layer.write.side])
+            self.left_out.append(left_T)
+            kept_T1 = ~left_T[:, None]
             if coder is None:
                 values, indices = x_TD.new_zeros(len(x_TD), 0), self.ids_T.new_zeros(len(x_TD), 0)
                 vectors, affine_TE = y_TE.new_zeros(len(y_TE), 0, y_TE.shape[1]), torch.zeros_like(y_TE)
@@ -132,24 +139,24 @@ class Replacement:
             else:
                 if x_TD.shape[1] != coder.d_in or y_TE.shape[1] != coder.d_out:
                     raise UserError(f"the coder of {layer.hookpoint} is of another model: its widths differ")
-                found, chosen = coder.encode(x_TD[~self.left_out_T].to(coder.W_enc.dtype)).padded()
+                found, chosen = coder.encode(x_TD[~left_T].to(coder.W_enc.dtype)).padded()
                 values = x_TD.new_zeros(len(x_TD), found.shape[1])
                 indices = self.ids_T.new_zeros(values.shape)
-                values[~self.left_out_T], indices[~self.left_out_T] = found.to(x_TD.dtype), chosen
+                values[~left_T], indices[~left_T] = found.to(x_TD.dtype), chosen
                 vectors = values[:, :, None] * coder.W_dec[indices].to(x_TD.dtype)
                 bias_TE = coder.b_dec.to(x_TD.dtype).expand_as(y_TE)
-                affine_TE = bias_TE + self._skip(layer, x_TD)
+                affine_TE = bias_TE + self._skip(layer, x_TD, left_T)
             self.values.append(values)
             self.indices.append(indices)
             self.vectors.append(vectors)
             self.errors.append((y_TE - vectors.sum(1) - affine_TE) * kept_T1)
             self.constants.append(torch.where(kept_T1, bias_TE, y_TE))
 
-    def _skip(self, layer: Layer, x_TD: Tensor) -> Tensor:
+    def _skip(self, layer: Layer, x_TD: Tensor, left_T: Tensor) -> Tensor:
         """[T, E] what the layer's skip adds; 0 at positions left out."""
         if layer.coder is None or layer.coder.W_skip is None:
             return x_TD.new_zeros(())
-        return (x_TD @ layer.coder.W_skip.to(x_TD.dtype).T) * ~self.left_out_T[:, None]
+        return (x_TD @ layer.coder.W_skip.to(x_TD.dtype).T) * ~left_T[:, None]
 
     @property
     def writes(self) -> list[Tensor]:
@@ -176,18 +183,18 @@ class Replacement:
         reads: list[Tensor] = []
         final: list[Tensor] = []
 
-        def write(layer: Layer, written: Tensor, x_TD: Tensor) -> Tensor:
+        def write(layer: Layer, written: Tensor, left_T: Tensor, x_TD: Tensor) -> Tensor:
             reads.append(x_TD)
-            return written + self._skip(layer, x_TD)
+            return written + self._skip(layer, x_TD, left_T)
 
         with ExitStack() as stack:
-            for layer, written in zip(self.layers, writes, strict=True):
+            for layer, written, left_T in zip(self.layers, writes, self.left_out, strict=True):
                 stack.enter_context(
                     replacing(
                         self.model,
                         layer.read,
                         layer.write,
-                        lambda x, layer=layer, written=written: write(layer, written, x),  # type: ignore[misc]
+                        partial(write, layer, written, left_T),
                     )
                 )
             stack.callback(self.embed.register_forward_hook(lambda m, a, out: embedding[None]).remove)

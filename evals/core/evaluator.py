@@ -20,6 +20,7 @@ from skipcoder.pipeline.store.attrs import model_config
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.progress import progress
 from skipcoder.trainer.data.filter import TokenFilter
+from skipcoder.trainer.data.outliers import moments
 from skipcoder.trainer.data.stream import ActivationStream
 from skipcoder.trainer.run.device import on_device
 from skipcoder.trainer.run.run import Run
@@ -70,6 +71,7 @@ class Evaluator:
         spread = np.linspace(0, len(rows) - 1, min(max(1, ce_tokens // store.context), len(rows))).astype(int)
         self.tokens_BT = torch.from_numpy(rows[spread]).long().to(device)
         self.row_numbers = torch.cat([torch.arange(*store.rows_of(unit)) for unit in units])
+        self.ce_rows_B = self.row_numbers.numpy()[spread]
         documents, place = np.unique(np.concatenate([store.documents(unit) for unit in units]), return_inverse=True)
         self.documents = len(documents) if intervals else 0
         self._document_RT = torch.from_numpy(place.reshape(rows.shape).astype(np.int32))
@@ -167,18 +169,18 @@ class Evaluator:
 
     def replacements(self, run: Run) -> dict[str, Replacement]:
         """{name in the results: the replacement}."""
-        read, write, coder, classes = run.read_site, run.write_site, run.coder, run.filter.classes
-        mean = self.store.moments(run.summary["hookpoint"], write.side, positions=classes).mean
+        read, write, coder = run.read_site, run.write_site, run.coder
+        mean = moments(self.store, run.summary["hookpoint"], write.side, run.filter).mean
         mean_E = torch.from_numpy(mean).to(self.device, torch.float32)
         # A key's first entry distinguishes ablations, which runs share, from coders.
         ways: dict[str, Way] = {
             "spliced": Way((run.path,), lambda x: coder(x).y_hat),
             "zero": Way(("zero", write), ablation(torch.zeros_like(mean_E))),
-            "mean": Way(("mean", write, classes), ablation(mean_E)),
+            "mean": Way(("mean", write, run.filter), ablation(mean_E)),
         }
         if coder.W_skip is not None:
             ways["skip_only"] = Way((run.path, "skip"), coder.skip_only)
-        positions: list[tuple[str, TokenFilter | None, Tensor | None]] = [("", run.filter, self._excluded(run.filter))]
+        positions: list[tuple[str, TokenFilter | None, Tensor | None]] = [("", run.filter, self._excluded(run))]
         if self.every_position:
             positions.append(("_all", None, None))
         return {
@@ -187,8 +189,8 @@ class Evaluator:
             for suffix, kept, keep in positions
         }
 
-    def _excluded(self, filter: TokenFilter) -> Tensor:
+    def _excluded(self, run: Run) -> Tensor:
         """bool [B, T]: positions that the coder was not trained on."""
-        tokens = self.tokens_BT.cpu().numpy().ravel()
-        kept = filter.keep(np.arange(tokens.size), tokens, self.store.context, self.store.attrs["special_tokens"])
+        position = self.ce_rows_B[:, None] * self.store.context + np.arange(self.store.context)
+        kept = run.keeps(self.store, position.ravel(), self.tokens_BT.cpu().numpy().ravel())
         return torch.from_numpy(~kept).view(self.tokens_BT.shape).to(self.device)

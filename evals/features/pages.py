@@ -252,7 +252,7 @@ def _skip_share(index: LatentIndex) -> float:
     stop = min(start + 1024, stop)
     x = store.activations(run.summary["hookpoint"], run.read_site.side, start, stop)
     flat = store.read("index", start, stop).astype(np.int64)
-    kept = run.filter.keep(flat, index.tokens.ravel()[flat], store.context, store.attrs["special_tokens"])
+    kept = run.keeps(store, flat, index.tokens.ravel()[flat])
     x, coder = x[torch.from_numpy(kept)], run.coder
     affine = coder.skip_only(x)
     latents, skip = coder(x).y_hat - affine, affine - coder.b_dec

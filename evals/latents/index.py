@@ -153,7 +153,7 @@ class LatentIndex:
         start, stop = self.store.unit_range(unit)
         flat = self.store.read("index", start, stop).astype(np.int64)
         token = self.store.tokens(unit).ravel()[flat - flat.min() // self.store.context * self.store.context]
-        keep = self.run.filter.keep(flat, token, self.store.context, self.store.attrs["special_tokens"])
+        keep = self.run.keeps(self.store, flat, token)
         side = self.run.read_site.side
         for a in range(start, stop, BATCH):
             b = min(a + BATCH, stop)

@@ -63,7 +63,7 @@ def _kept(run: Run, store: ActivationStore, start: int, stop: int, device: str) 
     flat = store.read("index", start, stop).astype(np.int64)
     rows = flat // store.context
     token = store.read("tokens", int(rows.min()), int(rows.max()) + 1)[rows - rows.min(), flat % store.context]
-    keep = run.filter.keep(flat, token, store.context, store.attrs["special_tokens"])
+    keep = run.keeps(store, flat, token)
     x = store.activations(run.summary["hookpoint"], run.read_site.side, start, stop)
     return x[torch.from_numpy(keep)].to(device), flat[keep]
 

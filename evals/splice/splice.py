@@ -120,7 +120,8 @@ def splice(
 
     `keep_error`: keep the model's own output and add only what edits change. Positions that a coder was not trained on
     are not replaced: the first ones of each row (`first_positions`; None: as in its training) and `special_tokens`
-    (token ids; None: the model's begin, end and padding tokens, if its training left special tokens out). ValueError
+    (token ids; None: the model's begin, end and padding tokens, if its training left special tokens out), and tokens
+    longer than all that it was trained on (`stream.max_norm`). ValueError
     for a hookpoint that the model lacks and, when the model runs, for a coder of another width; a warning for a coder
     that was trained on another hookpoint.
     """
@@ -146,6 +147,7 @@ def splice(
                     lambda x, one=one: one._run(x.float(), now.position_BT, keep_error),  # type: ignore[misc]
                     lambda first=first, special=special: now.excluded(first, special),  # type: ignore[misc]
                     adds=keep_error,
+                    longest=one.coder.longest,
                 )
             )
         yield spliced

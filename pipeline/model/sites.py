@@ -3,7 +3,7 @@
 Legend: B rows, T positions, D read width, E written width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -30,10 +30,12 @@ def replacing(
     replace: Callable[[Tensor], Tensor],
     keep_BT: Tensor | Callable[[], Tensor] | None = None,
     adds: bool = False,
+    longest: Mapping[str, float] | None = None,
 ) -> Iterator[None]:
     """While active, the value at `write` becomes replace(value at `read`); with `adds`, that is added to it.
 
-    `replace` maps [N, D] to [N, E]. Positions where `keep_BT` (or what it returns when called) is True stay unchanged.
+    `replace` maps [N, D] to [N, E]. Positions where `keep_BT` (or what it returns when called) is True stay unchanged,
+    as do those where what is at either place is longer than the `longest` of its side, `input` or `output`.
     """
     reads, writes = _module(model, read), _module(model, write)
     seen: list[Tensor] = []
@@ -42,12 +44,17 @@ def replacing(
         seen.append(value.reshape(-1, value.shape[-1]))
 
     def replacement(original: Tensor) -> Tensor:
-        new = replace(seen.pop()).to(original.dtype)
+        value = seen.pop()
+        new = replace(value).to(original.dtype)
         if new.shape[-1] != original.shape[-1]:
             raise ValueError(f"{new.shape[-1]} dimensions cannot replace the {original.shape[-1]} of {write.module!r}")
         new = new.view_as(original)
         if adds:
             new = original + new
+        if longest is not None:
+            long = (value.norm(dim=-1) > longest[read.side]).view(original.shape[:-1])
+            long = long | (original.norm(dim=-1) > longest[write.side])
+            new = torch.where(long[..., None], original, new)
         if keep_BT is None:
             return new
         keep = keep_BT() if callable(keep_BT) else keep_BT

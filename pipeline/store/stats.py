@@ -57,6 +57,16 @@ class Moments:
         absmax = np.maximum(self.absmax, other.absmax)
         return Moments(count, mean, m2, absmax, self.norms + other.norms, self.error + other.error)
 
+    def without(self, part: "Moments") -> "Moments":
+        """Undo `merge` of `part`, all but the largest magnitudes."""
+        count = self.count - part.count
+        if not count or not part.count:
+            return self if count else Moments.empty(len(self.mean))
+        mean = self.mean + (self.mean - part.mean) * (part.count / count)
+        delta = part.mean - mean
+        m2 = np.maximum(self.m2 - part.m2 - delta**2 * (count * part.count / self.count), 0.0)
+        return Moments(count, mean, m2, self.absmax, self.norms - part.norms, self.error - part.error)
+
     @property
     def variance(self) -> np.ndarray:
         """Population variance per dimension."""

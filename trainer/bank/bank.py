@@ -115,6 +115,12 @@ def _train(members: list[Member], store: ActivationStore, outcomes: dict[Path, O
     device = pick_device(cfg.train.device)
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
+    every = store.rows * store.context
+    with ranks.together():
+        if ranks.is_main:  # finds what is too long, and keeps it for the others
+            long = token_filter(cfg, store).long
+            if long is not None:
+                print(f"stream.max_norm={cfg.stream.max_norm:g} leaves out {len(long):,} of {every:,} tokens")
     stream = make_stream(cfg, store, device, ranks)
     positions: dict[int, Position | None] = {}
     for member in members:
@@ -184,7 +190,7 @@ def _held_out(cfg: TrainConfig, store: ActivationStore, device: str) -> Batch | 
     if not cfg.train.eval_tokens:
         return None
     hookpoint, tokens = store.hookpoint(cfg.hookpoint), cfg.train.eval_tokens
-    kept = token_filter(cfg)
+    kept = token_filter(cfg, store)
     stream = ActivationStream(store, hookpoint, tokens, split="validation", filter=kept, epochs=1, device=device)
     return next(iter(stream), None)
 

@@ -150,7 +150,7 @@ class Member:
         """Let the activation see training tokens once more, if it asks for them."""
         tokens = self.learner.activation.calibration_tokens
         if tokens:
-            device, kept = self.learner.coder.W_enc.device, token_filter(self.cfg)
+            device, kept = self.learner.coder.W_enc.device, token_filter(self.cfg, self.store)
             start = ActivationStream(self.store, self.hookpoint, tokens, filter=kept, epochs=1, device=device)
             batch = next(iter(start))
             self.learner.calibrate(batch.x, batch.y)
@@ -178,7 +178,7 @@ class Member:
         """Write the coder and the summary."""
         assert self.last is not None
         coder = self.learner.folded()
-        coder.meta = provenance(self.store, self.hookpoint, token_filter(self.cfg), self.learner)
+        coder.meta = provenance(self.store, self.hookpoint, token_filter(self.cfg, self.store), self.learner)
         summary: Summary = {
             "kind": self.cfg.coder.kind,
             "k": self.cfg.coder.k,

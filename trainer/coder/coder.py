@@ -99,6 +99,12 @@ class SparseCoder(nn.Module):
             return None
         return self.b_dec if self.shard is None else self.shard.read(self.b_dec)
 
+    @property
+    def longest(self) -> dict[str, float] | None:
+        """The longest `input` and `output` of the MLP that it was trained on, if training left out longer ones."""
+        found = self.meta.get("data", {}).get("filter", {}).get("longest")
+        return dict(zip(("input", "output"), found, strict=True)) if found else None
+
     def encode(self, x_ND: Tensor, k: int | None = None) -> Codes:
         """Return values and indices of the active latents of each token (K of them, or `k`)."""
         return self.activation.encode(self, x_ND, k)

@@ -5,7 +5,7 @@ A coder that several processes trained comes in several files of tensors, each w
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired
 
 import torch
 from safetensors.torch import load as safetensors_load
@@ -38,6 +38,9 @@ class FilterFacts(TypedDict):
 
     first_positions: int
     special_tokens: bool
+    max_norm: NotRequired[float]
+    longest: NotRequired[list[float]]
+    """Longest input and output of the MLP that were trained on, in the model's units."""
 
 
 class DataFacts(TypedDict, total=False):
@@ -48,6 +51,8 @@ class DataFacts(TypedDict, total=False):
     """The configuration of the text."""
     filter: FilterFacts
     train_tokens: int | None
+    long_tokens: int
+    """Tokens of the store that the filter's `longest` leaves out."""
 
 
 class ScaleFacts(TypedDict):

@@ -1,7 +1,8 @@
 """Which positions of the text a reader leaves out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,12 @@ class TokenFilter:
 
     first_positions: int = 1
     special_tokens: bool = True
+    max_norm: float | None = None
+    """Leave out tokens that are longer, on either side of the MLP, than so many medians ..."""
+    longest: tuple[float, float] | None = None
+    """... which is these lengths of an input and of an output."""
+    long: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """Where the store at hand has such tokens (outliers.py): positions, rising."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -27,7 +34,21 @@ class TokenFilter:
                 keep &= token_B != token
         elif self.special_tokens:
             keep &= ~np.isin(token_B, special)
+        if self.long is not None and len(self.long):
+            place = np.minimum(np.searchsorted(self.long, position_B), len(self.long) - 1)
+            keep &= self.long[place] != position_B
         return keep
+
+    def facts(self) -> dict[str, Any]:
+        """Return what coder.json keeps of it."""
+        found: dict[str, Any] = {"first_positions": self.first_positions, "special_tokens": self.special_tokens}
+        return found if self.longest is None else found | {"max_norm": self.max_norm, "longest": list(self.longest)}
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> "TokenFilter":
+        """The inverse of `facts`."""
+        longest = facts.get("longest")
+        return cls(**{**facts, "longest": None if longest is None else tuple(longest)})
 
 
 USUAL = TokenFilter()

@@ -16,7 +16,6 @@ import json
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ from skipcoder.trainer.data.batch import Assembly, Batch, BatchLayout
 from skipcoder.trainer.data.filter import USUAL, TokenFilter
 from skipcoder.trainer.data.lane import Lane, Mark
 from skipcoder.trainer.data.order import block_permutation, epoch_order
+from skipcoder.trainer.data.outliers import in_store
 from skipcoder.trainer.data.pool import Block, Pool
 from skipcoder.trainer.data.reading import Chunk
 
@@ -92,8 +92,9 @@ class ActivationStream:
         asked = [hookpoint] if isinstance(hookpoint, str) else list(hookpoint)
         if not asked:
             raise UserError("a stream needs at least one hookpoint")
-        self.store, self.filter = store, filter
         self.hookpoints = [store.hookpoint(name) for name in asked]
+        filter = in_store(filter, store, self.hookpoints)
+        self.store, self.filter = store, filter
         self.batch_tokens, self.seed, self.epochs = batch_tokens, seed, epochs
         self.rank, self.world_size = rank, world_size
         self.device, self.dtype = torch.device(device), dtype
@@ -144,7 +145,7 @@ class ActivationStream:
             "identity": self.store.attrs["identity_hash"],
             "chunks": self.chunks,
             "hookpoints": self.hookpoints,
-            "filter": asdict(self.filter),
+            "filter": self.filter.facts(),
             "order": [self.seed, self.pool_chunks, self.batch_tokens],
         }
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

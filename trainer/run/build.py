@@ -8,6 +8,7 @@ from skipcoder.trainer.coder.activations import ACTIVATIONS
 from skipcoder.trainer.coder.coder import KINDS
 from skipcoder.trainer.config import Kind, SkipInit, TrainConfig
 from skipcoder.trainer.data.filter import TokenFilter
+from skipcoder.trainer.data.outliers import limited, moments
 from skipcoder.trainer.data.ranks import ALONE, Ranks
 from skipcoder.trainer.data.stream import ActivationStream
 from skipcoder.trainer.step.learner import Learner, sides
@@ -36,9 +37,11 @@ def open_store(cfg: TrainConfig) -> ActivationStore:
     return store
 
 
-def token_filter(cfg: TrainConfig) -> TokenFilter:
+def token_filter(cfg: TrainConfig, store: ActivationStore) -> TokenFilter:
     """Return the filter of the positions that training leaves out."""
-    return TokenFilter(cfg.stream.first_positions, cfg.stream.special_tokens)
+    kept = TokenFilter(cfg.stream.first_positions, cfg.stream.special_tokens)
+    most = cfg.stream.max_norm
+    return kept if most is None else limited(kept, most, store, store.hookpoint(cfg.hookpoint))
 
 
 def make_stream(cfg: TrainConfig, store: ActivationStore, device: str, ranks: Ranks = ALONE) -> ActivationStream:
@@ -48,7 +51,7 @@ def make_stream(cfg: TrainConfig, store: ActivationStore, device: str, ranks: Ra
         store.hookpoint(cfg.hookpoint),
         cfg.train.batch_tokens,
         seed=cfg.stream.seed,
-        filter=token_filter(cfg),
+        filter=token_filter(cfg, store),
         rank=ranks.data.rank,
         world_size=ranks.data.size,
         pool_chunks=cfg.stream.pool_chunks,
@@ -67,8 +70,8 @@ def make_learner(
     ranks: Ranks = ALONE,
 ) -> Learner:
     """Make a learner; a `fresh` one starts from the statistics of the store's training units."""
-    kept = token_filter(cfg)
-    x, y = (store.moments(hookpoint, side, positions=kept.classes) for side in sides(cfg.coder))
+    kept = token_filter(cfg, store)
+    x, y = (moments(store, hookpoint, side, kept) for side in sides(cfg.coder))
     learner = Learner(cfg, x, y, steps, device, ranks, in_bfloat16=True)  # as all codecs decode
     if fresh and cfg.coder.kind == Kind.skip_transcoder and _starts_from_ridge(cfg, x.count, len(x.mean), ranks):
         with ranks.together():

@@ -1,7 +1,9 @@
 """Where a coder comes from and where it attaches, for coder.json."""
 
+from typing import cast
+
 from skipcoder.pipeline.store.reader import ActivationStore
-from skipcoder.trainer.coder.files import Provenance, ScaleFacts, SiteFacts
+from skipcoder.trainer.coder.files import FilterFacts, Provenance, ScaleFacts, SiteFacts
 from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.step.learner import Learner, Sides
 
@@ -11,6 +13,8 @@ def provenance(store: ActivationStore, hookpoint: str, kept: TokenFilter, learne
     found = attachment(store, hookpoint, learner.sides, kept)
     data = found.pop("data")
     data["train_tokens"] = learner.tokens
+    if kept.long is not None:
+        data["long_tokens"] = len(kept.long)
     scales: ScaleFacts = {"input": learner.scales.s_in, "output": learner.scales.s_out, "folded": True}
     return {**found, "scales": scales, "data": data, "seed": learner.cfg.seed}
 
@@ -30,6 +34,6 @@ def attachment(store: ActivationStore, hookpoint: str, sides: Sides, kept: Token
         "data": {
             "store_identity": store.attrs["identity_hash"],
             "source": store.attrs["data"],
-            "filter": {"first_positions": kept.first_positions, "special_tokens": kept.special_tokens},
+            "filter": cast(FilterFacts, kept.facts()),
         },
     }

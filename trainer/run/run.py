@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NotRequired
 
+import numpy as np
 from natsort import natsorted
 from omegaconf import OmegaConf
 from typing_extensions import TypedDict
@@ -22,6 +23,7 @@ from skipcoder.settings import differences, flat
 from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.coder.files import FOLDER, TENSORS, find_tensors
 from skipcoder.trainer.data.filter import TokenFilter
+from skipcoder.trainer.data.outliers import in_store
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 
@@ -201,7 +203,7 @@ class Run:
             return str(self.path)
         asked: Any = OmegaConf.to_container(RunDirectory(self.path).config())
         ignored = (*_FREE_KEYS, *_SEEDS)
-        kept = {key: value for key, value in flat(asked).items() if not key.startswith(ignored)}
+        kept = {key: value for key, value in flat(asked).items() if value is not None and not key.startswith(ignored)}
         text = json.dumps(kept, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -235,7 +237,12 @@ class Run:
     @property
     def filter(self) -> TokenFilter:
         """The positions this coder was trained on."""
-        return TokenFilter(**self.coder.meta["data"]["filter"])
+        return TokenFilter.of(dict(self.coder.meta["data"]["filter"]))
+
+    def keeps(self, store: ActivationStore, position_N: np.ndarray, token_N: np.ndarray) -> np.ndarray:
+        """Return bool [N]: whether training would have kept these tokens of a store."""
+        kept = in_store(self.filter, store, [self.summary["hookpoint"]])
+        return kept.keep(position_N, token_N, store.context, store.attrs["special_tokens"])
 
     @property
     def read_site(self) -> Site:
