@@ -34,6 +34,7 @@ from skipcoder.pipeline.store.place import Place
 from skipcoder.pipeline.store.places import beside, place_at
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.text import sources
+from skipcoder.pipeline.text.chat import set_template
 from skipcoder.pipeline.text.rows import bos_of, rows_of
 from skipcoder.pipeline.text.splits import BY_DOCUMENT
 from skipcoder.settings import typed
@@ -149,9 +150,12 @@ def _identity(cfg: CacheConfig, attrs: Attributes | None) -> Identity:
     """Everything that decides the store's content, except how many tokens it holds. `unit_rows` is 0 if it is yet to be
     chosen."""
     assert cfg.micro_batch_tokens is not None
+    data = sources.identity(cfg.data)
+    if cfg.data.has_chat:
+        data["chat"] = set_template(load.load_tokenizer(cfg.model), cfg.data.chat_template)
     identity: Identity = {
         "model": load.identity(cfg.model),
-        "data": sources.identity(cfg.data),
+        "data": data,
         "context": cfg.data.context,
         "repeat": cfg.data.repeat,
         "hookpoints": sorted(cfg.hookpoints),
@@ -173,6 +177,8 @@ def _lay_out(
     """Create a store (`attrs` None), replace a `stale` one or grow an existing one; write its token rows. Return its
     new attributes."""
     tokenizer = load.load_tokenizer(cfg.model)
+    if cfg.data.has_chat:
+        set_template(tokenizer, cfg.data.chat_template)
     if attrs is None or not attrs["rows"]:
         found = load.describe(cfg.model, cfg.hookpoints, cfg.data.context)
         facts: dict[str, HookpointFacts] = {}

@@ -31,6 +31,7 @@ class SourceKind(StrEnum):
     jsonl = "jsonl"
     parquet = "parquet"
     huggingface = "huggingface"
+    mix = "mix"
 
 
 @dataclass
@@ -65,21 +66,48 @@ class ModelConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One source of a mixture."""
+
+    weight: float = 1.0
+    """Its share of the tokens, beside the others' weights."""
+    kind: str = SourceKind.jsonl
+    """As in `data`; so are the others."""
+    path: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    field: str | None = None
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise UserError(f"data.sources: weight={self.weight} must be above 0")
+
+
+@dataclass
 class DataConfig:
     """The text, and how it is cut into rows of tokens."""
 
     kind: str = SourceKind.stdlib
-    """stdlib, text, jsonl, parquet, huggingface, or one of your own (docs/extending.md)."""
+    """stdlib, text, jsonl, parquet, huggingface, mix, or one of your own (docs/extending.md)."""
     path: str | None = None
     """File, directory or glob for text, jsonl and parquet; dataset id for huggingface."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """mix: the sources, each with a weight: its share of the tokens."""
     subset: str | None = None
     """huggingface: the configuration of the data set."""
     split: str = "train"
     """huggingface: the split of the data set."""
     revision: str | None = None
     """huggingface: a branch, tag or commit."""
-    field: str = "text"
-    """Column or key that holds the text (jsonl, parquet, huggingface)."""
+    field: str | None = None
+    """Column or key that holds the text (jsonl, parquet, huggingface); null: text or, of conversations, messages."""
+    chat: bool = False
+    """Whether documents are conversations, lists of {role, content}, which the tokenizer's chat template puts into
+    words (docs/text.md)."""
+    chat_template: str | None = None
+    """File with a chat template, for tokenizers that have none."""
     tokens: int = 131072
     """Tokens to capture; rounded up to whole rows."""
     context: int = 256
@@ -97,6 +125,16 @@ class DataConfig:
             raise UserError(f"data.context={self.context}: a row needs at least 2 tokens")
         if self.held_out_rows is not None and self.held_out_rows < 1:
             raise UserError(f"data.held_out_rows={self.held_out_rows}: must be at least 1, or null for no limit")
+
+    @property
+    def column(self) -> str:
+        """Column or key to read."""
+        return self.field or ("messages" if self.chat else "text")
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether any document is a conversation."""
+        return self.chat or any(source.chat for source in self.sources)
 
 
 @dataclass

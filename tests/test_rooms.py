@@ -26,7 +26,7 @@ ROOMS: dict[str, str] = {
     "pipeline.capture": f"{GROUND}, pipeline.config, pipeline.text, pipeline.model, pipeline.store",
     "pipeline.plan": "pipeline.config, pipeline.model, pipeline.store",
     "trainer.config": GROUND,
-    "trainer.data": f"{GROUND}, pipeline.store",
+    "trainer.data": f"{GROUND}, pipeline.text, pipeline.store",
     "trainer.coder": f"{GROUND}, kernels, pipeline.model, pipeline.store, trainer.config, trainer.data",
     "trainer.step": f"{GROUND}, kernels, pipeline.store, trainer.config, trainer.data, trainer.coder",
     "trainer.run": (

@@ -177,6 +177,9 @@ class StreamConfig:
     """Leave out this many positions at the start of each row (attention sinks, BOS)."""
     special_tokens: bool = True
     """Leave out positions that hold one of the tokenizer's special tokens."""
+    roles: list[str] | None = None
+    """Of conversations (data.chat=true) keep only what these wrote, e.g. [assistant]: system, user, assistant, tool,
+    other, template (what the chat template adds), text (of documents that are no conversations). null: all."""
     max_norm: float | None = None
     """Leave out tokens whose MLP input or output is longer than so many medians, e.g. 10 (docs/sweeps.md)."""
 

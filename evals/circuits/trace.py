@@ -33,7 +33,9 @@ class Tracer:
         self.cfg = cfg
         runs = [Run.open(path) for path in coder_folders(Path(cfg.run))]
         stores = {run.store_path for run in runs}
-        filters = {replace(run.filter, max_norm=None, longest=None) for run in runs}  # lengths are each layer's own
+        filters = {
+            replace(run.filter, roles=None, max_norm=None, longest=None) for run in runs
+        }  # lengths are each layer's own, and a prompt has no roles
         if len(stores) > 1 or len(filters) > 1:
             raise UserError(
                 f"run={cfg.run}: its coders were trained on different stores or positions; train them alike"

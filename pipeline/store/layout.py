@@ -101,6 +101,8 @@ def _text(attrs: Attributes) -> dict[str, Spec]:
     found = {"tokens": Spec("int32", -1)}
     if "split_scheme" in attrs["identity"]:
         found |= {"document": Spec("uint64", 2**64 - 1), "document_number": Spec("uint32", 2**32 - 1)}
+    if "chat" in attrs["identity"]["data"]:
+        found["role"] = Spec("uint8", 255)
     return found
 
 

@@ -24,7 +24,7 @@ from skipcoder.pipeline.store.place import Directory, Place
 from skipcoder.pipeline.store.places import beside, place_at
 from skipcoder.pipeline.store.shards import ShardReader
 from skipcoder.pipeline.store.stats import Moments
-from skipcoder.pipeline.text.rows import PIECE
+from skipcoder.pipeline.text.rows import PIECE, documents_by_ends
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -233,11 +233,7 @@ class ActivationStore:
         has none; there, the special tokens inside rows are counted, from the start of each unit."""
         if self.split_scheme is not None:
             return self.read("document", *self.rows_of(unit))
-        tokens = self.tokens(unit)
-        ends = np.isin(tokens, self.attrs["special_tokens"])
-        ends[:, 0] &= self.attrs["bos"] is None
-        before = ends.ravel().cumsum().reshape(ends.shape) - ends
-        return before.astype(np.uint64) + np.uint64(unit << 32)
+        return documents_by_ends(self.tokens(unit), self.attrs["special_tokens"], self.attrs["bos"], unit)
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Rows [start, stop) of an array as stored, in `out` if that is given. UserError names a damaged chunk."""

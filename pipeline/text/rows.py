@@ -5,20 +5,34 @@ Legend: T tokens of a row.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from itertools import islice
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count, islice
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from skipcoder.errors import UserError
 from skipcoder.pipeline.config import DataConfig
-from skipcoder.pipeline.text import sources
+from skipcoder.pipeline.text import chat, sources
+from skipcoder.pipeline.text.chat import TEMPLATE, TEXT
 from skipcoder.pipeline.text.splits import SPLITS, TRAIN, split_of
 
-PIECE = np.dtype([("tokens", "<i4"), ("document", "<u8"), ("document_number", "<u4")])
-"""A position of a row: its token, the hash of its document's text, the document's place in the source. BOS belongs to
-the document that it precedes, a separator to the one that it ends."""
+PIECE = np.dtype([("tokens", "<i4"), ("document", "<u8"), ("document_number", "<u4"), ("role", "u1")])
+"""A position of a row: its token, the hash of its document's text, the document's place in the source, who wrote it
+(ROLES of chat.py). BOS belongs to the document that it precedes, a separator to the one that it ends."""
+
+
+class Encoded(NamedTuple):
+    """A document in tokens."""
+
+    number: int
+    """Its place in the source, or among all that were read of a mixture."""
+    document: int
+    """The hash of its text."""
+    ids: Sequence[int]
+    roles: np.ndarray | int
+    """uint8, of each token or of all."""
+
 
 _DOCUMENTS_AT_ONCE = 64
 
@@ -32,6 +46,14 @@ def bos_of(tokenizer: Any) -> int | None:
 def hash_of(text: str) -> int:
     """A document's 64 bits: equal for equal texts."""
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+
+
+def documents_by_ends(tokens_RT: np.ndarray, special: Sequence[int], bos: int | None, unit: int) -> np.ndarray:
+    """uint64 [R, T]: a number for the document of each position of a unit, told by the special tokens that end one."""
+    ends = np.isin(tokens_RT, special)
+    ends[:, 0] &= bos is None
+    before = ends.ravel().cumsum().reshape(ends.shape) - ends
+    return before.astype(np.uint64) + np.uint64(unit << 32)
 
 
 class Packer:
@@ -61,39 +83,66 @@ class Packer:
         """Tokens of each split that are in no row yet."""
         return {split: len(pieces) for split, pieces in self._waiting.items()}
 
-    def add(self, number: int, document: int, ids: list[int]) -> Iterator[np.ndarray]:
-        """Add a document, yield the rows [T] of PIECE that it fills. `document`: its hash."""
-        split = self.next_split
+    def add(self, one: Encoded) -> Iterator[np.ndarray]:
+        """Add a document, yield the rows [T] of PIECE that it fills."""
+        document, split, pieces = one.document, self.next_split, np.empty(len(one.ids), PIECE)
+        pieces["tokens"], pieces["role"] = one.ids, one.roles
+        pieces["document"], pieces["document_number"] = document, one.number
         if self._unit_rows is not None:
             split = self._first.setdefault(document, split)
             if split != self.next_split and len(self._waiting[split]) >= self._unit_rows * self._body:
                 self.left_out += 1
                 return
-        if self._most and split != TRAIN and len(ids) > self._most:
-            start = document % (len(ids) - self._most + 1)
-            ids = ids[start : start + self._most]
-        pieces = np.empty(len(ids), PIECE)
-        pieces["tokens"], pieces["document"], pieces["document_number"] = ids, document, number
+        if self._most and split != TRAIN and len(pieces) > self._most:
+            start = document % (len(pieces) - self._most + 1)
+            pieces = pieces[start : start + self._most]
         self._waiting[split] = np.concatenate([self._waiting[split], pieces])
         while len(self._waiting[self.next_split]) >= self._body:
             row, self._waiting[self.next_split] = np.split(self._waiting[self.next_split], [self._body])
             if self._bos is not None:
                 first = row[:1].copy()
-                first["tokens"] = self._bos
+                first["tokens"], first["role"] = self._bos, TEMPLATE
                 row = np.concatenate([first, row])
             self.rows += 1
             yield row
 
 
-def encoded(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[int, int, list[int]]]:
-    """(place in the source, hash, tokens with the end-of-text token behind) of each document that is not empty."""
+def encoded(documents: Iterable[sources.Document], tokenizer: Any) -> Iterator[Encoded]:
+    """The documents that are not empty. Texts have the end-of-text token behind them; conversations end as their
+    template has it."""
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     behind = [] if separator is None else [separator]
-    source = ((number, text) for number, text in enumerate(documents) if text)
+    source = ((number, document) for number, document in enumerate(documents) if document)
     for some in iter(lambda: list(islice(source, _DOCUMENTS_AT_ONCE)), []):
-        tokens = tokenizer([text for _, text in some], add_special_tokens=False, verbose=False).input_ids
-        for (number, text), ids in zip(some, tokens, strict=True):
-            yield number, hash_of(text), ids + behind
+        texts = [document for _, document in some if isinstance(document, str)]
+        tokens = iter(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else [])
+        for number, document in some:
+            if isinstance(document, str):
+                yield Encoded(number, hash_of(document), next(tokens) + behind, TEXT)
+            else:
+                text, ids, roles = chat.encode(tokenizer, document)
+                yield Encoded(number, hash_of(text), ids, roles)
+
+
+def mixed(cfg: DataConfig, tokenizer: Any) -> Iterator[Encoded]:
+    """The documents of a mixture: each time the next of the source that is furthest behind its share of the tokens. So
+    shares hold within a document at every point. UserError where a source ends, unless it may be repeated."""
+    ones = [sources.of_mix(cfg, one) for one in cfg.sources]
+    streams = [encoded(sources.documents(one), tokenizer) for one in ones]
+    given = [0] * len(ones)
+    for number in count():
+        i = min(range(len(ones)), key=lambda i: given[i] / cfg.sources[i].weight)
+        one = next(streams[i], None)
+        if one is None:
+            if not cfg.repeat or not given[i]:
+                raise UserError(
+                    f"data.sources: {ones[i].path or ones[i].kind} ends after {given[i]:,} tokens, its share of "
+                    f"{sum(given):,}; give it less weight, ask for fewer data.tokens, or set data.repeat=true"
+                )
+            streams[i] = encoded(sources.documents(ones[i]), tokenizer)
+            one = next(streams[i])
+        given[i] += len(one.ids)
+        yield one._replace(number=number)
 
 
 def rows_of(cfg: DataConfig, tokenizer: Any, rows: int, unit_rows: int | None) -> Iterator[np.ndarray]:
@@ -103,9 +152,10 @@ def rows_of(cfg: DataConfig, tokenizer: Any, rows: int, unit_rows: int | None) -
     found, again = 0, False
     while True:
         before = packer.rows, packer.waiting[packer.next_split]
-        for number, document, ids in encoded(sources.documents(cfg), tokenizer):
+        documents = mixed(cfg, tokenizer) if cfg.sources else encoded(sources.documents(cfg), tokenizer)
+        for one in documents:
             found += not again
-            for row in packer.add(number, document, ids):
+            for row in packer.add(one):
                 yield row
                 if packer.rows == rows:
                     return _say_what_is_left_out(packer)

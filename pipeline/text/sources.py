@@ -1,4 +1,4 @@
-"""Documents, one string each, in a fixed order, from every source that `data/` presets name."""
+"""Documents, texts or conversations, in a fixed order, from every source that `data/` presets name."""
 
 import glob
 import hashlib
@@ -6,17 +6,20 @@ import json
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NotRequired, Protocol
 
 from natsort import natsorted
 from typing_extensions import TypedDict
 
 from skipcoder import fingerprint, hub
 from skipcoder.errors import UserError
-from skipcoder.pipeline.config import DataConfig, SourceKind
+from skipcoder.pipeline.config import DataConfig, SourceConfig, SourceKind
+from skipcoder.pipeline.text.chat import Messages, messages_of
 from skipcoder.registry import Registry
+
+Document = str | Messages
 
 PAUSES = (1, 2, 4, 8, 16, 32, 64)
 """Seconds to wait each time a stream from the hub breaks, after datasets' own retries."""
@@ -29,6 +32,8 @@ class DataIdentity(TypedDict):
     place: str | None
     field: str
     fingerprint: str
+    chat: NotRequired[str]
+    """Of conversations: a hash of the chat template."""
 
 
 class Source(Protocol):
@@ -38,7 +43,7 @@ class Source(Protocol):
     def path_is(self) -> str:
         """What `data.path` must be; "" if it is not needed."""
 
-    def documents(self, cfg: DataConfig) -> Iterator[str]:
+    def documents(self, cfg: DataConfig) -> Iterator[Document]:
         """Documents in a fixed order. Raises UserError naming file, line and remedy."""
 
     def fingerprint(self, cfg: DataConfig) -> tuple[str | None, str]:
@@ -49,9 +54,23 @@ def check(cfg: DataConfig) -> None:
     """Raise UserError for an unknown source and for one that lacks the path it needs."""
     if (wanted := SOURCES[cfg.kind].path_is) and not cfg.path:
         raise UserError(f"data.path is missing: data.kind={cfg.kind} needs {wanted}")
+    if cfg.chat and cfg.kind in (SourceKind.stdlib, SourceKind.text):
+        raise UserError(f"data.chat=true: data.kind={cfg.kind} holds no conversations; use jsonl, parquet, huggingface")
+    if cfg.sources and cfg.kind != SourceKind.mix:
+        raise UserError(f"data.sources is for data.kind=mix, not {cfg.kind}")
+    if cfg.kind == SourceKind.mix and not cfg.sources:
+        raise UserError("data.kind=mix needs data.sources, a list of {kind, path, weight}")
+    for one in cfg.sources:
+        check(of_mix(cfg, one))
 
 
-def documents(cfg: DataConfig) -> Iterator[str]:
+def of_mix(cfg: DataConfig, one: SourceConfig) -> DataConfig:
+    """The configuration of one source of a mixture."""
+    own = {f.name: getattr(one, f.name) for f in fields(one) if f.name != "weight"}
+    return replace(cfg, sources=[], **own)
+
+
+def documents(cfg: DataConfig) -> Iterator[Document]:
     """The source's documents in their fixed order."""
     yield from SOURCES[cfg.kind].documents(cfg)
 
@@ -59,7 +78,7 @@ def documents(cfg: DataConfig) -> Iterator[str]:
 def identity(cfg: DataConfig) -> DataIdentity:
     """What identifies the source: kind, place and content fingerprint, found without reading all of it."""
     place, content = SOURCES[cfg.kind].fingerprint(cfg)
-    return {"kind": str(cfg.kind), "place": place, "field": cfg.field, "fingerprint": content}
+    return {"kind": str(cfg.kind), "place": place, "field": cfg.column, "fingerprint": content}
 
 
 @dataclass(frozen=True)
@@ -67,13 +86,13 @@ class Files:
     """Files of one format, in natural order of their paths."""
 
     suffixes: tuple[str, ...]
-    read: Callable[[Path, str], Iterator[str]]
+    read: Callable[[Path, DataConfig], Iterator[Document]]
     path_is: str = "a file, directory or glob"
 
-    def documents(self, cfg: DataConfig) -> Iterator[str]:
+    def documents(self, cfg: DataConfig) -> Iterator[Document]:
         """Documents of all files."""
         for path in self.files(cfg)[1]:
-            yield from self.read(path, cfg.field)
+            yield from self.read(path, cfg)
 
     def fingerprint(self, cfg: DataConfig) -> tuple[None, str]:
         """Fingerprint of names and contents; the same files elsewhere are the same source."""
@@ -112,7 +131,7 @@ class Hub:
 
     path_is = "a dataset id"
 
-    def documents(self, cfg: DataConfig) -> Iterator[str]:
+    def documents(self, cfg: DataConfig) -> Iterator[Document]:
         """Documents in the data set's order."""
         return _from_hub(cfg)
 
@@ -123,7 +142,22 @@ class Hub:
         return "/".join(filter(None, (cfg.path, cfg.subset, cfg.split))), commit
 
 
-def _read_text(path: Path, _: str) -> Iterator[str]:
+class Mix:
+    """Several sources. rows.py takes their documents in turn."""
+
+    path_is = ""
+
+    def documents(self, cfg: DataConfig) -> Iterator[Document]:
+        """Nothing by itself: which document comes next depends on the tokens of those before."""
+        raise NotImplementedError("rows.encoded reads the sources of a mixture")
+
+    def fingerprint(self, cfg: DataConfig) -> tuple[None, str]:
+        """Of all sources and their weights."""
+        facts = [{"weight": one.weight, "chat": one.chat, **identity(of_mix(cfg, one))} for one in cfg.sources]
+        return None, hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+def _read_text(path: Path, _: DataConfig) -> Iterator[str]:
     raw = path.read_bytes()
     try:
         yield raw.decode("utf-8")
@@ -137,7 +171,8 @@ def _read_text(path: Path, _: str) -> Iterator[str]:
         ) from None
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+def _read_jsonl(path: Path, cfg: DataConfig) -> Iterator[Document]:
+    field = cfg.column
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -146,16 +181,20 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
                 record = json.loads(line)
             except ValueError as error:  # bad JSON and bad UTF-8 alike
                 raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+            if cfg.chat and isinstance(record, dict) and field in record:
+                yield messages_of(record[field], f"{path}, line {number}")
+                continue
             if not isinstance(record, dict) or not isinstance(record.get(field), str):
                 has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
                 raise UserError(f"{path}, line {number}: no text under {field!r} (it has: {has}); set data.field")
             yield record[field]
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
+def _read_parquet(path: Path, cfg: DataConfig) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    field, number = cfg.column, 0
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
@@ -165,21 +204,25 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
             f"{path} has no column {field!r} (it has: {', '.join(file.schema_arrow.names)}); set data.field"
         )
     for batch in file.iter_batches(columns=[field]):
-        yield from (value for value in batch.column(0).to_pylist() if value)
+        for value in batch.column(0).to_pylist():
+            number += 1
+            if value:
+                yield messages_of(value, f"{path}, row {number}") if cfg.chat else value
 
 
-def _from_hub(cfg: DataConfig) -> Iterator[str]:
+def _from_hub(cfg: DataConfig) -> Iterator[Document]:
     from datasets import load_dataset
 
     assert cfg.path is not None
     try:
         rows = load_dataset(cfg.path, cfg.subset, split=cfg.split, revision=cfg.revision, streaming=True)
-        for row in _patiently(rows):
-            if cfg.field not in row:
+        for number, row in enumerate(_patiently(rows), 1):
+            if cfg.column not in row:
                 raise UserError(
-                    f"dataset {cfg.path} has no column {cfg.field!r} (it has: {', '.join(row)}); set data.field"
+                    f"dataset {cfg.path} has no column {cfg.column!r} (it has: {', '.join(row)}); set data.field"
                 )
-            yield row[cfg.field]
+            value = row[cfg.column]
+            yield messages_of(value, f"dataset {cfg.path}, row {number}") if cfg.chat else value
     except UserError:
         raise
     except Exception as error:  # the clients' errors (httpx, aiohttp, requests) share no base class
@@ -214,5 +257,6 @@ SOURCES: Registry[Source] = Registry(
         SourceKind.jsonl: Files((".jsonl", ".ndjson"), _read_jsonl),
         SourceKind.parquet: Files((".parquet",), _read_parquet),
         SourceKind.huggingface: Hub(),
+        SourceKind.mix: Mix(),
     },
 )

@@ -62,7 +62,7 @@ def train(cfg: TrainConfig, directory: Path) -> Summary:
 
 def stream_key(cfg: TrainConfig) -> tuple[Any, ...]:
     """Return what the members of a bank must have in common."""
-    stream = tuple(vars(cfg.stream).items())
+    stream = str(vars(cfg.stream))
     loop = cfg.train
     machine = loop.device, loop.threads, loop.shards
     return cfg.store.path, cfg.hookpoint, loop.batch_tokens, loop.eval_tokens, stream, machine

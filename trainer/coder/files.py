@@ -38,6 +38,7 @@ class FilterFacts(TypedDict):
 
     first_positions: int
     special_tokens: bool
+    roles: NotRequired[list[str]]
     max_norm: NotRequired[float]
     longest: NotRequired[list[float]]
     """Longest input and output of the MLP that were trained on, in the model's units."""

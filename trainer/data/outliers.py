@@ -58,6 +58,8 @@ def in_store(kept: TokenFilter, store: ActivationStore, hookpoints: Sequence[str
 
 def moments(store: ActivationStore, hookpoint: str, side: str, kept: TokenFilter) -> Moments:
     """Return the statistics of one side over the training tokens that a filter keeps."""
+    if kept.roles is not None:
+        return _measured(_Key(store), hookpoint, side, replace(in_store(kept, store, [hookpoint]), long=None))
     every = store.moments(hookpoint, side, positions=kept.classes)
     return every if kept.longest is None else every.without(outliers(kept, store, hookpoint).moments[side])
 
@@ -91,6 +93,27 @@ def _found(key: _Key, hookpoint: str, kept: TokenFilter) -> Outliers:
     with suppress(OSError, UserError):  # where a (shared) store cannot be written, each run seeks for itself
         store.derived.write(about, pack(found.moments))
         store.derived.write(place, save({"position": found.position}))
+    return found
+
+
+@lru_cache(maxsize=64)
+def _measured(key: _Key, hookpoint: str, side: str, kept: TokenFilter) -> Moments:
+    """The statistics of what the units' own, by class of position, do not tell apart: from a pass over the store."""
+    store = key.store
+    name = hashlib.sha256(json.dumps([key.content, hookpoint, side, kept.facts()]).encode()).hexdigest()[:16]
+    file = f"kept-moments-{name}.safetensors"
+    with suppress(OSError, SafetensorError, KeyError):
+        return unpack(store.derived.read(file))["kept"]
+    here = in_store(kept, store, [hookpoint])
+
+    def look(unit: int) -> Moments:
+        keep = torch.from_numpy(_positions(store, unit, here)[1])
+        return Moments.of(store.activations(hookpoint, side, *store.unit_range(unit))[keep].float())
+
+    with ThreadPoolExecutor(store.place.parallel) as threads:
+        found = merge_all(threads.map(look, store.split("train")), Moments.empty(store.width(hookpoint, side)))
+    with suppress(OSError, UserError):
+        store.derived.write(file, pack({"kept": found}))
     return found
 
 

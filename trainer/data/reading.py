@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numcodecs import blosc
 
+from skipcoder.errors import UserError
 from skipcoder.helpers import Helper, SharedArrays
 from skipcoder.pipeline.store.attrs import read_attrs
 from skipcoder.pipeline.store.commit import SIDES
@@ -71,13 +72,22 @@ def read_positions(store: ActivationStore, filter: TokenFilter, chunk: Chunk, ou
     """Write a chunk's positions to the head of `out`; return whether the filter keeps each."""
     position = store.read("index", chunk.start, chunk.stop).astype(np.int64)
     out[: len(position)] = position
-    tokens = _tokens(store, chunk.unit)[position - store.unit_range(chunk.unit)[0]]
-    return filter.keep(position, tokens, store.context, store.attrs["special_tokens"])
+    at = position - store.unit_range(chunk.unit)[0]
+    roles = None if filter.roles is None else roles_of(store, chunk.unit)[at]
+    return filter.keep(position, _tokens(store, chunk.unit)[at], store.context, store.attrs["special_tokens"], roles)
 
 
 @lru_cache(maxsize=256)
 def _tokens(store: ActivationStore, unit: int) -> np.ndarray:
     return store.tokens(unit).ravel()
+
+
+@lru_cache(maxsize=256)
+def roles_of(store: ActivationStore, unit: int) -> np.ndarray:
+    """Who wrote each position of a unit, uint8 [N]: numbers of ROLES. UserError for a store without conversations."""
+    if "chat" not in store.attrs["identity"]["data"]:
+        raise UserError(f"stream.roles: {store.place} has no roles; capture conversations, with data.chat=true")
+    return store.read("role", *store.rows_of(unit)).ravel()
 
 
 class Readers:

@@ -39,7 +39,8 @@ def open_store(cfg: TrainConfig) -> ActivationStore:
 
 def token_filter(cfg: TrainConfig, store: ActivationStore) -> TokenFilter:
     """Return the filter of the positions that training leaves out."""
-    kept = TokenFilter(cfg.stream.first_positions, cfg.stream.special_tokens)
+    roles = None if cfg.stream.roles is None else tuple(cfg.stream.roles)
+    kept = TokenFilter(cfg.stream.first_positions, cfg.stream.special_tokens, roles)
     most = cfg.stream.max_norm
     return kept if most is None else limited(kept, most, store, store.hookpoint(cfg.hookpoint))
 

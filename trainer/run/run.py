@@ -24,6 +24,7 @@ from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.coder.files import FOLDER, TENSORS, find_tensors
 from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.data.outliers import in_store
+from skipcoder.trainer.data.reading import roles_of
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 
@@ -242,7 +243,14 @@ class Run:
     def keeps(self, store: ActivationStore, position_N: np.ndarray, token_N: np.ndarray) -> np.ndarray:
         """Return bool [N]: whether training would have kept these tokens of a store."""
         kept = in_store(self.filter, store, [self.summary["hookpoint"]])
-        return kept.keep(position_N, token_N, store.context, store.attrs["special_tokens"])
+        roles = None
+        if kept.roles is not None:
+            unit_N = position_N // (store.unit_rows * store.context)
+            roles = np.empty(len(unit_N), np.uint8)
+            for unit in np.unique(unit_N).tolist():
+                mine = unit_N == unit
+                roles[mine] = roles_of(store, unit)[position_N[mine] - store.unit_range(unit)[0]]
+        return kept.keep(position_N, token_N, store.context, store.attrs["special_tokens"], roles)
 
     @property
     def read_site(self) -> Site:

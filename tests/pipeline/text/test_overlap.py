@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from skipcoder import cli
 from skipcoder.pipeline import store_cli
 from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.pipeline.text.chat import TEXT
 from skipcoder.pipeline.text.overlap import NGRAM, shared
-from skipcoder.pipeline.text.rows import Packer
+from skipcoder.pipeline.text.rows import Encoded, Packer
 from skipcoder.pipeline.text.splits import SPLITS, split_of
 
 rows = st.lists(st.lists(st.integers(0, 2), min_size=8, max_size=8), min_size=1, max_size=5)
@@ -30,7 +31,11 @@ def test_shared_is_what_sets_of_tuples_say(mine: Any, theirs: Any, n: int) -> No
 
 def by_split(split: Any, documents: list[tuple[int, np.ndarray]], unit_rows: int | None) -> float | None:
     packer = Packer(64, 0, unit_rows)
-    rows = [row["tokens"] for i, (key, ids) in enumerate(documents) for row in packer.add(i, key, ids.tolist())]
+    rows = [
+        row["tokens"]
+        for i, (key, ids) in enumerate(documents)
+        for row in packer.add(Encoded(i, key, ids.tolist(), TEXT))
+    ]
     of: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
     for i, row in enumerate(rows):
         of[split(i // 4)].append(row[None])

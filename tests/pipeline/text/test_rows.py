@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from skipcoder.errors import UserError
 from skipcoder.pipeline.config import DataConfig, ModelConfig, SourceKind
 from skipcoder.pipeline.model import load as model
-from skipcoder.pipeline.text.rows import PIECE, Packer, encoded, hash_of, rows_of
+from skipcoder.pipeline.text.chat import TEXT
+from skipcoder.pipeline.text.rows import PIECE, Encoded, Packer, encoded, hash_of, rows_of
 from skipcoder.pipeline.text.splits import TRAIN, split_of
 
 CONTEXT = 8
@@ -33,7 +34,7 @@ def packed(documents: list[tuple[int, int]], **more: Any) -> tuple[list[np.ndarr
     """Rows of documents (hash, tokens), each of whose tokens is its place in the document."""
     settings = {"context": CONTEXT, "bos": 0, "unit_rows": 2, **more}
     packer = Packer(**settings)
-    rows = [packer.add(i, key, list(range(1, size + 1))) for i, (key, size) in enumerate(documents)]
+    rows = [packer.add(Encoded(i, key, list(range(1, size + 1)), TEXT)) for i, (key, size) in enumerate(documents)]
     return list(chain.from_iterable(map(list, rows))), packer
 
 
@@ -98,7 +99,7 @@ def test_held_out_documents_give_so_many_rows_at_most() -> None:
 @pytest.mark.parametrize("unit_rows", [None, 100])
 def test_packing_loses_nothing_but_the_last_partial_row(tokenizer: Any, tmp_path: Path, unit_rows: int | None) -> None:
     documents = ["alpha beta", "", "gamma " * 40, "delta"]
-    stream = [(i, token) for i, _, ids in encoded(documents, tokenizer) for token in ids]
+    stream = [(one.number, token) for one in encoded(documents, tokenizer) for token in one.ids]
     assert {i for i, _ in stream} == {0, 2, 3}
     assert [token for i, token in stream if i == 3] == [*tokenizer("delta", add_special_tokens=False).input_ids, 1]
     count = len(stream) // (CONTEXT - 1)
