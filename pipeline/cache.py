@@ -35,7 +35,7 @@ from skipcoder.pipeline.store.places import beside, place_at
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.text import sources
 from skipcoder.pipeline.text.chat import set_template
-from skipcoder.pipeline.text.rows import bos_of, rows_of
+from skipcoder.pipeline.text.rows import beginning, bos_of, rows_of
 from skipcoder.pipeline.text.splits import BY_DOCUMENT
 from skipcoder.settings import typed
 
@@ -197,7 +197,7 @@ def _lay_out(
             "model": _plain(asdict(cfg.model)),
             "data": {key: value for key, value in _plain(asdict(cfg.data)).items() if key != "tokens"},  # it may grow
             "special_tokens": sorted(tokenizer.all_special_ids),
-            "bos": bos_of(tokenizer),
+            "bos": beginning(tokenizer) if cfg.data.separate else bos_of(tokenizer),
             "software": {name: version(name) for name in software},
         }
         if stale:

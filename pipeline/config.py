@@ -105,7 +105,7 @@ class DataConfig:
     """Column or key that holds the text (jsonl, parquet, huggingface); null: text or, of conversations, messages."""
     chat: bool = False
     """Whether documents are conversations, lists of {role, content}, which the tokenizer's chat template puts into
-    words (docs/text.md)."""
+    words (docs/models.md)."""
     chat_template: str | None = None
     """File with a chat template, for tokenizers that have none."""
     tokens: int = 131072
@@ -114,6 +114,9 @@ class DataConfig:
     """Tokens in a row."""
     repeat: bool = False
     """Restart the source when it ends early (otherwise an error)."""
+    separate: bool = False
+    """Whether the documents of a row attend only to themselves. Each then begins with BOS (or the end-of-text token) at
+    position 0, and so does every row."""
     held_out_rows: int | None = None
     """Rows that one document gives to validation and to test at most; null: all of it. Where documents are long, fewer
     rows of each make held-out text of more documents, which is what intervals need."""

@@ -4,11 +4,13 @@ Captures run without Ray. What asks for a hub, a cluster or all evaluations is o
 test_real_model.py follows the quick start as it stands.
 """
 
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,13 @@ def judge(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Iterator
     make_tiny_model(folder / "models" / "mine", text_file, layers=11)
     (folder / "texts").mkdir()
     (folder / "texts" / "some.jsonl").write_text(text_file.read_text())
+    (folder / "chats").mkdir()
+    lines = [json.loads(line)["text"][:40] for line in text_file.read_text().splitlines()]
+    talks = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in pairwise(lines)]
+    (folder / "chats" / "some.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    (folder / "models" / "mine" / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    )
     (folder / "trainer").symlink_to(REPO / "trainer")
 
     def run_units(store: Place, attrs: dict, units: list[int], model: ModelConfig, cfg: RayConfig) -> None:

@@ -41,8 +41,8 @@ ROOMS: dict[str, str] = {
     "evals.config": GROUND,
     "evals.stats": "trainer.run",
     "evals.core": (
-        f"{GROUND}, pipeline.model, pipeline.store, trainer.coder, trainer.data, trainer.run, trainer.step, "
-        "evals.config, evals.stats"
+        f"{GROUND}, pipeline.text, pipeline.model, pipeline.store, trainer.coder, trainer.data, trainer.run, "
+        "trainer.step, evals.config, evals.stats"
     ),
     "evals.latents": f"{GROUND}, pipeline.store, trainer.run, evals.config",
     "evals.tasks": (

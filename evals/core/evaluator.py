@@ -18,6 +18,7 @@ from skipcoder.evals.core.results import BY_DOCUMENT, Result
 from skipcoder.pipeline.model import load as models
 from skipcoder.pipeline.store.attrs import model_config
 from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.pipeline.text.rows import places
 from skipcoder.progress import progress
 from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.data.outliers import moments
@@ -77,6 +78,10 @@ class Evaluator:
         self._document_RT = torch.from_numpy(place.reshape(rows.shape).astype(np.int32))
         self.predicted_BT = place.reshape(rows.shape)[spread][:, 1:] if intervals else None
         """The document of each predicted token, int64 [B, T - 1]; None without intervals."""
+        self.places_BT: Tensor | None = None
+        if store.attrs["identity"]["data"].get("separate"):
+            numbers = np.concatenate([store.read("document_number", *store.rows_of(unit)) for unit in units])
+            self.places_BT = torch.from_numpy(places(numbers[spread])).to(device)
         self._shared: dict[Key | None, TokenLosses] = {}
 
     @cached_property
@@ -165,7 +170,7 @@ class Evaluator:
         """Losses of the chosen test rows under each replacement."""
         model, passes = self.model, 1 + len(replacements)
         with progress("cross-entropy", passes * self.tokens_BT.numel()) as advance:
-            return token_losses(model, self.tokens_BT, self.batch_rows, replacements, advance)
+            return token_losses(model, self.tokens_BT, self.batch_rows, replacements, advance, self.places_BT)
 
     def replacements(self, run: Run) -> dict[str, Replacement]:
         """{name in the results: the replacement}."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from skipcoder.pipeline.model.hooks import apart
 from skipcoder.pipeline.model.sites import Site, replacing
 
 Replace = Callable[[Tensor], Tensor]
@@ -51,18 +52,20 @@ def token_losses(
     batch_rows: int,
     replacements: Mapping[K, Sequence[Part]],
     advance: Callable[[int], object] = lambda tokens: None,
+    places_BT: Tensor | None = None,
 ) -> dict[K | None, TokenLosses]:
     """Losses under each replacement, which may have parts in several layers; under None, the unchanged model's.
-    `advance` is told of the tokens that each pass has read."""
+    `advance` is told of the tokens that each pass has read; `places_BT`: positions inside documents that attend only to
+    themselves."""
     below = {key: _layers_below(model, parts) for key, parts in replacements.items()}
     skippable = list(dict.fromkeys(layer for layers in below.values() for layer in layers))
     found: dict[K | None, list[TokenLosses]] = {key: [] for key in (None, *replacements)}
     for start in range(0, len(tokens_BT), batch_rows):
         rows = slice(start, start + batch_rows)
-        tokens = tokens_BT[rows]
+        tokens, places = tokens_BT[rows], None if places_BT is None else places_BT[rows]
         with _remembering(skippable) as outputs:
-            clean = _logits(model, tokens)
-        if start == 0 and not _gives_the_same(model, tokens, below.values(), outputs, clean):
+            clean = _logits(model, tokens, places)
+        if start == 0 and not _gives_the_same(model, tokens, places, below.values(), outputs, clean):
             below, skippable = dict.fromkeys(below, ()), []
         found[None].append(_losses(clean, clean, tokens))
         advance(tokens.numel())
@@ -72,7 +75,7 @@ def token_losses(
                 for part in parts:
                     keep = None if part.keep_BT is None else part.keep_BT[rows]
                     stack.enter_context(replacing(model, part.read, part.write, part.replace, keep))
-                found[key].append(_losses(_logits(model, tokens), clean, tokens))
+                found[key].append(_losses(_logits(model, tokens, places), clean, tokens))
             advance(tokens.numel())
     return {
         key: TokenLosses(*(torch.cat(losses) for losses in zip(*batches, strict=True)))
@@ -80,9 +83,9 @@ def token_losses(
     }
 
 
-def _logits(model: nn.Module, tokens_BT: Tensor) -> Tensor:
+def _logits(model: nn.Module, tokens_BT: Tensor, places_BT: Tensor | None) -> Tensor:
     """[B, T, V]: the last of each row predicts nothing that is there, but a row without it would have to be copied."""
-    result: Tensor = model(tokens_BT, use_cache=False).logits
+    result: Tensor = model(tokens_BT, use_cache=False, **apart(places_BT)).logits
     return result
 
 
@@ -116,6 +119,7 @@ def _layers_below(model: nn.Module, parts: Sequence[Part]) -> tuple[nn.Module, .
 def _gives_the_same(
     model: nn.Module,
     tokens_BT: Tensor,
+    places_BT: Tensor | None,
     below: Iterable[tuple[nn.Module, ...]],
     outputs: dict[nn.Module, Any],
     clean: Tensor,
@@ -125,7 +129,7 @@ def _gives_the_same(
     for layers in set(below) - {()}:
         with _handing_out(layers, outputs):
             try:
-                if not torch.equal(_logits(model, tokens_BT), clean):
+                if not torch.equal(_logits(model, tokens_BT, places_BT), clean):
                     return False
             except (KeyError, TypeError, AttributeError):
                 return False

@@ -16,12 +16,13 @@ from skipcoder.pipeline.capture.unit import code, plan
 from skipcoder.pipeline.capture.writers import NonFiniteError, UnitWriter
 from skipcoder.pipeline.config import ModelConfig
 from skipcoder.pipeline.model.hookpoints import Hookpoint
-from skipcoder.pipeline.model.hooks import capture
+from skipcoder.pipeline.model.hooks import capture, refuse_if_documents_meet
 from skipcoder.pipeline.model.load import load_trunk
 from skipcoder.pipeline.store import commit, writer
 from skipcoder.pipeline.store.attrs import Attributes, read_attrs
 from skipcoder.pipeline.store.places import place_at
 from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.pipeline.text.rows import places
 
 
 class Worker:
@@ -43,6 +44,8 @@ class Worker:
         self._forward = threading.Lock()
         self._idle: queue.LifoQueue[UnitWriter] = queue.LifoQueue()
         self.model = load_trunk(model, self.hookpoints, device)
+        if attrs["identity"]["data"].get("separate"):
+            refuse_if_documents_meet(self.model, self.hookpoints, device)
         self.loading = time.perf_counter() - begun
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
@@ -110,9 +113,13 @@ def capture_unit(
     sides: dict[str, list[list[Tensor]]] = {h.name: [[], []] for h in hookpoints}
     ahead, held = plan(store.attrs, unit, tokens, device), _where_to_hold(store, device)
     ids = torch.from_numpy(tokens).long().to(device)
+    positions = None
+    if store.attrs["identity"]["data"].get("separate"):
+        positions = torch.from_numpy(places(store.read("document_number", *store.rows_of(unit)))).to(device)
     with alone or nullcontext():
         for i in range(0, len(tokens), rows):
-            part = capture(model, hookpoints, ids[i : i + rows])
+            where = None if positions is None else positions[i : i + rows]
+            part = capture(model, hookpoints, ids[i : i + rows], where)
             for name, pair in part.items():
                 for taken, z in zip(sides[name], pair, strict=True):
                     taken.append(z.to(held))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipcoder.errors import UserError
 from skipcoder.pipeline.model.hookpoints import Hookpoint
 
 
@@ -35,9 +36,37 @@ def argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return tensors[0]
 
 
+def apart(places_BT: Tensor | None) -> dict[str, Tensor]:
+    """Arguments of a model by which documents attend only to themselves: where positions begin anew, transformers'
+    masks do (find_packed_sequence_indices)."""
+    return {} if places_BT is None else {"position_ids": places_BT}
+
+
 @torch.no_grad()
-def capture(model: nn.Module, hookpoints: Iterable[Hookpoint], tokens_BT: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """{hookpoint: (input [B*T, D] of its read module, output [B*T, E] of its write module)}.
+def refuse_if_documents_meet(model: nn.Module, hookpoints: Iterable[Hookpoint], device: str) -> None:
+    """Raise UserError for a model that does not keep documents apart: if another first document changes any bit of the
+    second, or the same document differs at two places."""
+    hookpoints = list(hookpoints)
+    tokens = torch.arange(2, 18, device=device).repeat(3, 2)
+    tokens[1, :16] = tokens[1, :16].flip(0)
+    places = torch.arange(16, device=device).repeat(3, 2)
+    found = capture(model, hookpoints, tokens, places)
+    for name, pair in found.items():
+        for z in pair:
+            one, other, _ = z.view(3, 2, 16, -1).float()
+            if not torch.equal(one[1], other[1]) or (one[0] - one[1]).norm() > 0.05 * one[0].norm():
+                raise UserError(
+                    f"data.separate=true: in {type(model).__name__} what stands before a document changes {name}; "
+                    "leave it out, or choose another model.attention"
+                )
+
+
+@torch.no_grad()
+def capture(
+    model: nn.Module, hookpoints: Iterable[Hookpoint], tokens_BT: Tensor, places_BT: Tensor | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """{hookpoint: (input [B*T, D] of its read module, output [B*T, E] of its write module)}. `places_BT`: positions
+    inside documents, which then attend only to themselves.
 
     The forward pass stops after the last hooked module. Tensors keep the model's dtype and device; they are
     cloned, since a later module may write into its input in place.
@@ -68,7 +97,7 @@ def capture(model: nn.Module, hookpoints: Iterable[Hookpoint], tokens_BT: Tensor
                 )
             )
     try:
-        model(tokens_BT, use_cache=False)
+        model(tokens_BT, use_cache=False, **apart(places_BT))
     except _AllCapturedError:
         pass
     finally:

@@ -43,6 +43,26 @@ def bos_of(tokenizer: Any) -> int | None:
     return ids[0] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else None
 
 
+def beginning(tokenizer: Any) -> int | None:
+    """Token that begins a document which attends only to itself: BOS, whether or not the tokenizer puts it there, or
+    the end-of-text token. It takes the place of the first word as the one that all others attend to."""
+    found: int | None = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return found
+
+
+def places(number_RT: np.ndarray) -> np.ndarray:
+    """int64 [R, T]: how far each position is from where its document begins in its row.
+
+    >>> places(np.array([[5, 5, 6, 6, 6]])).tolist()
+    [[0, 1, 0, 1, 2]]
+    """
+    at_RT = np.broadcast_to(np.arange(number_RT.shape[1]), number_RT.shape)
+    begins_RT = np.ones(number_RT.shape, bool)
+    begins_RT[:, 1:] = number_RT[:, 1:] != number_RT[:, :-1]
+    found: np.ndarray = at_RT - np.maximum.accumulate(np.where(begins_RT, at_RT, 0), axis=1)
+    return found
+
+
 def hash_of(text: str) -> int:
     """A document's 64 bits: equal for equal texts."""
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
@@ -64,10 +84,19 @@ class Packer:
     are left out then) and a document.
     """
 
-    def __init__(self, context: int, bos: int | None, unit_rows: int | None, most: int | None = None) -> None:
+    def __init__(
+        self,
+        context: int,
+        bos: int | None,
+        unit_rows: int | None,
+        most: int | None = None,
+        separate: bool = False,
+    ) -> None:
         """`unit_rows`: None takes the documents as they come, whatever the splits. `most`: rows that a document gives
-        to validation and test at most; the part is chosen by its hash."""
-        self._bos, self._body, self._unit_rows = bos, context - (bos is not None), unit_rows
+        to validation and test at most; the part is chosen by its hash. `separate`: documents bring their own BOS, and
+        a row that goes on with one gets another."""
+        self._bos, self._unit_rows, self._separate = bos, unit_rows, separate
+        self._body = context if separate or bos is None else context - 1
         self._most = most and most * self._body
         self._first: dict[int, str] = {}
         self._waiting = {split: np.empty(0, PIECE) for split in SPLITS}
@@ -99,17 +128,25 @@ class Packer:
         self._waiting[split] = np.concatenate([self._waiting[split], pieces])
         while len(self._waiting[self.next_split]) >= self._body:
             row, self._waiting[self.next_split] = np.split(self._waiting[self.next_split], [self._body])
-            if self._bos is not None:
-                first = row[:1].copy()
-                first["tokens"], first["role"] = self._bos, TEMPLATE
-                row = np.concatenate([first, row])
+            if self._separate:
+                rest = self._waiting[self.next_split]
+                if len(rest) and rest["document_number"][0] == row["document_number"][-1]:
+                    self._waiting[self.next_split] = np.concatenate([self._begin(rest), rest])
+            elif self._bos is not None:
+                row = np.concatenate([self._begin(row), row])
             self.rows += 1
             yield row
 
+    def _begin(self, pieces: np.ndarray) -> np.ndarray:
+        """BOS before these."""
+        first = pieces[:1].copy()
+        first["tokens"], first["role"] = self._bos, TEMPLATE
+        return first
 
-def encoded(documents: Iterable[sources.Document], tokenizer: Any) -> Iterator[Encoded]:
-    """The documents that are not empty. Texts have the end-of-text token behind them; conversations end as their
-    template has it."""
+
+def encoded(documents: Iterable[sources.Document], tokenizer: Any, before: Sequence[int] = ()) -> Iterator[Encoded]:
+    """The documents that are not empty, with `before` in front. Texts have the end-of-text token behind them;
+    conversations end as their template has it."""
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     behind = [] if separator is None else [separator]
     source = ((number, document) for number, document in enumerate(documents) if document)
@@ -118,17 +155,20 @@ def encoded(documents: Iterable[sources.Document], tokenizer: Any) -> Iterator[E
         tokens = iter(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else [])
         for number, document in some:
             if isinstance(document, str):
-                yield Encoded(number, hash_of(document), next(tokens) + behind, TEXT)
+                yield Encoded(number, hash_of(document), [*before, *next(tokens), *behind], TEXT)
             else:
                 text, ids, roles = chat.encode(tokenizer, document)
-                yield Encoded(number, hash_of(text), ids, roles)
+                again = len(before) if ids[: len(before)] == list(before) else 0  # the template may put BOS itself
+                lead = before[again:]
+                roles = np.concatenate([np.full(len(lead), TEMPLATE, np.uint8), roles])
+                yield Encoded(number, hash_of(text), [*lead, *ids], roles)
 
 
-def mixed(cfg: DataConfig, tokenizer: Any) -> Iterator[Encoded]:
+def mixed(cfg: DataConfig, tokenizer: Any, before: Sequence[int] = ()) -> Iterator[Encoded]:
     """The documents of a mixture: each time the next of the source that is furthest behind its share of the tokens. So
     shares hold within a document at every point. UserError where a source ends, unless it may be repeated."""
     ones = [sources.of_mix(cfg, one) for one in cfg.sources]
-    streams = [encoded(sources.documents(one), tokenizer) for one in ones]
+    streams = [encoded(sources.documents(one), tokenizer, before) for one in ones]
     given = [0] * len(ones)
     for number in count():
         i = min(range(len(ones)), key=lambda i: given[i] / cfg.sources[i].weight)
@@ -139,7 +179,7 @@ def mixed(cfg: DataConfig, tokenizer: Any) -> Iterator[Encoded]:
                     f"data.sources: {ones[i].path or ones[i].kind} ends after {given[i]:,} tokens, its share of "
                     f"{sum(given):,}; give it less weight, ask for fewer data.tokens, or set data.repeat=true"
                 )
-            streams[i] = encoded(sources.documents(ones[i]), tokenizer)
+            streams[i] = encoded(sources.documents(ones[i]), tokenizer, before)
             one = next(streams[i])
         given[i] += len(one.ids)
         yield one._replace(number=number)
@@ -148,11 +188,13 @@ def mixed(cfg: DataConfig, tokenizer: Any) -> Iterator[Encoded]:
 def rows_of(cfg: DataConfig, tokenizer: Any, rows: int, unit_rows: int | None) -> Iterator[np.ndarray]:
     """Yield exactly `rows` rows [T] of PIECE, or raise UserError stating how many there are. Says so where the text is
     used again. `unit_rows`: rows of a unit, None if documents may cross splits."""
-    packer = Packer(cfg.context, bos_of(tokenizer), unit_rows, cfg.held_out_rows)
+    first = beginning(tokenizer) if cfg.separate else bos_of(tokenizer)
+    packer = Packer(cfg.context, first, unit_rows, cfg.held_out_rows, cfg.separate)
+    lead = [] if not cfg.separate or first is None else [first]
     found, again = 0, False
     while True:
         before = packer.rows, packer.waiting[packer.next_split]
-        documents = mixed(cfg, tokenizer) if cfg.sources else encoded(sources.documents(cfg), tokenizer)
+        documents = mixed(cfg, tokenizer, lead) if cfg.sources else encoded(sources.documents(cfg), tokenizer, lead)
         for one in documents:
             found += not again
             for row in packer.add(one):

@@ -34,6 +34,8 @@ class DataIdentity(TypedDict):
     fingerprint: str
     chat: NotRequired[str]
     """Of conversations: a hash of the chat template."""
+    separate: NotRequired[bool]
+    """Whether documents attend only to themselves."""
 
 
 class Source(Protocol):
@@ -78,7 +80,10 @@ def documents(cfg: DataConfig) -> Iterator[Document]:
 def identity(cfg: DataConfig) -> DataIdentity:
     """What identifies the source: kind, place and content fingerprint, found without reading all of it."""
     place, content = SOURCES[cfg.kind].fingerprint(cfg)
-    return {"kind": str(cfg.kind), "place": place, "field": cfg.column, "fingerprint": content}
+    found: DataIdentity = {"kind": str(cfg.kind), "place": place, "field": cfg.column, "fingerprint": content}
+    if cfg.separate:
+        found["separate"] = True
+    return found
 
 
 @dataclass(frozen=True)
