@@ -120,6 +120,25 @@ class RavelConfig:
 
 
 @dataclass
+class ShareConfig:
+    """Over which GPUs runs are dealt, as Ray tasks; neither set: none."""
+
+    address: str | None = None
+    """An existing Ray cluster (`auto` or an address); null: a Ray of our own, if `tasks` is set."""
+    tasks: int | None = None
+    """Tasks; null: one for each GPU."""
+
+    def __post_init__(self) -> None:
+        if self.tasks is not None and self.tasks < 1:
+            raise UserError(f"ray.tasks={self.tasks}: must be at least 1")
+
+    @property
+    def is_set(self) -> bool:
+        """Whether to use Ray."""
+        return self.address is not None or self.tasks is not None
+
+
+@dataclass
 class EvaluateConfig:
     """Evaluate one run, or all that a glob matches, on the test split of their store."""
 
@@ -157,6 +176,7 @@ class EvaluateConfig:
     erasure: ErasureConfig = field(default_factory=ErasureConfig)
     ravel: RavelConfig = field(default_factory=RavelConfig)
     contextfree: ContextFreeConfig = field(default_factory=ContextFreeConfig)
+    ray: ShareConfig = field(default_factory=ShareConfig)
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.runs is None):
@@ -318,6 +338,7 @@ class InterpretConfig:
     """cuda, cuda:N or cpu; null: cuda if there is one, else cpu."""
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    ray: ShareConfig = field(default_factory=ShareConfig)
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.runs is None):

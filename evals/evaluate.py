@@ -4,22 +4,27 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from skipcoder import cli
+from skipcoder.cluster import deal
 from skipcoder.errors import UserError
 from skipcoder.evals.config import EvaluateConfig, TaskName
 from skipcoder.files import refuse_unwritable
 from skipcoder.settings import typed
 
 if TYPE_CHECKING:
+    from skipcoder.evals.core.evaluator import Evaluator
     from skipcoder.evals.tables.metrics import Row
+    from skipcoder.pipeline.store.reader import ActivationStore
+    from skipcoder.trainer.run.run import Run
 
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 
@@ -31,16 +36,13 @@ def evaluate(cfg: EvaluateConfig, paths: Sequence[Path] | None = None) -> "list[
     # Imported here: torch and scikit-learn take seconds, and a wrong key should be refused at once.
     from skipcoder.evals.core import results
     from skipcoder.evals.core.controls import control_runs
-    from skipcoder.evals.core.evaluator import Evaluator
     from skipcoder.evals.core.joint_splice import sets_of
     from skipcoder.evals.explain.records import judged
-    from skipcoder.evals.stats.pairs import ByDocument
     from skipcoder.evals.tables import saebench
-    from skipcoder.evals.tables.metrics import printed, why_no_intervals
+    from skipcoder.evals.tables.metrics import why_no_intervals
     from skipcoder.evals.tasks import labelled
-    from skipcoder.evals.tasks.registry import TASKS, run_tasks
+    from skipcoder.evals.tasks.registry import TASKS
     from skipcoder.pipeline.store.reader import ActivationStore
-    from skipcoder.trainer.run.device import pick_device
     from skipcoder.trainer.run.run import Run, find_runs
 
     for name in cfg.tasks:
@@ -54,13 +56,8 @@ def evaluate(cfg: EvaluateConfig, paths: Sequence[Path] | None = None) -> "list[
     with ThreadPoolExecutor() as threads:
         runs = list(threads.map(Run.open, paths))
         list(threads.map(lambda run: run.weights, runs))  # a second for gigabytes
-    device = pick_device(cfg.device, "device")
-    evaluators: dict[str, Evaluator] = {}
-    for path in dict.fromkeys(run.store_path for run in runs):
-        intervals = cfg.intervals and TaskName.core in cfg.tasks
-        evaluators[path] = Evaluator(
-            ActivationStore.open(path), cfg.ce_tokens, cfg.batch_rows, device, intervals, cfg.every_position
-        )
+    stores = dict.fromkeys(run.store_path for run in runs)
+    evaluators = {path: _evaluator(cfg, ActivationStore.open(path)) for path in stores}
     for run in runs:
         run.check(evaluators[run.store_path].store)
         results.read(run), judged(run)  # UserError for a damaged file, before anything is computed
@@ -71,20 +68,16 @@ def evaluate(cfg: EvaluateConfig, paths: Sequence[Path] | None = None) -> "list[
         sets_of(runs)
     if {TaskName.probing, TaskName.tpp, TaskName.scr} & set(cfg.tasks):
         labelled.bundled()
-    rows: dict[Path, Row] = {}
-    by_document: dict[Path, dict[str, ByDocument]] = {}
+    apart = [run.path for run in runs] if cfg.ray.is_set else []
+    found = deal(partial(_measure_apart, cfg), apart, cfg.ray.address, cfg.ray.tasks) if apart else []
+    rows = {path: row for share, _ in found for path, row in share.items()}
+    by_document = {path: of for _, share in found for path, of in share.items()}
     for path, evaluator in evaluators.items():
         of_it = [run for run in runs if run.store_path == path]
         if cfg.controls:
             controls = control_runs(cfg.controls, of_it, evaluator.model, evaluator.store)
             of_it, runs = of_it + controls, runs + controls
-        for run, result in run_tasks(evaluator, of_it, cfg):
-            by_document.setdefault(run.path, {}).update(result.pop(results.BY_DOCUMENT, {}))
-            if not run.is_control:
-                result = {**results.record(run, result), **judged(run)}
-            names = {"run": str(run.path), "configuration": run.configuration}
-            rows[run.path] = {**run.summary, **rows.get(run.path, {}), **result, **names}
-            print(printed(rows[run.path]), flush=True)
+        _measure(evaluator, [run for run in of_it if run.path not in apart], cfg, rows, by_document)
         if TaskName.core in cfg.tasks:
             for why in why_no_intervals(rows[of_it[0].path]):
                 print(why, flush=True)
@@ -97,9 +90,54 @@ def evaluate(cfg: EvaluateConfig, paths: Sequence[Path] | None = None) -> "list[
     if cfg.out is not None:
         from skipcoder.evals.tables.files import write_tables
 
-        found = [by_document[run.path] for run in runs]
-        write_tables(Path(cfg.out), table, found, runs, evaluators, cfg.together)
+        documents = [by_document[run.path] for run in runs]
+        write_tables(Path(cfg.out), table, documents, runs, evaluators, cfg.together)
     return table
+
+
+def _measure_apart(cfg: EvaluateConfig, paths: "Sequence[Path]") -> "tuple[dict[Path, Row], dict[Path, Any]]":
+    """Measure some of the runs in a task of their own."""
+    from skipcoder.pipeline.store.reader import ActivationStore
+    from skipcoder.trainer.run.run import Run
+
+    runs = [Run.open(path) for path in paths]
+    rows: dict[Path, Row] = {}
+    by_document: dict[Path, Any] = {}
+    for path in dict.fromkeys(run.store_path for run in runs):
+        evaluator = _evaluator(cfg, ActivationStore.open(path))
+        _measure(evaluator, [run for run in runs if run.store_path == path], cfg, rows, by_document)
+    return rows, by_document
+
+
+def _evaluator(cfg: EvaluateConfig, store: "ActivationStore") -> "Evaluator":
+    from skipcoder.evals.core.evaluator import Evaluator
+    from skipcoder.trainer.run.device import pick_device
+
+    device = pick_device(cfg.device, "device")
+    intervals = cfg.intervals and TaskName.core in cfg.tasks
+    return Evaluator(store, cfg.ce_tokens, cfg.batch_rows, device, intervals, cfg.every_position)
+
+
+def _measure(
+    evaluator: "Evaluator",
+    runs: "Sequence[Run]",
+    cfg: EvaluateConfig,
+    rows: "dict[Path, Row]",
+    by_document: "dict[Path, Any]",
+) -> None:
+    """Add each run's row and what it is by document, print it and write it into the run's directory."""
+    from skipcoder.evals.core import results
+    from skipcoder.evals.explain.records import judged
+    from skipcoder.evals.tables.metrics import printed
+    from skipcoder.evals.tasks.registry import run_tasks
+
+    for run, result in run_tasks(evaluator, runs, cfg):
+        by_document.setdefault(run.path, {}).update(result.pop(results.BY_DOCUMENT, {}))
+        if not run.is_control:
+            result = {**results.record(run, result), **judged(run)}
+        names = {"run": str(run.path), "configuration": run.configuration}
+        rows[run.path] = {**run.summary, **rows.get(run.path, {}), **result, **names}
+        print(printed(rows[run.path]), flush=True)
 
 
 def as_set(cfg: EvaluateConfig) -> EvaluateConfig:

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from skipcoder import cli
+from skipcoder.cluster import deal
 from skipcoder.evals.config import InterpretConfig, Scorer
 from skipcoder.progress import progress
 from skipcoder.settings import typed
@@ -28,7 +30,20 @@ def interpret(cfg: InterpretConfig) -> None:
 
     paths = [Path(cfg.run)] if cfg.run else find_runs(cfg.runs or "")
     runs = [Run.open(path) for path in paths]
+    if cfg.ray.is_set:
+        deal(partial(_index, cfg), paths, cfg.ray.address, cfg.ray.tasks)
     asyncio.run(_interpret_all(cfg, runs))
+
+
+def _index(cfg: InterpretConfig, paths: Sequence[Path]) -> None:
+    """Find where the latents of some of the runs fire, in a task of their own; the rest is the judge's work."""
+    from skipcoder.evals.latents.index import LatentIndex
+    from skipcoder.pipeline.store.reader import ActivationStore
+    from skipcoder.trainer.run.device import pick_device
+    from skipcoder.trainer.run.run import Run
+
+    for run in map(Run.open, paths):
+        LatentIndex(run, ActivationStore.open(run.store_path)).ensure(pick_device(cfg.device, "device"))
 
 
 async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> None:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from skipcoder import cli
 from skipcoder.errors import UserError
 from skipcoder.pipeline.capture.neighbour import neighbour_with
-from skipcoder.pipeline.config import CacheConfig, Compression
+from skipcoder.pipeline.config import CacheConfig, Compression, DeviceMap
 from skipcoder.pipeline.model import load
 from skipcoder.pipeline.store import commit, layout, writer
 from skipcoder.pipeline.store.attrs import (
@@ -103,6 +103,8 @@ def _capture(cfg: CacheConfig, place: Place, alone: bool) -> None:
 def _choose(cfg: CacheConfig, attrs: Attributes | None) -> None:
     """Fill in what was left to choose but for unit_rows: what the store was made with, or what suits a new one."""
     model = cfg.model
+    if (cfg.ray.gpus_per_worker or 0) > 1:
+        model.device_map = DeviceMap.auto
     if attrs is not None and attrs["rows"]:
         made = attrs["identity"]
         model.attention = model.attention or made["model"]["attention"]

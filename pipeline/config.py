@@ -17,10 +17,29 @@ class Dtype(Enum):
     float16 = "float16"
     float32 = "float32"
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of a number."""
+        return 4 if self is Dtype.float32 else 2
+
 
 class Compression(Enum):
     zstd = "zstd"
     lz4 = "lz4"
+
+
+class Quantization(Enum):
+    int8 = "int8"
+    int4 = "int4"
+
+    @property
+    def bytes(self) -> float:
+        """Bytes of a weight."""
+        return 1.0 if self is Quantization.int8 else 0.5
+
+
+class DeviceMap(Enum):
+    auto = "auto"
 
 
 class SourceKind(StrEnum):
@@ -48,6 +67,15 @@ class ModelConfig:
     """Name of the GGUF file inside `id`, when the weights are not safetensors."""
     dtype: Dtype = Dtype.bfloat16
     """Type in which the model runs: bfloat16, float16, float32."""
+    quantization: Quantization | None = None
+    """int8 or int4: hold linear layers' weights so, by transformers and bitsandbytes; activations stay in `dtype`."""
+    device_map: DeviceMap | None = None
+    """auto: spread the weights over all GPUs that are visible, then memory, then `offload_folder`, by transformers and
+    accelerate. The bits are those of one device of the same kind."""
+    max_memory: dict[str, str] = field(default_factory=dict)
+    """With `device_map`: most to use of each, e.g. {gpu0: 20GiB, cpu: 60GiB}; by default what is free."""
+    offload_folder: str | None = None
+    """With `device_map`: where weights go that fit nowhere else; each layer is read when it is needed."""
     attention: str | None = None
     """transformers' `attn_implementation`; null: sdpa, or eager where the model has no sdpa."""
     shuffle: int | None = None
@@ -61,6 +89,11 @@ class ModelConfig:
     `post_feedforward_layernorm` before it enters the residual stream."""
 
     def __post_init__(self) -> None:
+        for name in ("max_memory", "offload_folder"):
+            if getattr(self, name) and self.device_map is None:
+                raise UserError(f"model.{name} needs model.device_map=auto")
+        if self.device_map is not None and self.shuffle is not None:
+            raise UserError("model.shuffle permutes weights in memory, so it goes without model.device_map")
         if self.name == "local" and self.id != "???":
             self.name = self.id.rstrip("/").rpartition("/")[2].strip(".") or "local"
 
@@ -170,7 +203,7 @@ class RayConfig:
     cpus_per_worker: int | None = None
     """null: all cores divided by the number of workers, at most those of one machine."""
     gpus_per_worker: float | None = None
-    """null: one if Ray has GPUs, else none."""
+    """null: one if Ray has GPUs, else none. Several hold one copy of the model together (model.device_map=auto)."""
     resources: dict[str, float] = field(default_factory=dict)
     """Custom Ray resources that a worker requires, to place workers on the machines that offer them."""
     writers: int | None = None

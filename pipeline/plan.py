@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from skipcoder.pipeline.config import CacheConfig, Compression
@@ -51,6 +52,8 @@ class Plan(NamedTuple):
     """Writing and syncing; None if that is not known, as with an object store."""
     read: float
     on_gpu: bool
+    weights: int
+    """Bytes of the model's weights."""
 
     @property
     def forward(self) -> float:
@@ -73,7 +76,7 @@ class Plan(NamedTuple):
 
 def make(cfg: CacheConfig) -> Plan:
     """Estimate what a capture costs."""
-    hookpoints, widths, flops, _ = describe(cfg.model, cfg.hookpoints, cfg.data.context, count_flops=True)
+    hookpoints, widths, flops, _, weights = describe(cfg.model, cfg.hookpoints, cfg.data.context, count_flops=True)
     rows = -(-cfg.data.tokens // cfg.data.context)
     tokens = rows * cfg.data.context
     unit_rows = cfg.store.unit_rows or layout.auto_unit_rows(rows, cfg.data.context)
@@ -86,7 +89,7 @@ def make(cfg: CacheConfig) -> Plan:
     speed = _disk_speed(cfg.store.path)
     disk = speed and tokens * sum(stored for _, stored in sizes.values()) / speed
     matmul = _matmul_speed(max(costs), getattr(torch, cfg.model.dtype.value), device)
-    return Plan(tokens, flops, matmul, sizes, encode, pack, disk, read, device == "cuda")
+    return Plan(tokens, flops, matmul, sizes, encode, pack, disk, read, device == "cuda", weights)
 
 
 def show(cfg: CacheConfig) -> None:
@@ -96,6 +99,7 @@ def show(cfg: CacheConfig) -> None:
     print(f"{cfg.store.path}: {plan.tokens:,} tokens, {len(plan.sizes)} hookpoints, {_bytes(plan.tokens * stored)}")
     for name, (raw, size) in plan.sizes.items():
         print(f"  {name}: {raw:,} bytes a token, about {size:,.0f} as {cfg.store.codec}")
+    print(f"  {fits(plan.weights, cfg)}")
     speed = plan.flops_per_second / 1e12
     print(f"  forward: {plan.flops / 1e9:.3g} GFLOP a token; at {speed:.3g} TFLOP/s at least {_time(plan.forward)}")
     disk = "the disk not counted" if plan.disk is None else f"writing {_time(plan.disk)}"
@@ -108,6 +112,22 @@ def show(cfg: CacheConfig) -> None:
         "  the model is faster than the store: cache nothing"
         if least is None
         else f"  cheaper than running the model for every coder from {least} coders on"
+    )
+
+
+def fits(weights: int, cfg: CacheConfig) -> str:
+    """Say whether a model's weights go where a worker on this machine would put them."""
+    have, count = psutil.virtual_memory().available, int(cfg.ray.gpus_per_worker or 1)
+    where = "this machine's memory"
+    if torch.cuda.is_available():
+        free = [torch.cuda.mem_get_info(i)[0] for i in range(min(count, torch.cuda.device_count()))]
+        have, where = sum(free), f"{len(free)} GPU{'s' if len(free) > 1 else ''}"
+    said = f"weights: {_bytes(weights)}; {where}: {_bytes(have)} free"
+    if weights < 0.9 * have:
+        return said
+    more = "ray.gpus_per_worker, " if torch.cuda.is_available() else ""
+    return (
+        f"{said}: too little. Try {more}model.quantization=int8, or model.device_map=auto model.offload_folder=FOLDER"
     )
 
 

@@ -4,10 +4,13 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from skipcoder.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @contextlib.contextmanager
@@ -41,6 +44,37 @@ def cluster(address: str | None, show_output: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def deal(function: Callable[[Sequence[T]], R], items: Sequence[T], address: str | None, tasks: int | None) -> list[R]:
+    """Call `function` on equal runs of `items`, in order, in Ray tasks: `tasks` of them or, for None, one for each GPU;
+    each has a GPU where there are any. A task whose worker or machine is lost is run again elsewhere."""
+    with cluster(address, show_output=True):
+        import ray
+
+        have = ray.cluster_resources()
+        gpus, cpus = int(have.get("GPU", 0)), int(have.get("CPU", 1))
+        count = min(tasks or max(gpus, 1), len(items))
+        shares = [items[i * len(items) // count : (i + 1) * len(items) // count] for i in range(count)]
+        largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+        cores = max(1, min(cpus // (gpus or count), largest))
+        task = ray.remote(num_gpus=min(gpus, 1), num_cpus=cores, max_calls=1)(_dealt)
+        waiting: list[Any] = [task.remote(function, share, os.getcwd(), cores) for share in shares]
+        try:
+            return [ray.get(one) for one in waiting]
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        finally:
+            for one in waiting:
+                ray.cancel(one)
+
+
+def _dealt(function: Callable[[Sequence[T]], R], share: Sequence[T], directory: str, threads: int) -> R:
+    import torch
+
+    os.chdir(directory)  # relative paths are relative to the driver's
+    torch.set_num_threads(threads)
+    return function(share)
 
 
 @contextlib.contextmanager

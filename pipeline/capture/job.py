@@ -160,6 +160,8 @@ def _share(cfg: RayConfig) -> tuple[int, float]:
     if cpus > largest:
         raise UserError(f"ray.cpus_per_worker={cpus}, but Ray's largest machine has {largest} cores; lower it")
     gpus = cfg.gpus_per_worker if cfg.gpus_per_worker is not None else min(1.0, have.get("GPU", 0.0))
+    if gpus > 1 and gpus != int(gpus):
+        raise UserError(f"ray.gpus_per_worker={gpus:g}: must be a whole number above 1, or a part of one GPU")
     if gpus > have.get("GPU", 0.0):
         raise UserError(f"ray.gpus_per_worker={gpus:g}, but this Ray has {have.get('GPU', 0.0):g} GPUs; set it to 0")
     return cpus, gpus

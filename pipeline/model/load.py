@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ from typing_extensions import TypedDict
 
 from skipcoder import fingerprint, hub
 from skipcoder.errors import UserError
-from skipcoder.pipeline.config import ModelConfig
+from skipcoder.pipeline.config import ModelConfig, Quantization
 from skipcoder.pipeline.model.gguf_once import read_once
 from skipcoder.pipeline.model.hookpoints import Hookpoint, layers_needed, resolve
 
@@ -55,6 +56,7 @@ class ModelIdentity(TypedDict):
     dtype: str
     attention: str
     shuffle: NotRequired[int]
+    quantization: NotRequired[str]
 
 
 def identity(cfg: ModelConfig) -> ModelIdentity:
@@ -80,6 +82,8 @@ def identity(cfg: ModelConfig) -> ModelIdentity:
     }
     if cfg.shuffle is not None:
         found["shuffle"] = cfg.shuffle
+    if cfg.quantization is not None:
+        found["quantization"] = cfg.quantization.value
     return found
 
 
@@ -116,6 +120,8 @@ class Description(NamedTuple):
     """FLOP per token of the captured forward pass over a whole row; 0 unless `count_flops` was set."""
     gained: dict[str, str | None]
     """Hookpoint -> the module whose output the residual stream gains, None where that cannot be shown (gains.py)."""
+    weight_bytes: int
+    """Of the weights that a capture loads."""
 
 
 def describe(cfg: ModelConfig, patterns: Iterable[str], context: int, count_flops: bool = False) -> Description:
@@ -157,7 +163,18 @@ def describe(cfg: ModelConfig, patterns: Iterable[str], context: int, count_flop
         if len(x) != length or len(y) != length or not x.is_floating_point():
             raise UserError(f"hookpoint {name!r} does not map one vector per token; hook the whole MLP instead")
     widths = {name: (x.shape[-1], y.shape[-1]) for name, (x, y) in pairs.items()}
-    return Description(hookpoints, widths, flops, {h.name: known.get(h.write) for h in asked})
+    layers = layers_needed(hookpoints)
+    loaded = [
+        weight
+        for name, weight in model.named_parameters()
+        if layers is None or (found := re.search(r"\.(\d+)\.", name)) is None or int(found[1]) < layers
+    ]
+    matrices = sum(w.numel() for w in loaded if w.ndim == 2)
+    size = sum(w.numel() for w in loaded) * cfg.dtype.bytes
+    if cfg.quantization is not None:  # of linear layers alone, but they are nearly all
+        size -= int(matrices * (cfg.dtype.bytes - cfg.quantization.bytes))
+    gains = {h.name: known.get(h.write) for h in asked}
+    return Description(hookpoints, widths, flops, gains, size)
 
 
 def load_trunk(cfg: ModelConfig, hookpoints: Iterable[Hookpoint], device: str) -> "torch.nn.Module":
@@ -210,6 +227,15 @@ def _load(auto_class: Any, cfg: ModelConfig, device: str, config: Any) -> "torch
         from transformers import GgufConfig
 
         options["quantization_config"] = GgufConfig(dequantize=True)  # plain nn.Linear, dtype as requested
+    if cfg.quantization is not None:
+        if cfg.gguf_file is not None:
+            raise UserError("model.quantization is for unquantised weights, not for model.gguf_file")
+        options["quantization_config"] = _quantized(cfg.quantization, dtype)
+    placed = cfg.device_map is not None or cfg.quantization is not None
+    if placed:
+        if find_spec("accelerate") is None:
+            raise UserError("model.device_map and model.quantization need accelerate: pip install 'skipcoder[large]'")
+        options |= _placement(cfg, device)
     model = auto_class.from_pretrained(
         _place(cfg),
         config=config,
@@ -220,10 +246,33 @@ def _load(auto_class: Any, cfg: ModelConfig, device: str, config: Any) -> "torch
     model = model.eval().requires_grad_(False)
     if cfg.shuffle is not None:
         _shuffle(model, cfg.shuffle)
-    if device == "cpu" and not half_precision.supported(dtype):
+    if device == "cpu" and not placed and not half_precision.supported(dtype):
         half_precision.widen(model)
-    result: torch.nn.Module = model.to(device)
+    result: torch.nn.Module = model if placed else model.to(device)
     return result
+
+
+def _placement(cfg: ModelConfig, device: str) -> dict[str, Any]:
+    """transformers' arguments for where the weights go."""
+    if cfg.device_map is None:
+        return {"device_map": device}
+    most = {int(key[3:]) if key[3:].isdigit() else key: size for key, size in cfg.max_memory.items()}  # gpu0, cpu
+    found: dict[str, Any] = {"device_map": cfg.device_map.value}
+    if most:
+        found["max_memory"] = most
+    if cfg.offload_folder is not None:
+        found["offload_folder"] = str(Path(cfg.offload_folder).expanduser())
+    return found
+
+
+def _quantized(quantization: Quantization, dtype: "torch.dtype") -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"model.quantization={quantization.value} needs bitsandbytes: pip install 'skipcoder[large]'")
+    if quantization is Quantization.int8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def _shuffle(model: "torch.nn.Module", seed: int) -> None:

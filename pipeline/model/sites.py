@@ -45,7 +45,7 @@ def replacing(
 
     def replacement(original: Tensor) -> Tensor:
         value = seen.pop()
-        new = replace(value).to(original.dtype)
+        new = replace(value).to(original)  # a large model's layers may be on other devices than the coder
         if new.shape[-1] != original.shape[-1]:
             raise ValueError(f"{new.shape[-1]} dimensions cannot replace the {original.shape[-1]} of {write.module!r}")
         new = new.view_as(original)
@@ -57,7 +57,7 @@ def replacing(
             new = torch.where(long[..., None], original, new)
         if keep_BT is None:
             return new
-        keep = keep_BT() if callable(keep_BT) else keep_BT
+        keep = (keep_BT() if callable(keep_BT) else keep_BT).to(original.device)
         return torch.where(keep.reshape(*original.shape[:-1], 1), original, new)
 
     handles = [

@@ -53,7 +53,7 @@ def test_sizes_are_near_those_of_a_real_store(
 
 def test_break_even() -> None:
     def least(forward: float, write: float, read: float) -> int | None:
-        return plan.Plan(1, forward, 1.0, {}, 0.0, write, None, read, on_gpu=False).break_even
+        return plan.Plan(1, forward, 1.0, {}, 0.0, write, None, read, on_gpu=False, weights=0).break_even
 
     assert least(10, 1, 1) == 2  # 11 + 2 < 20
     assert least(10, 15, 0) == 3
@@ -63,4 +63,4 @@ def test_break_even() -> None:
 
 @pytest.mark.parametrize(("on_gpu", "seconds"), [(False, 10 + 1 + 20 + 30), (True, 30)])
 def test_beside_a_gpu_others_compress_and_write(on_gpu: bool, seconds: float) -> None:
-    assert plan.Plan(1, 10.0, 1.0, {}, 1.0, 20.0, 30.0, 1.0, on_gpu).capture == seconds
+    assert plan.Plan(1, 10.0, 1.0, {}, 1.0, 20.0, 30.0, 1.0, on_gpu, 0).capture == seconds
