@@ -58,7 +58,7 @@ def deal(function: Callable[[Sequence[T]], R], items: Sequence[T], address: str 
         shares = [items[i * len(items) // count : (i + 1) * len(items) // count] for i in range(count)]
         largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
         cores = max(1, min(cpus // (gpus or count), largest))
-        task = ray.remote(num_gpus=min(gpus, 1), num_cpus=cores, max_calls=1)(_dealt)
+        task: Any = ray.remote(num_gpus=min(gpus, 1), num_cpus=cores, max_calls=1)(_dealt)
         waiting: list[Any] = [task.remote(function, share, os.getcwd(), cores) for share in shares]
         try:
             return [ray.get(one) for one in waiting]
