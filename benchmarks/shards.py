@@ -29,6 +29,7 @@ from skipcoder.pipeline.store.stats import Moments
 from skipcoder.trainer.config import CoderConfig, EncodeConfig, EncodeMode, Kind, LoopConfig, OptimConfig, OptimName
 from skipcoder.trainer.config import TrainConfig as Config
 from skipcoder.trainer.data.ranks import Ranks
+from skipcoder.trainer.step import learner as learning
 from skipcoder.trainer.step.learner import Learner
 
 D, TOKENS, K, ROUNDS = 768, 2048, 32, 5
@@ -94,13 +95,15 @@ def loopback() -> int:
     return int(line.split(":")[1].split()[0])
 
 
-def learner(width: int, ranks: Ranks, shards: int, sign: bool = False) -> Learner:
+def learner(width: int, ranks: Ranks, shards: int, sign: bool = False, micro_batches: int = 1) -> Learner:
     """A transcoder over random activations."""
     cfg = Config(
         coder=CoderConfig(kind=Kind.transcoder, k=K, width=width),
         encode=EncodeConfig(mode=EncodeMode.float32),
         optim=OptimConfig(name=OptimName.signum if sign else OptimName.adam, lr=1e-3),
-        train=LoopConfig(tokens=100 * TOKENS, batch_tokens=TOKENS, shards=shards, log_every=1000),
+        train=LoopConfig(
+            tokens=100 * TOKENS, batch_tokens=TOKENS, shards=shards, log_every=1000, micro_batches=micro_batches
+        ),
     )
     x, y = batch(0)
     return Learner(cfg, Moments.of(x), Moments.of(y), 100, "cpu", ranks)
@@ -141,6 +144,28 @@ def compare(width: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def in_turns(width: int) -> dict[str, Any]:
+    """Four micro-batches of one coder's shards, in turns and one by one."""
+    size = int(os.environ["WORLD_SIZE"])
+    ranks, usual = Ranks.join(size), learning.in_turns
+    ways: dict[str, Any] = {"in turns": usual, "one by one": lambda works: [work() for work in works]}
+    learners = {name: learner(width, ranks, size, micro_batches=4) for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    x, y = batch(1)
+    for number in range(ROUNDS + 1):
+        for name, way in ways.items():
+            learning.in_turns = way
+            ranks.total(0)
+            begun = time.perf_counter()
+            learners[name].step(x, y, TOKENS)
+            ranks.total(0)
+            if number:
+                seconds[name].append(time.perf_counter() - begun)
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    ratio = medians["in turns"] / medians["one by one"]
+    return {"width": width, "processes": size, "micro-batches, seconds": medians, "ratio": ratio}
+
+
 def widest(width: int) -> dict[str, Any]:
     """Some steps of one wide coder."""
     ranks = Ranks.join(2)
@@ -173,7 +198,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.out:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
-        found: Any = widest(args.widest) if args.widest else [compare(width) for width in args.widths]
+        found: Any = (
+            widest(args.widest)
+            if args.widest
+            else {"ways": [compare(w) for w in args.widths], "turns": [in_turns(w) for w in args.widths]}
+        )
         if Ranks.join().is_main:
             args.out.write_text(json.dumps(found))
         return
@@ -183,9 +212,17 @@ def main() -> None:
         result = {**facts, **shape, "widest": in_processes(2, "--widest", str(args.widest))}
     else:
         widths = ["--widths", *map(str, args.widths)]
-        measured = [one for size in args.processes for one in in_processes(size, *widths)]
+        each = [in_processes(size, *widths) for size in args.processes]
+        measured, turns = ([one for found in each for one in found[key]] for key in ("ways", "turns"))
         pays = {size: pays_from(TOKENS, K, D, size) for size in args.processes}
-        result = {**facts, **shape, "measured": measured, "shards send less from width": pays, "simulated": simulate()}
+        result = {
+            **facts,
+            **shape,
+            "measured": measured,
+            "turns": turns,
+            "shards send less from width": pays,
+            "simulated": simulate(),
+        }
     print(json.dumps(result, indent=1))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -57,7 +57,8 @@ def evaluate(cfg: EvaluateConfig, paths: Sequence[Path] | None = None) -> "list[
         runs = list(threads.map(Run.open, paths))
         list(threads.map(lambda run: run.weights, runs))  # a second for gigabytes
     stores = dict.fromkeys(run.store_path for run in runs)
-    evaluators = {path: _evaluator(cfg, ActivationStore.open(path)) for path in stores}
+    here = replace(cfg, device=None) if cfg.ray.is_set else cfg  # where tasks measure, a GPU need not be here
+    evaluators = {path: _evaluator(here, ActivationStore.open(path)) for path in stores}
     for run in runs:
         run.check(evaluators[run.store_path].store)
         results.read(run), judged(run)  # UserError for a damaged file, before anything is computed

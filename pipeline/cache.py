@@ -4,7 +4,7 @@ Neither torch nor Ray is imported until it is known that there is work to do.
 """
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from importlib.metadata import version
 from typing import Any
@@ -104,6 +104,8 @@ def _choose(cfg: CacheConfig, attrs: Attributes | None) -> None:
     """Fill in what was left to choose but for unit_rows: what the store was made with, or what suits a new one."""
     model = cfg.model
     if (cfg.ray.gpus_per_worker or 0) > 1:
+        if model.shuffle is not None:
+            raise UserError("model.shuffle permutes weights in memory, so it goes with one GPU: ray.gpus_per_worker=1")
         model.device_map = DeviceMap.auto
     if attrs is not None and attrs["rows"]:
         made = attrs["identity"]
@@ -196,7 +198,7 @@ def _lay_out(
         described: Described = {
             "identity": identity,
             "hookpoints": facts,
-            "model": _plain(asdict(cfg.model)),
+            "model": _plain(asdict(replace(cfg.model, max_memory={}, offload_folder=None))),  # are this machine's
             "data": {key: value for key, value in _plain(asdict(cfg.data)).items() if key != "tokens"},  # it may grow
             "special_tokens": sorted(tokenizer.all_special_ids),
             "bos": beginning(tokenizer) if cfg.data.separate else bos_of(tokenizer),

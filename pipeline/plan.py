@@ -117,14 +117,17 @@ def show(cfg: CacheConfig) -> None:
 
 def fits(weights: int, cfg: CacheConfig) -> str:
     """Say whether a model's weights go where a worker on this machine would put them."""
-    have, count = psutil.virtual_memory().available, int(cfg.ray.gpus_per_worker or 1)
-    where = "this machine's memory"
-    if torch.cuda.is_available():
-        free = [torch.cuda.mem_get_info(i)[0] for i in range(min(count, torch.cuda.device_count()))]
+    have, where = psutil.virtual_memory().available, "this machine's memory"
+    asked = cfg.ray.gpus_per_worker
+    count = 1 if asked is None else -(-asked // 1)
+    if torch.cuda.is_available() and count:
+        free = [torch.cuda.mem_get_info(i)[0] for i in range(min(int(count), torch.cuda.device_count()))]
         have, where = sum(free), f"{len(free)} GPU{'s' if len(free) > 1 else ''}"
     said = f"weights: {_bytes(weights)}; {where}: {_bytes(have)} free"
     if weights < 0.9 * have:
         return said
+    if cfg.model.device_map is not None:
+        return f"{said}: too little; what does not fit goes to memory and model.offload_folder, and is slower"
     more = "ray.gpus_per_worker, " if torch.cuda.is_available() else ""
     return (
         f"{said}: too little. Try {more}model.quantization=int8, or model.device_map=auto model.offload_folder=FOLDER"

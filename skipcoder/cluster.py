@@ -52,21 +52,41 @@ def deal(function: Callable[[Sequence[T]], R], items: Sequence[T], address: str 
     with cluster(address, show_output=True):
         import ray
 
-        have = ray.cluster_resources()
-        gpus, cpus = int(have.get("GPU", 0)), int(have.get("CPU", 1))
+        gpus = int(ray.cluster_resources().get("GPU", 0))
         count = min(tasks or max(gpus, 1), len(items))
         shares = [items[i * len(items) // count : (i + 1) * len(items) // count] for i in range(count)]
-        largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-        cores = max(1, min(cpus // (gpus or count), largest))
+        cores = cores_of_each(count)
         task: Any = ray.remote(num_gpus=min(gpus, 1), num_cpus=cores, max_calls=1)(_dealt)
         waiting: list[Any] = [task.remote(function, share, os.getcwd(), cores) for share in shares]
+        left = waiting
         try:
-            return [ray.get(one) for one in waiting]
+            while left:
+                (done,), left = ray.wait(left, num_returns=1)
+                ray.get(done)  # raises what it raised
+            return list(ray.get(waiting))
         except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
         finally:
-            for one in waiting:
+            for one in left:
                 ray.cancel(one)
+
+
+def cores_of_each(tasks: int, together: int = 1) -> int:
+    """Cores for each of so many tasks: those that come with a GPU, on the machine that has fewest for each; where there
+    is none, an equal share, which some machine has. `together`: so many tasks must find room at once."""
+    import ray
+
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    with_gpu = [int(m.get("CPU", 1) // m["GPU"]) for m in machines if m.get("GPU")]
+    if with_gpu:
+        return max(1, min(with_gpu))
+    cpus = [int(m.get("CPU", 0)) for m in machines]
+    cores = max(1, min(sum(cpus) // tasks, max(cpus)))
+    while cores > 1 and sum(cpu // cores for cpu in cpus) < together:
+        cores -= 1
+    return cores
 
 
 def _dealt(function: Callable[[Sequence[T]], R], share: Sequence[T], directory: str, threads: int) -> R:

@@ -60,7 +60,9 @@ class Tracer:
 
     @cached_property
     def model(self) -> Any:
-        """The captured model, in float32."""
+        """The captured model, in float32. UserError if it is quantised."""
+        if "quantization" in self.store.attrs["identity"]["model"]:
+            raise UserError(f"{self.name} was captured with model.quantization, which circuits cannot follow")
         return self.store.load_model(self.device).float()
 
     @cached_property

@@ -179,12 +179,12 @@ class Evaluator:
         mean_E = torch.from_numpy(mean).to(self.device, torch.float32)
         # A key's first entry distinguishes ablations, which runs share, from coders.
         ways: dict[str, Way] = {
-            "spliced": Way((run.path,), lambda x: coder(x.to(coder.b_dec.device)).y_hat),
+            "spliced": Way((run.path,), lambda x: coder(x.to(coder.W_dec.device)).y_hat),
             "zero": Way(("zero", write), ablation(torch.zeros_like(mean_E))),
             "mean": Way(("mean", write, run.filter), ablation(mean_E)),
         }
         if coder.W_skip is not None:
-            ways["skip_only"] = Way((run.path, "skip"), lambda x: coder.skip_only(x.to(coder.b_dec.device)))
+            ways["skip_only"] = Way((run.path, "skip"), lambda x: coder.skip_only(x.to(coder.W_dec.device)))
         positions: list[tuple[str, TokenFilter | None, Tensor | None]] = [("", run.filter, self._excluded(run))]
         if self.every_position:
             positions.append(("_all", None, None))

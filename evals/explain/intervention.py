@@ -76,7 +76,7 @@ class Steering:
         first = last if starts is None else torch.tensor(starts, device=self.device) - 1
         before_BT = torch.arange(tokens.shape[1], device=self.device) < first[:, None]
         write = self.run.write_site
-        with replacing(self.model, write, write, lambda y: y.float() + vector_E, before_BT):
+        with replacing(self.model, write, write, lambda y: y.float() + vector_E.to(y.device), before_BT):
             return self._logits(tokens)[batch, last].float()
 
     def _logits(self, tokens_BT: Tensor) -> Tensor:

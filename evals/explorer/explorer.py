@@ -76,6 +76,7 @@ class Explorer:
         left_out: list[int] = []
         for position, token in enumerate(ids[0].tolist()):
             kept = position >= self.run.filter.first_positions and token not in self.special
+            kept = kept and not bool(one.long_BT[0, position])
             left_out += [] if kept else [position]
             pairs = zip(indices[position].tolist(), values[position].tolist(), strict=True) if kept else ()
             fires.append([(latent, round(value, 4)) for latent, value in pairs if value > 0])

@@ -55,6 +55,9 @@ def write(
     kept = first.filter
     first_ones = "the first" if kept.first_positions == 1 else f"the first {kept.first_positions}"
     excluded = [f"{first_ones} of each row"] if kept.first_positions else []
+    excluded += ["special tokens"] * kept.special_tokens
+    excluded += [f"what {', '.join(kept.roles)} did not write"] if kept.roles else []
+    excluded += [f"tokens longer than {kept.max_norm:g} medians"] if kept.max_norm else []
     page = environment.from_string(template).render(
         data=data.to_yaml(),
         title=f"{kinds} of {first.summary['model']}",
@@ -62,7 +65,7 @@ def write(
         f"{license or 'not stated'}.",
         runs=[_describe(run, changes, folder) for run, changes in zip(runs, changed, strict=True)],
         usage=USAGE[usage].replace("{d_in}", str(first.coder.d_in)),
-        excluded=", ".join(excluded + ["special tokens"] * kept.special_tokens) or "none",
+        excluded=", ".join(excluded) or "none",
     )
     (folder / "README.md").write_text(page)
     return folder / "README.md"

@@ -58,7 +58,7 @@ class LatentIndex:
         return {
             "weights": self.run.weights,
             "store": self.store.attrs["identity_hash"],
-            "filter": repr(self.run.filter),
+            "filter": f"TokenFilter({', '.join(f'{k}={v!r}' for k, v in self.run.filter.facts().items())})",
         }
 
     def missing(self) -> list[list[int]]:

@@ -76,6 +76,9 @@ class Spliced:
         directions = self.coder.W_dec[self.indices]
         return self.values.detach() * torch.einsum("bte,btke->btk", gradient.view(*lead, -1), directions)
 
+    def _note(self, long_BT: Tensor) -> None:
+        self.long_BT = long_BT
+
     def _run(self, x_ND: Tensor, position_BT: Tensor, changes_only: bool) -> Tensor:
         if x_ND.shape[1] != self.coder.d_in:
             raise ValueError(
@@ -98,6 +101,7 @@ class Spliced:
             change_N = after_N - _activation(latent, values_NK, indices_NK)
             y_hat = y_hat + change_N[:, None] * self.coder.W_dec[latent]
         self.y_hat = y_hat
+        self.long_BT = torch.zeros(shape, dtype=torch.bool)
         if torch.is_grad_enabled() and not y_hat.requires_grad:
             y_hat.requires_grad_()
         return y_hat
@@ -144,10 +148,11 @@ def splice(
                 replacing(
                     model,
                     *sites_of(hookpoint, one.coder),
-                    lambda x, one=one: one._run(x.float(), now.position_BT, keep_error),  # type: ignore[misc]
+                    lambda x, one=one: one._run(x.to(one.coder.W_dec), now.position_BT, keep_error),  # type: ignore[misc]
                     lambda first=first, special=special: now.excluded(first, special),  # type: ignore[misc]
                     adds=keep_error,
                     longest=one.coder.longest,
+                    note=one._note,
                 )
             )
         yield spliced

@@ -164,4 +164,7 @@ def _share(cfg: RayConfig) -> tuple[int, float]:
         raise UserError(f"ray.gpus_per_worker={gpus:g}: must be a whole number above 1, or a part of one GPU")
     if gpus > have.get("GPU", 0.0):
         raise UserError(f"ray.gpus_per_worker={gpus:g}, but this Ray has {have.get('GPU', 0.0):g} GPUs; set it to 0")
+    most = max(float(node["Resources"].get("GPU", 0.0)) for node in ray.nodes() if node["Alive"])
+    if gpus > most:
+        raise UserError(f"ray.gpus_per_worker={gpus:g}, but Ray's largest machine has {most:g} GPUs; lower it")
     return cpus, gpus

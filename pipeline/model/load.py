@@ -164,15 +164,15 @@ def describe(cfg: ModelConfig, patterns: Iterable[str], context: int, count_flop
             raise UserError(f"hookpoint {name!r} does not map one vector per token; hook the whole MLP instead")
     widths = {name: (x.shape[-1], y.shape[-1]) for name, (x, y) in pairs.items()}
     layers = layers_needed(hookpoints)
-    loaded = [
-        weight
-        for name, weight in model.named_parameters()
-        if layers is None or (found := re.search(r"\.(\d+)\.", name)) is None or int(found[1]) < layers
-    ]
-    matrices = sum(w.numel() for w in loaded if w.ndim == 2)
-    size = sum(w.numel() for w in loaded) * cfg.dtype.bytes
-    if cfg.quantization is not None:  # of linear layers alone, but they are nearly all
-        size -= int(matrices * (cfg.dtype.bytes - cfg.quantization.bytes))
+
+    def is_loaded(name: str) -> bool:
+        found = re.search(r"\.(\d+)\.", f".{name}.")
+        return layers is None or found is None or int(found[1]) < layers
+
+    size = sum(w.numel() for name, w in model.named_parameters() if is_loaded(name)) * cfg.dtype.bytes
+    if cfg.quantization is not None:
+        linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and is_loaded(name)]
+        size -= int(sum(m.weight.numel() for m in linear) * (cfg.dtype.bytes - cfg.quantization.bytes))
     gains = {h.name: known.get(h.write) for h in asked}
     return Description(hookpoints, widths, flops, gains, size)
 

@@ -31,11 +31,13 @@ def replacing(
     keep_BT: Tensor | Callable[[], Tensor] | None = None,
     adds: bool = False,
     longest: Mapping[str, float] | None = None,
+    note: Callable[[Tensor], object] = lambda long: None,
 ) -> Iterator[None]:
     """While active, the value at `write` becomes replace(value at `read`); with `adds`, that is added to it.
 
     `replace` maps [N, D] to [N, E]. Positions where `keep_BT` (or what it returns when called) is True stay unchanged,
-    as do those where what is at either place is longer than the `longest` of its side, `input` or `output`.
+    as do those where what is at either place is longer than the `longest` of its side, `input` or `output`; these are
+    handed to `note`, bool [B, T].
     """
     reads, writes = _module(model, read), _module(model, write)
     seen: list[Tensor] = []
@@ -52,8 +54,9 @@ def replacing(
         if adds:
             new = original + new
         if longest is not None:
-            long = (value.norm(dim=-1) > longest[read.side]).view(original.shape[:-1])
-            long = long | (original.norm(dim=-1) > longest[write.side])
+            long = (_lengths(value) > longest[read.side]).view(original.shape[:-1])
+            long = long | (_lengths(original) > longest[write.side])
+            note(long)
             new = torch.where(long[..., None], original, new)
         if keep_BT is None:
             return new
@@ -69,6 +72,11 @@ def replacing(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _lengths(z: Tensor) -> Tensor:
+    lengths: Tensor = torch.linalg.vector_norm(z, dim=-1, dtype=torch.float32)
+    return lengths
 
 
 @contextmanager

@@ -32,6 +32,8 @@ class Encoded(NamedTuple):
     ids: Sequence[int]
     roles: np.ndarray | int
     """uint8, of each token or of all."""
+    unplaced: int = 0
+    """Messages of a conversation whose words the template changed or left out."""
 
 
 _DOCUMENTS_AT_ONCE = 64
@@ -125,6 +127,8 @@ class Packer:
         if self._most and split != TRAIN and len(pieces) > self._most:
             start = document % (len(pieces) - self._most + 1)
             pieces = pieces[start : start + self._most]
+            if self._separate and start:  # its BOS is cut off
+                pieces = np.concatenate([self._begin(pieces), pieces[:-1]])
         self._waiting[split] = np.concatenate([self._waiting[split], pieces])
         while len(self._waiting[self.next_split]) >= self._body:
             row, self._waiting[self.next_split] = np.split(self._waiting[self.next_split], [self._body])
@@ -157,61 +161,85 @@ def encoded(documents: Iterable[sources.Document], tokenizer: Any, before: Seque
             if isinstance(document, str):
                 yield Encoded(number, hash_of(document), [*before, *next(tokens), *behind], TEXT)
             else:
-                text, ids, roles = chat.encode(tokenizer, document)
+                text, ids, roles, unplaced = chat.encode(tokenizer, document)
                 again = len(before) if ids[: len(before)] == list(before) else 0  # the template may put BOS itself
                 lead = before[again:]
                 roles = np.concatenate([np.full(len(lead), TEMPLATE, np.uint8), roles])
-                yield Encoded(number, hash_of(text), [*lead, *ids], roles)
+                yield Encoded(number, hash_of(text), [*lead, *ids], roles, unplaced)
 
 
-def mixed(cfg: DataConfig, tokenizer: Any, before: Sequence[int] = ()) -> Iterator[Encoded]:
+class Mixture:
     """The documents of a mixture: each time the next of the source that is furthest behind its share of the tokens. So
-    shares hold within a document at every point. UserError where a source ends, unless it may be repeated."""
-    ones = [sources.of_mix(cfg, one) for one in cfg.sources]
-    streams = [encoded(sources.documents(one), tokenizer, before) for one in ones]
-    given = [0] * len(ones)
-    for number in count():
-        i = min(range(len(ones)), key=lambda i: given[i] / cfg.sources[i].weight)
-        one = next(streams[i], None)
-        if one is None:
-            if not cfg.repeat or not given[i]:
-                raise UserError(
-                    f"data.sources: {ones[i].path or ones[i].kind} ends after {given[i]:,} tokens, its share of "
-                    f"{sum(given):,}; give it less weight, ask for fewer data.tokens, or set data.repeat=true"
-                )
-            streams[i] = encoded(sources.documents(ones[i]), tokenizer, before)
-            one = next(streams[i])
-        given[i] += len(one.ids)
-        yield one._replace(number=number)
+    shares hold within a document at every point."""
+
+    def __init__(self, cfg: DataConfig, tokenizer: Any, before: Sequence[int] = ()) -> None:
+        self._cfg, self._tokenizer, self._before = cfg, tokenizer, before
+        self.rounds = [0] * len(cfg.sources)
+        """How often each source has begun again."""
+
+    def __iter__(self) -> Iterator[Encoded]:
+        """UserError where a source ends, unless it may be repeated."""
+        ones = [sources.of_mix(self._cfg, one) for one in self._cfg.sources]
+        streams = [encoded(sources.documents(one), self._tokenizer, self._before) for one in ones]
+        given, weights = [0] * len(ones), [one.weight for one in self._cfg.sources]
+        for number in count():
+            i = min(range(len(ones)), key=lambda i: given[i] / weights[i])
+            one = next(streams[i], None)
+            if one is None:
+                if not self._cfg.repeat or not given[i]:
+                    raise UserError(
+                        f"data.sources: {ones[i].path or ones[i].kind} ends after {given[i]:,} tokens, its share of "
+                        f"{sum(given):,}; give it less weight, ask for fewer data.tokens, or set data.repeat=true"
+                    )
+                if not any(self.rounds):
+                    print(f"data.repeat=true: {ones[i].path or ones[i].kind} ends and is used again")
+                self.rounds[i] += 1
+                streams[i] = encoded(sources.documents(ones[i]), self._tokenizer, self._before)
+                one = next(streams[i])
+            given[i] += len(one.ids)
+            yield one._replace(number=number)
 
 
 def rows_of(cfg: DataConfig, tokenizer: Any, rows: int, unit_rows: int | None) -> Iterator[np.ndarray]:
     """Yield exactly `rows` rows [T] of PIECE, or raise UserError stating how many there are. Says so where the text is
     used again. `unit_rows`: rows of a unit, None if documents may cross splits."""
     first = beginning(tokenizer) if cfg.separate else bos_of(tokenizer)
+    if cfg.separate and first is None:
+        raise UserError("data.separate=true needs a BOS or an end-of-text token, and this tokenizer has neither")
     packer = Packer(cfg.context, first, unit_rows, cfg.held_out_rows, cfg.separate)
-    lead = [] if not cfg.separate or first is None else [first]
-    found, again = 0, False
+    lead = [first] if cfg.separate and first is not None else []
+    mixture = Mixture(cfg, tokenizer, lead) if cfg.sources else None
+    found, unplaced, last, again, rounds = 0, 0, -1, 0, 0
     while True:
         before = packer.rows, packer.waiting[packer.next_split]
-        documents = mixed(cfg, tokenizer, lead) if cfg.sources else encoded(sources.documents(cfg), tokenizer, lead)
-        for one in documents:
-            found += not again
+        for one in mixture or encoded(sources.documents(cfg), tokenizer, lead):
+            found, unplaced, done = found + (not again), unplaced + one.unplaced, packer.rows
+            last = max(last, one.number)
+            if again and cfg.separate:  # the same document behind itself is another
+                one = one._replace(number=one.number + again)
             for row in packer.add(one):
                 yield row
                 if packer.rows == rows:
-                    return _say_what_is_left_out(packer)
+                    return _say_what_is_left_out(packer, unplaced)
+            if mixture is not None and packer.rows > done:
+                rounds = min(mixture.rounds)
+            elif mixture is not None and min(mixture.rounds) > rounds + 1:  # all were used again, and gave no row
+                raise _too_little(cfg, packer, rows, found)
         if not cfg.repeat or before == (packer.rows, packer.waiting[packer.next_split]):
             raise _too_little(cfg, packer, rows, found)
         if not again:
-            again = True
             apart = "held-out text is trained on, too" if unit_rows is None else "documents stay in their splits"
             print(
                 f"data.repeat=true: the text ends after {packer.rows * cfg.context:,} tokens and is used again; {apart}"
             )
+        again += last + 1
 
 
-def _say_what_is_left_out(packer: Packer) -> None:
+def _say_what_is_left_out(packer: Packer, unplaced: int) -> None:
+    if unplaced:
+        print(
+            f"the chat template changed or left out the words of {unplaced:,} messages: they have no role but its own"
+        )
     if packer.left_out:
         print(f"left out: {packer.left_out:,} times a document that came before, where its split had text enough")
 

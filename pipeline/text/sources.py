@@ -58,6 +58,8 @@ def check(cfg: DataConfig) -> None:
         raise UserError(f"data.path is missing: data.kind={cfg.kind} needs {wanted}")
     if cfg.chat and cfg.kind in (SourceKind.stdlib, SourceKind.text):
         raise UserError(f"data.chat=true: data.kind={cfg.kind} holds no conversations; use jsonl, parquet, huggingface")
+    if cfg.chat and cfg.kind == SourceKind.mix:
+        raise UserError("data.chat=true: each source of data.kind=mix has a chat of its own, in data.sources")
     if cfg.sources and cfg.kind != SourceKind.mix:
         raise UserError(f"data.sources is for data.kind=mix, not {cfg.kind}")
     if cfg.kind == SourceKind.mix and not cfg.sources:
@@ -154,7 +156,7 @@ class Mix:
 
     def documents(self, cfg: DataConfig) -> Iterator[Document]:
         """Nothing by itself: which document comes next depends on the tokens of those before."""
-        raise NotImplementedError("rows.encoded reads the sources of a mixture")
+        raise NotImplementedError("rows.Mixture reads the sources of a mixture")
 
     def fingerprint(self, cfg: DataConfig) -> tuple[None, str]:
         """Of all sources and their weights."""
@@ -187,6 +189,8 @@ def _read_jsonl(path: Path, cfg: DataConfig) -> Iterator[Document]:
             except ValueError as error:  # bad JSON and bad UTF-8 alike
                 raise UserError(f"{path}, line {number}: not JSON ({error})") from None
             if cfg.chat and isinstance(record, dict) and field in record:
+                if record[field] in ([], None):
+                    continue
                 yield messages_of(record[field], f"{path}, line {number}")
                 continue
             if not isinstance(record, dict) or not isinstance(record.get(field), str):
@@ -227,6 +231,8 @@ def _from_hub(cfg: DataConfig) -> Iterator[Document]:
                     f"dataset {cfg.path} has no column {cfg.column!r} (it has: {', '.join(row)}); set data.field"
                 )
             value = row[cfg.column]
+            if cfg.chat and not value:
+                continue
             yield messages_of(value, f"dataset {cfg.path}, row {number}") if cfg.chat else value
     except UserError:
         raise

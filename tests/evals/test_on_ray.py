@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from skipcoder.cluster import deal
 from skipcoder.errors import UserError
 from skipcoder.evals.config import EvaluateConfig, InterpretConfig, ShareConfig
 from skipcoder.evals.evaluate import evaluate
@@ -67,10 +68,18 @@ def test_the_table_is_that_of_one_process(runs: Path, tmp_path: Path, cluster: A
         assert not LatentIndex(run, ActivationStore.open(run.store_path)).missing()
 
 
-def test_a_mistake_in_a_task_is_said_as_one(runs: Path, tmp_path: Path, cluster: Any) -> None:
-    folder = Path(shutil.copytree(runs, tmp_path / "r"))
-    share = ShareConfig(address=cluster.address, tasks=2)
-    with pytest.raises(UserError, match="no GPU"):
-        evaluate(EvaluateConfig(runs=f"{folder}/k*", device="cuda", ray=share, ce_tokens=128))
+def _refuse(share: Any) -> None:
+    if 3 in share:
+        raise UserError("three is one too many")
+    if 5 in share:
+        raise KeyError("five")
+
+
+def test_a_mistake_in_a_task_is_said_as_one(cluster: Any) -> None:
+    assert deal(list, [1, 2, 4], cluster.address, 2) == [[1], [2, 4]]
+    with pytest.raises(UserError, match="three is one too many"):
+        deal(_refuse, [1, 2, 3], cluster.address, 2)
+    with pytest.raises(Exception, match=r"(?s)_refuse.*KeyError: 'five'"):  # with where it came from
+        deal(_refuse, [1, 5], cluster.address, 1)
     with pytest.raises(UserError, match=r"ray.tasks=0: must be at least 1"):
         ShareConfig(tasks=0)

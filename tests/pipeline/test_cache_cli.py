@@ -65,8 +65,8 @@ CACHE, TRAIN, EVALUATE = (str(REPO / p) for p in ("pipeline/cache.py", "trainer/
     ("args", "message"),
     [
         ([CACHE, "model=no-such"], "Available options in 'model':\n\tgemma-2-2b"),
-        ([CACHE, "data.tokenz=3"], "valid keys: context, field, held_out_rows, kind"),
-        ([CACHE, "+data.tokenz=3"], "valid keys: context, field, held_out_rows, kind"),
+        ([CACHE, "data.tokenz=3"], "valid keys: chat, chat_template, context, field, held_out_rows, kind"),
+        ([CACHE, "+data.tokenz=3"], "valid keys: chat, chat_template, context, field, held_out_rows, kind"),
         ([CACHE, "data.tokens=many"], "'many' of type 'str' could not be converted to Integer"),
         ([CACHE, "data.tokens=0"], "data.tokens=0: ask for at least 1 token"),
         ([CACHE, "store.codec=int3"], "choose from bf16, int8, fp8"),

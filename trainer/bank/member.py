@@ -66,12 +66,18 @@ class Member:
             shard = Shard(ranks.latents, self.cfg.coder.width)
             state = load_state(self.directory, shard.rows if self.cfg.train.shards > 1 else None)
         self._learner = make_learner(self.cfg, store, self.hookpoint, self.steps, device, state is None, ranks)
-        if ranks.is_main:
+        with ranks.together():
+            return self._go_on(state, stream)
+
+    def _go_on(self, state: State | None, stream: ActivationStream) -> Position | None:
+        """Begin, or take up the last save; the first process writes."""
+        is_main = self.ranks.is_main
+        if is_main:
             self.files.write_config(self.cfg)
         self.begun = time.perf_counter()
-        self.loggers = loggers(self.cfg, self.directory) if ranks.is_main else []
+        self.loggers = loggers(self.cfg, self.directory) if is_main else []
         if state is None:
-            if ranks.is_main:
+            if is_main:
                 self.files.write_metrics([])
             return None
         stream.load_state_dict(state["stream"])
@@ -81,7 +87,7 @@ class Member:
         self.window, self.seconds_before = state["window"], state["seconds"]
         kept = [line for line in self.files.metrics if line["step"] <= self.learner.step_number]
         self.last = kept[-1] if kept else None
-        if ranks.is_main:
+        if is_main:
             self.files.write_metrics(kept)
             print(f"{self.directory}: going on from step {self.learner.step_number} of {self.steps}")
         return state["stream"]
@@ -177,8 +183,9 @@ class Member:
     def finish(self) -> Summary:
         """Write the coder and the summary."""
         assert self.last is not None
-        coder = self.learner.folded()
-        coder.meta = provenance(self.store, self.hookpoint, token_filter(self.cfg, self.store), self.learner)
+        with self.ranks.together():
+            coder = self.learner.folded()
+            coder.meta = provenance(self.store, self.hookpoint, token_filter(self.cfg, self.store), self.learner)
         summary: Summary = {
             "kind": self.cfg.coder.kind,
             "k": self.cfg.coder.k,

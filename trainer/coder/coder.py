@@ -166,6 +166,7 @@ class SparseCoder(nn.Module):
             return
         group = self.shard.group
         kept = {name: t for name, t in tensors.items() if group.is_main or name not in EVERYWHERE}
+        description = group.told(description)
         with group.together():
             write_part(folder, kept, description, group.rank, group.size)
         if group.is_main:

@@ -73,7 +73,11 @@ def recall(coder: SparseCoder, x_ND: Tensor, tokens: int = SAMPLE) -> float:
     coder.search = search
     wanted, had = (c.token * coder.cfg.width + c.indices for c in (exact, chosen))
     positive = exact.values > 0
-    return float(torch.isin(wanted, had)[positive].double().mean()) if positive.any() else 1.0
+    counts = torch.stack([torch.isin(wanted, had)[positive].sum(), positive.sum()])
+    if coder.shard is not None:
+        coder.shard.group.sum(counts)
+    found, of = counts.tolist()
+    return found / of if of else 1.0
 
 
 def more_exact(search: Search) -> Search:

@@ -116,6 +116,8 @@ def shareable(facts: Any) -> Any:
     part."""
     if isinstance(facts, dict):
         return {key: shareable(value) for key, value in facts.items()}
+    if isinstance(facts, list):
+        return [shareable(value) for value in facts]
     is_path = isinstance(facts, str) and Path(facts).is_absolute()
     return Path(facts).name if is_path else facts
 
@@ -172,10 +174,12 @@ def read_coder(path: Path) -> Loaded:
         raise UserError(f"no {TENSORS} in {path} or {path / FOLDER}; has this run been trained to its end?")
     first, *others = [_read(file) for file in files]
     for file, part in zip(files[1:], others, strict=True):
-        if part.description != first.description:
+        if part.description != first.description or set(part.tensors) - set(first.tensors):
             raise UserError(f"{file} and {files[0].name} are of different coders; train or fetch the coder again")
     if others:
         for name in list(others[0].tensors):
+            if any(name not in part.tensors for part in others):
+                raise UserError(f"{files[0].parent}: not all of a coder's files hold {name}; train or fetch it again")
             first.tensors[name] = torch.cat([part.tensors.pop(name) for part in (first, *others)])
     return first
 

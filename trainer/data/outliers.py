@@ -44,7 +44,7 @@ class Outliers(NamedTuple):
 
 def limited(kept: TokenFilter, max_norm: float, store: ActivationStore, hookpoint: str) -> TokenFilter:
     """Return the filter that also leaves out what is longer than `max_norm` medians of what it keeps."""
-    read, written = _medians(store, hookpoint, kept)
+    read, written = _medians(_Key(store), hookpoint, kept)
     return in_store(replace(kept, max_norm=max_norm, longest=(max_norm * read, max_norm * written)), store, [hookpoint])
 
 
@@ -58,7 +58,7 @@ def in_store(kept: TokenFilter, store: ActivationStore, hookpoints: Sequence[str
 
 def moments(store: ActivationStore, hookpoint: str, side: str, kept: TokenFilter) -> Moments:
     """Return the statistics of one side over the training tokens that a filter keeps."""
-    if kept.roles is not None:
+    if kept.roles is not None or (kept.longest is not None and kept.first_positions != 1):
         return _measured(_Key(store), hookpoint, side, replace(in_store(kept, store, [hookpoint]), long=None))
     every = store.moments(hookpoint, side, positions=kept.classes)
     return every if kept.longest is None else every.without(outliers(kept, store, hookpoint).moments[side])
@@ -152,7 +152,14 @@ def _scan(store: ActivationStore, hookpoint: str, kept: TokenFilter) -> Outliers
     )
 
 
-def _medians(store: ActivationStore, hookpoint: str, kept: TokenFilter) -> list[float]:
+@lru_cache(maxsize=64)
+def _medians(key: _Key, hookpoint: str, kept: TokenFilter) -> list[float]:
+    """Of both sides' lengths; found once, as another processor might give other last bits."""
+    store = key.store
+    name = hashlib.sha256(json.dumps([store.content, hookpoint, kept.facts()]).encode()).hexdigest()[:16]
+    file = f"median-lengths-{name}.json"
+    with suppress(OSError, ValueError):
+        return [float(median) for median in json.loads(store.derived.read(file))]
     units = store.split("train")[:UNITS]
     found = []
     for side in SIDES:
@@ -161,6 +168,8 @@ def _medians(store: ActivationStore, hookpoint: str, kept: TokenFilter) -> list[
             for unit in units
         ]
         found.append(float(np.median(np.concatenate(lengths))))
+    with suppress(OSError, UserError):
+        store.derived.write(file, json.dumps(found).encode())
     return found
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from skipcoder.errors import UserError
+from skipcoder.trainer.data.turns import give_way
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others: the first alone may read the whole store (skip_init)."""
@@ -70,6 +74,13 @@ class Group:
             for tensor in tensors:
                 dist.broadcast(tensor, group=self.handle, group_src=0)
 
+    def told(self, value: T) -> T:
+        """Return the first process's value."""
+        found = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(found, group=self.handle, group_src=0)
+        return found[0]
+
     def total(self, n: int) -> int:
         """Return the sum of `n` over the processes."""
         found = torch.tensor(n, device=self._device)
@@ -85,7 +96,7 @@ class Group:
         if self.size == 1:
             return tensor[None]
         found = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather(list(found.unbind()), tensor.contiguous(), group=self.handle)
+        self._wait(dist.all_gather(list(found.unbind()), tensor.contiguous(), group=self.handle, async_op=True))
         return found
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -107,7 +118,7 @@ class Group:
         mine = flat.new_zeros(self.size * piece)
         mine[: len(flat)] = flat
         theirs = torch.empty_like(mine)
-        dist.all_to_all_single(theirs, mine, group=self.handle)
+        self._wait(dist.all_to_all_single(theirs, mine, group=self.handle, async_op=True))
         pieces = theirs.view(self.size, piece)
         added = pieces[0]
         for other in pieces[1:]:
@@ -127,6 +138,13 @@ class Group:
             raise error
         if failed:
             raise OtherProcessError("another of the run's processes failed; its message says why")
+
+    @staticmethod
+    def _wait(work: dist.Work | None) -> None:
+        """Let another micro-batch compute, then wait for an exchange that has begun."""
+        assert work is not None
+        give_way()
+        work.wait()
 
     @property
     def _device(self) -> str:

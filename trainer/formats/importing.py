@@ -21,7 +21,7 @@ from skipcoder.trainer.run.build import store_path
 from skipcoder.trainer.run.device import pick_device
 from skipcoder.trainer.run.provenance import attachment
 from skipcoder.trainer.run.run import RunDirectory, Summary
-from skipcoder.trainer.step.learner import Sides
+from skipcoder.trainer.step.sides import Sides
 
 
 class Way(NamedTuple):

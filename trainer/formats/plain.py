@@ -5,7 +5,8 @@ from pathlib import Path
 from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.coder.files import TENSORS
 
-MARK = TENSORS
+MARK = f"{TENSORS}*"
+"""Also the index of a coder in several files."""
 
 
 def write(coder: SparseCoder, folder: Path) -> None:

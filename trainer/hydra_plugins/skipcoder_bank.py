@@ -42,7 +42,7 @@ class BankLauncher(Launcher):
     def __init__(
         self, ray: bool | None, address: str | None, memory_gib: float | None, gpus_per_coder: int | None
     ) -> None:
-        self.settings = ray, address, memory_gib, gpus_per_coder
+        self.ray, self.address, self.memory_gib, self.gpus_per_coder = ray, address, memory_gib, gpus_per_coder
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what `launch` needs; Hydra calls this first."""
@@ -77,7 +77,8 @@ class BankLauncher(Launcher):
             if one.status is JobStatus.FAILED:  # before anything is trained
                 report_failures([Failure(" ".join(overrides), one._return_value, "")])
             returns.append(one)
-        outcomes = run_sweep([job for jobs in sets for job in jobs], Settings(*self.settings))
+        settings = Settings(self.ray, self.address, self.memory_gib, self.gpus_per_coder)
+        outcomes = run_sweep([job for jobs in sets for job in jobs], settings)
         report(outcomes)
         found = {o.directory: o.summary.get("validation_fvu") for o in outcomes if o.summary is not None}
         for one, jobs in zip(returns, sets, strict=True):

@@ -11,7 +11,8 @@ from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.data.outliers import limited, moments
 from skipcoder.trainer.data.ranks import ALONE, Ranks
 from skipcoder.trainer.data.stream import ActivationStream
-from skipcoder.trainer.step.learner import Learner, sides
+from skipcoder.trainer.step.learner import Learner
+from skipcoder.trainer.step.sides import sides
 from skipcoder.trainer.step.skip_init import TOKENS_PER_DIMENSION, ridge
 
 
@@ -71,9 +72,10 @@ def make_learner(
     ranks: Ranks = ALONE,
 ) -> Learner:
     """Make a learner; a `fresh` one starts from the statistics of the store's training units."""
-    kept = token_filter(cfg, store)
-    x, y = (moments(store, hookpoint, side, kept) for side in sides(cfg.coder))
-    learner = Learner(cfg, x, y, steps, device, ranks, in_bfloat16=True)  # as all codecs decode
+    with ranks.together():
+        kept = token_filter(cfg, store)
+        x, y = (moments(store, hookpoint, side, kept) for side in sides(cfg.coder))
+        learner = Learner(cfg, x, y, steps, device, ranks, in_bfloat16=True)  # as all codecs decode
     if fresh and cfg.coder.kind == Kind.skip_transcoder and _starts_from_ridge(cfg, x.count, len(x.mean), ranks):
         with ranks.together():
             if ranks.is_main:

@@ -42,67 +42,71 @@ class Part(TypedDict):
     end: int
 
 
+class Index(TypedDict):
+    """state.json."""
+
+    step: int
+    parts: list[Part]
+
+
 def save_state(state: State, latents: range, directory: Path, ranks: Ranks = ALONE) -> None:
     """Write the resume point of a run directory, replacing the last one in one step; `latents`: those here."""
-    folder = directory / FOLDER / "state"
-    before = {path.name for path in folder.glob("state*")} if folder.is_dir() else set()
-    group = ranks.latents
-    if group.size == 1:
-        with ranks.together():
-            if ranks.is_main:
-                write_atomically(folder / WHOLE, lambda file: torch.save(state, file))
-        written = {WHOLE}
-    else:
-        parts: list[Part] = [
-            {
-                "file": f"state-{state['learner']['step']}-{r}-of-{group.size}.pt",
-                "first": first,
-                "end": first + len(latents),
-            }
-            for r, first in enumerate(range(0, group.size * len(latents), len(latents)))
-        ]
-        with ranks.together():
-            if ranks.data.is_main:
-                write_atomically(folder / parts[group.rank]["file"], lambda file: torch.save(state, file))
-        with ranks.together():
-            if ranks.is_main:
-                write_atomically(folder / INDEX, json.dumps(parts, indent=2).encode())
-        written = {INDEX, *(part["file"] for part in parts)}
-    if ranks.is_main:
-        for name in before - written:
-            (folder / name).unlink(missing_ok=True)
+    folder, group, step = directory / FOLDER / "state", ranks.latents, state["learner"]["step"]
+    parts: list[Part] = [
+        {"file": f"state-{step}-{rank}-of-{group.size}.pt", "first": first, "end": first + len(latents)}
+        for rank, first in enumerate(range(0, group.size * len(latents), len(latents)))
+    ]
+    mine = WHOLE if group.size == 1 else parts[group.rank]["file"]
+    with ranks.together():
+        if ranks.data.is_main:
+            write_atomically(folder / mine, lambda file: torch.save(state, file))
+    with ranks.together():
+        if ranks.is_main:
+            kept = {mine}
+            if group.size > 1:
+                index: Index = {"step": step, "parts": parts}
+                write_atomically(folder / INDEX, json.dumps(index, indent=2).encode())
+                kept = {INDEX, *(part["file"] for part in parts)}
+            for name in sorted({path.name for path in folder.glob("state*")} - kept, key=lambda name: name != INDEX):
+                (folder / name).unlink(missing_ok=True)
 
 
 def load_state(directory: Path, latents: range | None = None) -> State | None:
     """Return the resume point, or None if there is none; raise UserError if it is damaged. `latents`: those wanted, if
     not all."""
     folder = directory / FOLDER / "state"
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            parts = checked(list[Part], json.loads(index.read_text()), str(index), REMEDY)
-        except ValueError as error:
-            raise UserError(f"{index} is damaged ({error}); {REMEDY}") from None
-    elif (folder / WHOLE).is_file():
-        state = _read(folder / WHOLE)
+    whole, index = folder / WHOLE, _index(folder / INDEX)
+    if whole.is_file() and (index is None or index["step"] <= _read(whole)["learner"]["step"]):
         if latents is None:
-            return state
-        parts = [{"file": WHOLE, "first": 0, "end": len(state["learner"]["since_fired"])}]
-    else:
+            return _read(whole)
+        state = _read(whole, mmap=True)
+        parts = [(range(len(state["learner"]["since_fired"])), state)]
+    elif index is None:
         return None
-    wanted = range(parts[-1]["end"]) if latents is None else latents
-    read = [
-        (range(part["first"], part["end"]), _read(folder / part["file"]))
-        for part in parts
-        if part["first"] < wanted.stop and wanted.start < part["end"]
-    ]
-    learner = take_latents([(held, state["learner"]) for held, state in read], wanted)
-    return {**read[0][1], "learner": learner}
+    else:
+        held = [(range(part["first"], part["end"]), folder / part["file"]) for part in index["parts"]]
+        latents = range(held[-1][0].stop) if latents is None else latents
+        wanted = [one for one in held if one[0].start < latents.stop and latents.start < one[0].stop]
+        parts = [(rows, _read(file, mmap=True)) for rows, file in wanted]
+    first = parts[0][1]
+    learner = take_latents([(rows, state["learner"]) for rows, state in parts], latents)
+    window = [{key: value.clone() for key, value in line.items()} for line in first["window"]]
+    return {**first, "learner": learner, "window": window}
 
 
-def _read(file: Path) -> State:
+def _index(file: Path) -> Index | None:
+    if not file.is_file():
+        return None
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        return checked(Index, json.loads(file.read_text()), str(file), REMEDY)
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); {REMEDY}") from None
+
+
+def _read(file: Path, mmap: bool = False) -> State:
+    """Read a file; with `mmap` its tensors stay on the disk until they are used, and must be copied."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
         raise UserError(f"{file} is damaged or gone ({error}); {REMEDY}") from None
     return checked(State, state, str(file), REMEDY)

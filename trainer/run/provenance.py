@@ -5,7 +5,8 @@ from typing import cast
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.coder.files import FilterFacts, Provenance, ScaleFacts, SiteFacts
 from skipcoder.trainer.data.filter import TokenFilter
-from skipcoder.trainer.step.learner import Learner, Sides
+from skipcoder.trainer.step.learner import Learner
+from skipcoder.trainer.step.sides import Sides
 
 
 def provenance(store: ActivationStore, hookpoint: str, kept: TokenFilter, learner: Learner) -> Provenance:

@@ -136,7 +136,8 @@ class RunDirectory:
             found = json.loads(file.read_text())
         except ValueError as error:
             raise UserError(f"{file} is damaged ({error}); delete it and run the same command again") from None
-        if not find_tensors(self.path / FOLDER):
+        files = find_tensors(self.path / FOLDER)
+        if not files or not all(file.is_file() for file in files):
             raise UserError(
                 f"{self.path} is finished, but its coder is gone ({FOLDER}/{TENSORS}); delete {self.path}, train again"
             )

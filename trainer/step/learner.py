@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +17,16 @@ from skipcoder.trainer.coder.activations.base import Step
 from skipcoder.trainer.coder.coder import SparseCoder, make_coder
 from skipcoder.trainer.coder.encoding import available, make_search, more_exact, recall
 from skipcoder.trainer.coder.fold import fold, power_of_two_scale
-from skipcoder.trainer.coder.shard import Shard
-from skipcoder.trainer.config import CoderConfig, Kind, Side, TrainConfig
+from skipcoder.trainer.coder.shard import EVERYWHERE, Shard
+from skipcoder.trainer.config import Kind, TrainConfig
 from skipcoder.trainer.data.ranks import ALONE, Ranks
+from skipcoder.trainer.data.turns import in_turns
 from skipcoder.trainer.step.clock import Clock
 from skipcoder.trainer.step.gradients import Gradients, normalise_rows
 from skipcoder.trainer.step.graph import Graphs, fixed
 from skipcoder.trainer.step.losses import Losses, losses
 from skipcoder.trainer.step.optimisers import build_optimiser, schedule
+from skipcoder.trainer.step.sides import sides
 from skipcoder.trainer.step.state import LearnerState
 
 DENSITY_TOKENS = 2**20
@@ -40,13 +41,6 @@ class Scales:
     s_out: float
     variance: float
     """Total variance of a target token of the training units, raw units squared."""
-
-
-class Sides(NamedTuple):
-    """The sides of the MLP, `input` or `output`, that a coder reads and writes."""
-
-    read: str
-    write: str
 
 
 class Learner:
@@ -151,17 +145,28 @@ class Learner:
         parts: dict[str, Tensor] = {}
         fired_M = torch.zeros_like(self.since_fired_M)
         step = self.activation.step(self.coder, self.k, self.ranks)
-        pieces = min(self.cfg.train.micro_batches, max(len(x), 1))
-        for x_part, y_part in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
-            loss = self.losses(step, x_part, y_part, batch_tokens)
+
+        def work(x: Tensor, y: Tensor) -> None:
+            loss = self.losses(step, x, y, batch_tokens)
             step.backward(batch_tokens)
             loss.total.backward()
             for name, term in loss.parts.items():
                 parts[name] = parts.get(name, 0) + term.detach()
-            fired_M += loss.fired_M
+            fired_M.add_(loss.fired_M)
             self.clock.lap("backward")
+
+        pieces = min(self.cfg.train.micro_batches, max(len(x), 1))
+        works = [partial(work, *pair) for pair in zip(x.chunk(pieces), y.chunk(pieces), strict=True)]
+        if self.ranks.latents.size > 1 and type(step) is Step:  # others remember the micro-batch at hand
+            in_turns(works)
+        else:
+            for one in works:
+                one()
         of_batch = step.finish(self.cfg.loss.l0, self.step_number == 0)
-        self.ranks.data.sum(*(p.grad for p in self.coder.parameters() if p.grad is not None), *parts.values(), fired_M)
+        grads = {name: p.grad for name, p in self.coder.named_parameters() if p.grad is not None}
+        self.ranks.data.sum(*grads.values(), *parts.values(), fired_M)
+        if self.ranks.data.size > 1:  # the columns of the mesh may add in different orders
+            self.ranks.latents.share(*(grads[name] for name in EVERYWHERE if name in grads))
         return parts | of_batch, fired_M
 
     def losses(self, step: Step, x: Tensor, y: Tensor, batch_tokens: int) -> Losses:
@@ -283,11 +288,3 @@ class Learner:
             mode=mode if available(mode, device) else "bfloat16",  # it may have begun on another device
             chunk_bytes=state.get("chunk_bytes", search.chunk_bytes),
         )
-
-
-def sides(cfg: CoderConfig) -> Sides:
-    """Return the sides of the MLP that a coder reads and writes."""
-    if cfg.kind == Kind.sae:
-        side = "input" if cfg.side is Side.input else "output"
-        return Sides(side, side)
-    return Sides("input", "output")

@@ -34,7 +34,7 @@ def take_latents(parts: Sequence[tuple[range, LearnerState]], wanted: range) -> 
 
     def join(pick: Callable[[LearnerState], Tensor], name: str = "") -> Tensor:
         if name in EVERYWHERE or not pick(first).dim():
-            return pick(first)
+            return pick(first).clone()
         cuts = [slice(max(wanted.start - held.start, 0), max(wanted.stop - held.start, 0)) for held, _ in parts]
         return torch.cat([pick(part)[cut] for cut, (_, part) in zip(cuts, parts, strict=True)])
 

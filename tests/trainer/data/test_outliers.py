@@ -76,6 +76,16 @@ def test_what_is_found_is_what_a_look_at_all_tokens_finds(store: ActivationStore
     assert np.array_equal(np.sort(streamed), train_position[~long_in_training])
 
 
+def test_statistics_are_exact_whatever_else_is_left_out(store: ActivationStore) -> None:
+    for first in (0, 3):
+        kept = outliers.limited(replace(USUAL, first_positions=first), MOST, store, HOOKPOINT)
+        batches = list(stream_of(store, kept))
+        found = outliers.moments(store, HOOKPOINT, "output", kept)
+        wanted = Moments.of(torch.cat([batch.y for batch in batches]))
+        assert found.count == wanted.count
+        np.testing.assert_allclose(found.m2, wanted.m2, rtol=1e-9)
+
+
 def stream_of(store: ActivationStore, kept: Any) -> Any:
     return ActivationStream(store, HOOKPOINT, 64, filter=kept, epochs=1)
 

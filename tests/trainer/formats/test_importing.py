@@ -11,7 +11,7 @@ from skipcoder.trainer.formats.config import ImportConfig
 from skipcoder.trainer.formats.importing import import_coder
 from skipcoder.trainer.run.provenance import attachment
 from skipcoder.trainer.run.run import Run
-from skipcoder.trainer.step.learner import Sides
+from skipcoder.trainer.step.sides import Sides
 from tests.trainer.coders import random_coder
 
 

@@ -24,6 +24,7 @@ from skipcoder.trainer.config import (
     TrainConfig,
 )
 from skipcoder.trainer.data.ranks import Ranks
+from skipcoder.trainer.step import learner as learner_module
 from skipcoder.trainer.step.learner import Learner
 
 D, M, K, TOKENS, STEPS = 12, 64, 4, 96, 6
@@ -108,7 +109,9 @@ def main(out: str, shards: str, dtype: str) -> None:
     ranks = Ranks.join(int(shards))
     exact = dtype == "float64"  # has no cheaper search
     learned = {name: learn(case, ranks, int(shards)) for name, case in CASES.items() if not (exact and "mode" in case)}
-    torch.save({"learned": learned, "chosen": choose(ranks)}, Path(out) / f"{ranks.rank}.pt")
+    learner_module.in_turns = lambda works: [work() for work in works]
+    one_by_one = learn(CASES["micro-batches"], ranks, int(shards))
+    torch.save({"learned": learned, "chosen": choose(ranks), "one by one": one_by_one}, Path(out) / f"{ranks.rank}.pt")
 
 
 if __name__ == "__main__":

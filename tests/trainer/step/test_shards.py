@@ -20,7 +20,7 @@ from skipcoder.trainer.config import ActivationName, CoderConfig, Kind, LoopConf
 from skipcoder.trainer.data.ranks import Ranks
 from skipcoder.trainer.data.stream import ActivationStream
 from skipcoder.trainer.run.build import check
-from skipcoder.trainer.run.checkpoint import load_state
+from skipcoder.trainer.run.checkpoint import load_state, save_state
 from skipcoder.trainer.run.run import Run
 from tests.conftest import REPO
 from tests.trainer.step.shards_case import CASES, D, K, M
@@ -82,6 +82,13 @@ def test_processes_of_one_mesh_agree_to_the_bit(outcomes: dict[str, list[Any]], 
         for name, (lines, state) in first["learned"].items():
             assert lines == other["learned"][name][0]
             assert all(torch.equal(state[key], other["learned"][name][1][key]) for key in state), name
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_micro_batches_in_turns_give_what_they_give_one_by_one(outcomes: dict[str, list[Any]], mesh: str) -> None:
+    for process in outcomes[mesh]:
+        (lines, state), (lines_2, state_2) = process["learned"]["micro-batches"], process["one by one"]
+        assert lines == lines_2 and all(torch.equal(state[key], state_2[key]) for key in state)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -167,9 +174,46 @@ def test_an_interrupted_run_resumes_to_the_bit(store: ActivationStore, tmp_path:
     fvu = error.square().sum() / (batch.y.double() - batch.y.double().mean(0)).square().sum()
     assert float(fvu) == pytest.approx(metrics(tmp_path / "whole")[-1]["validation_fvu"], rel=1e-5)
 
+    assert torch.equal(SparseCoder.from_pretrained(str(folder)).W_enc, run.coder.W_enc)
     (folder / part_name(1, 2)).write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"coder-00002-of-00002.safetensors is damaged"):
         SparseCoder.load(tmp_path / "whole")
+
+
+def test_of_two_saves_the_later_counts_and_half_a_cleanup_harms_nothing(tmp_path: Path) -> None:
+    """A run goes from shards to one process and back, and is killed between a save and the removal of the last one."""
+
+    def state(step: int, latents: int) -> Any:
+        rows = torch.full((latents, 3), float(step))
+        of: Any = {"coder": {"W_enc": rows}, "optimiser": [], "since_fired": rows[:, 0], "density": rows[:, 0]}
+        learner = of | {"encode_mode": "float32", "recall": 1.0, "step": step, "tokens": step}
+        position = {"epoch": 0, "block": 0, "offset": 0, "layout": ""}
+        return {"learner": learner, "stream": position, "window": [], "seconds": 0.0}
+
+    folder = tmp_path / "checkpoint" / "state"
+    folder.mkdir(parents=True)
+
+    def write_parts(step: int) -> None:
+        parts = [{"file": f"state-{step}-{r}-of-2.pt", "first": 4 * r, "end": 4 * r + 4} for r in range(2)]
+        for part in parts:
+            torch.save(state(step, 4), folder / str(part["file"]))
+        (folder / "state.json").write_text(json.dumps({"step": step, "parts": parts}))
+
+    def loaded() -> int:
+        found = load_state(tmp_path)
+        assert found is not None and found["learner"]["coder"]["W_enc"].shape == (8, 3)
+        return found["learner"]["step"]
+
+    write_parts(10)
+    assert loaded() == 10
+    torch.save(state(15, 8), folder / "state.pt")
+    assert loaded() == 15  # killed before the parts were removed
+    (folder / "state-10-1-of-2.pt").unlink()
+    assert loaded() == 15  # ... or in between
+    write_parts(20)
+    assert loaded() == 20  # killed before the one file was removed
+    save_state(state(25, 8), range(8), tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["state.pt"] and loaded() == 25
 
 
 def config(**keys: Any) -> TrainConfig:
