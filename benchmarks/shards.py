@@ -28,6 +28,7 @@ import torch
 from skipcoder.pipeline.store.stats import Moments
 from skipcoder.trainer.config import CoderConfig, EncodeConfig, EncodeMode, Kind, LoopConfig, OptimConfig, OptimName
 from skipcoder.trainer.config import TrainConfig as Config
+from skipcoder.trainer.data import turns
 from skipcoder.trainer.data.ranks import Ranks
 from skipcoder.trainer.step import learner as learning
 from skipcoder.trainer.step.learner import Learner
@@ -147,14 +148,14 @@ def compare(width: int) -> dict[str, Any]:
 def in_turns(width: int) -> dict[str, Any]:
     """Four micro-batches of one coder's shards, in turns and one by one."""
     size = int(os.environ["WORLD_SIZE"])
-    ranks, usual = Ranks.join(size), learning.in_turns
+    ranks, usual = Ranks.join(size), turns.in_turns
     ways: dict[str, Any] = {"in turns": usual, "one by one": lambda works: [work() for work in works]}
     learners = {name: learner(width, ranks, size, micro_batches=4) for name in ways}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     x, y = batch(1)
     for number in range(ROUNDS + 1):
         for name, way in ways.items():
-            learning.in_turns = way
+            setattr(learning, "in_turns", way)  # noqa: B010
             ranks.total(0)
             begun = time.perf_counter()
             learners[name].step(x, y, TOKENS)
@@ -213,13 +214,13 @@ def main() -> None:
     else:
         widths = ["--widths", *map(str, args.widths)]
         each = [in_processes(size, *widths) for size in args.processes]
-        measured, turns = ([one for found in each for one in found[key]] for key in ("ways", "turns"))
+        measured, in_turn = ([one for found in each for one in found[key]] for key in ("ways", "turns"))
         pays = {size: pays_from(TOKENS, K, D, size) for size in args.processes}
         result = {
             **facts,
             **shape,
             "measured": measured,
-            "turns": turns,
+            "turns": in_turn,
             "shards send less from width": pays,
             "simulated": simulate(),
         }
