@@ -1,5 +1,6 @@
 """How much memory a coder in training takes, and which coders fit on a device together."""
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ def free_bytes(device: str) -> int:
         return torch.cuda.mem_get_info(device)[0] + held
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def pack(needs: Sequence[Need], budget: float, devices: int = 1) -> list[list[int]]:

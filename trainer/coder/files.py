@@ -4,12 +4,14 @@ A coder that several processes trained comes in several files of tensors, each w
 """
 
 import json
+import os
+import re
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired
+from typing import Any, BinaryIO, NamedTuple, NotRequired
 
 import torch
-from safetensors.torch import load as safetensors_load
-from safetensors.torch import save as safetensors_save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import TypedDict
 
@@ -126,14 +128,26 @@ def write_coder(folder: Path, tensors: dict[str, Tensor], description: Descripti
     """Write both files. The tensors carry the description too, so that a reader never mixes an old file and
     a new one."""
     text = json.dumps(description, indent=2)
-    write_atomically(folder / TENSORS, safetensors_save(tensors, {DESCRIPTION: text}))
+    _write(folder / TENSORS, tensors, text)
     write_atomically(folder / DESCRIPTION, text.encode())
 
 
 def write_part(folder: Path, tensors: dict[str, Tensor], description: Description, part: int, parts: int) -> None:
     """Write one of the files of a coder in several: the parameters of its latents and, into the first, all others."""
-    file = folder / part_name(part, parts)
-    write_atomically(file, safetensors_save(tensors, {DESCRIPTION: json.dumps(description, indent=2)}))
+    _write(folder / part_name(part, parts), tensors, json.dumps(description, indent=2))
+
+
+def _write(path: Path, tensors: dict[str, Tensor], description: str) -> None:
+    """Write tensors from where they are, as a copy in memory may not fit."""
+
+    def write(file: BinaryIO) -> None:
+        try:
+            save_file(tensors, file.name, {DESCRIPTION: description})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))  # a full disk, say
+            raise (OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error) from None
+
+    write_atomically(path, write)
 
 
 def write_index(folder: Path, description: Description, parts: int) -> None:
@@ -186,10 +200,9 @@ def read_coder(path: Path) -> Loaded:
 
 def _read(file: Path) -> Loaded:
     try:
-        content = file.read_bytes()
-        tensors = safetensors_load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        description = json.loads(header["__metadata__"][DESCRIPTION])
+        tensors = load_file(file)  # stays on the disk until it is copied
+        with safe_open(file, "pt") as opened:
+            description = json.loads(opened.metadata()[DESCRIPTION])
     except Exception as error:  # safetensors, json and missing keys raise different types
         raise UserError(f"{file} is damaged or not a skipcoder checkpoint ({error})") from None
     if not isinstance(description, dict) or description.get("format_version") != FORMAT_VERSION:

@@ -232,8 +232,10 @@ class Run:
     def weights(self) -> str:
         """A fingerprint of the coder's files."""
         found = hashlib.sha256()
-        for file in find_tensors(self.path / FOLDER):
-            found.update(file.read_bytes())
+        for path in find_tensors(self.path / FOLDER):
+            with path.open("rb") as file:
+                while some := file.read(2**24):
+                    found.update(some)
         return found.hexdigest()[:16]
 
     @property

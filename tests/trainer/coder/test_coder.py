@@ -1,5 +1,7 @@
 import copy
+import errno
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +137,17 @@ def test_sizes_that_are_not_the_files_are_refused_before_memory_is_taken(key: st
 def test_an_sae_needs_equal_widths() -> None:
     with pytest.raises(ValueError, match="d_in=4 and d_out=5"):
         SparseCoder(CoderConfig(kind=Kind.sae, k=1, width=8), 4, 5)
+
+
+def test_a_coder_that_fills_the_disk(tmp_path: Path) -> None:
+    """The tensors are written by another library, whose word for a full disk is not ours."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("this machine lets us mount no disk")
+    try:
+        with pytest.raises(OSError, match=r"No space left on device: .*coder.safetensors") as found:
+            SparseCoder(CoderConfig(kind=Kind.transcoder, k=2, width=500), 30, 30).save(disk)
+        assert found.value.errno == errno.ENOSPC and not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
