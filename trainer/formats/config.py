@@ -104,7 +104,7 @@ class ImportConfig:
     layer: int | None = None
     """circuit_tracer: the layer to import."""
     transcoder: bool | None = None
-    """gemma_scope: whether the file holds a transcoder; null: validation FVU decides."""
+    """gemma_scope: whether params.npz holds a transcoder; null: validation FVU decides."""
     subtract_decoder_bias: bool | None = None
     """sparsify: whether a transcoder subtracts b_dec from what it reads; null: validation FVU decides."""
     first_positions: int = 1

@@ -92,7 +92,7 @@ def _options(cfg: ImportConfig, format: str, folder: Path) -> list[dict[str, Any
     for name in both.values():
         if getattr(cfg, name) is not None and both.get(format) != name:
             raise UserError(f"{name} is not for format={format}, which {folder} is")
-    if format not in both:
+    if format not in both or (format == Source.gemma_scope and (folder / "config.json").exists()):
         return [{}]
     name = both[format]
     if format == Source.sparsify and not read_json(folder / "cfg.json").get("transcode"):

@@ -176,6 +176,30 @@ def test_gemma_scope(transcoder: bool, tmp_path: Path) -> None:
     assert_same_function(coder, x, wanted)
 
 
+@pytest.mark.parametrize(("out", "skip"), [("in", False), ("out", False), ("out", True)])
+def test_gemma_scope_2(out: str, skip: bool, tmp_path: Path) -> None:
+    """acts = relu(x w_enc + b_enc) where that is above the threshold; acts w_dec + b_dec + x affine_skip_connection."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w_enc": (24, 64), "b_enc": (64,), "w_dec": (64, 24), "b_dec": (24,), "threshold": (64,)}
+    w = {name: torch.randn(shape, generator=generator) / 5 for name, shape in shapes.items()}
+    w["threshold"] = w["threshold"].abs()
+    if skip:
+        w["affine_skip_connection"] = torch.randn(24, 24, generator=generator)
+    save_file(w, tmp_path / "params.safetensors")
+    config = {"architecture": "jump_relu", "l0": 20, "hf_hook_point_in": "in", "hf_hook_point_out": out}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    x = torch.randn(200, 24, generator=generator)
+    pre = x @ w["w_enc"] + w["b_enc"]
+    wanted = (pre.relu() * (pre > w["threshold"])) @ w["w_dec"] + w["b_dec"]
+    coder = readers.read(tmp_path)
+    assert isinstance(coder, SparseCoder)
+    assert coder.cfg.kind == (SKIP if skip else TRANSCODER if out == "out" else SAE) and coder.cfg.k == 20
+    assert_same_function(coder, x, wanted + x @ w["affine_skip_connection"] if skip else wanted)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": "batch_topk"}))
+    with pytest.raises(UserError, match=r"architecture=batch_topk: only jump_relu is read"):
+        readers.read(tmp_path)
+
+
 def test_converted_fires_as_often_as_was_chosen() -> None:
     coder = random_coder(SAE)
     x = torch.randn(4000, 24, generator=torch.Generator().manual_seed(1))
