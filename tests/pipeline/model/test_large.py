@@ -35,15 +35,17 @@ def test_a_model_on_cpu_and_disk_gives_the_same_bytes(
     cache_config: Any, capture_here: Callable[..., ActivationStore], tmp_path: Path
 ) -> None:
     hookpoints = ("layers.*.mlp",)
-    whole = capture_here(cache_config(tmp_path / "whole.zarr", hookpoints))
-    cfg = on_disk(cache_config(tmp_path / "spread.zarr", hookpoints), tmp_path / "offload")
+    whole = capture_here(cache_config(tmp_path / "whole.zarr", hookpoints, rows=68))
+    cfg = on_disk(cache_config(tmp_path / "spread.zarr", hookpoints, rows=68), tmp_path / "offload")
     model: Any = load.load_causal_lm(cfg.model, "cpu")
     assert set(model.hf_device_map.values()) == {"cpu", "disk"}
     spread = capture_here(cfg)
     different = {name for name, content in files(whole.path).items() if files(spread.path)[name] != content}
     assert different <= {"zarr.json"}  # whose configuration of the model says how it was loaded
     assert whole.attrs["identity"] == spread.attrs["identity"]
-    capture_here(on_disk(cache_config(tmp_path / "whole.zarr", hookpoints), tmp_path / "offload"))  # nothing to do
+    capture_here(
+        on_disk(cache_config(tmp_path / "whole.zarr", hookpoints, rows=68), tmp_path / "offload")
+    )  # nothing to do
 
     train(config(spread, steps=4, lr=1e-3), tmp_path / "run")
     (row,) = evaluate(EvaluateConfig(run=str(tmp_path / "run"), ce_tokens=128))
