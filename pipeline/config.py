@@ -4,6 +4,7 @@ Each class checks its own numbers. Names from a table that can be extended (`dat
 in it when a capture begins.
 """
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
@@ -92,6 +93,11 @@ class ModelConfig:
         for name in ("max_memory", "offload_folder"):
             if getattr(self, name) and self.device_map is None:
                 raise UserError(f"model.{name} needs model.device_map=auto")
+        for place in self.max_memory:
+            if re.fullmatch(r"gpu\d+|cpu", place) is None:
+                raise UserError(f"model.max_memory: {place!r} is neither cpu nor gpu0, gpu1, ...")
+        if self.quantization is not None and self.gguf_file is not None:
+            raise UserError("model.quantization is for unquantised weights, not for model.gguf_file")
         if self.device_map is not None and self.shuffle is not None:
             raise UserError("model.shuffle permutes weights in memory, so it goes without model.device_map")
         if self.name == "local" and self.id != "???":

@@ -6,6 +6,7 @@ which compress much like real ones, on the device and with the threads that a ca
 writing and syncing a file without a name.
 """
 
+import math
 import os
 import tempfile
 import time
@@ -119,9 +120,9 @@ def fits(weights: int, cfg: CacheConfig) -> str:
     """Say whether a model's weights go where a worker on this machine would put them."""
     have, where = psutil.virtual_memory().available, "this machine's memory"
     asked = cfg.ray.gpus_per_worker
-    count = 1 if asked is None else -(-asked // 1)
+    count = 1 if asked is None else math.ceil(asked)
     if torch.cuda.is_available() and count:
-        free = [torch.cuda.mem_get_info(i)[0] for i in range(min(int(count), torch.cuda.device_count()))]
+        free = [torch.cuda.mem_get_info(i)[0] for i in range(min(count, torch.cuda.device_count()))]
         have, where = sum(free), f"{len(free)} GPU{'s' if len(free) > 1 else ''}"
     said = f"weights: {_bytes(weights)}; {where}: {_bytes(have)} free"
     if weights < 0.9 * have:

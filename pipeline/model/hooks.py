@@ -47,13 +47,13 @@ def refuse_if_documents_meet(model: nn.Module, hookpoints: Iterable[Hookpoint], 
     """Raise UserError for a model that does not keep documents apart: if another first document changes any bit of the
     second, or the same document differs at two places."""
     hookpoints = list(hookpoints)
-    tokens = torch.arange(2, 18, device=device).repeat(3, 2)
+    tokens = torch.arange(2, 18, device=device).repeat(2, 2)
     tokens[1, :16] = tokens[1, :16].flip(0)
-    places = torch.arange(16, device=device).repeat(3, 2)
+    places = torch.arange(16, device=device).repeat(2, 2)
     found = capture(model, hookpoints, tokens, places)
     for name, pair in found.items():
         for z in pair:
-            one, other, _ = z.view(3, 2, 16, -1).float()
+            one, other = z.view(2, 2, 16, -1).float()
             if not torch.equal(one[1], other[1]) or (one[0] - one[1]).norm() > 0.05 * one[0].norm():
                 raise UserError(
                     f"data.separate=true: in {type(model).__name__} what stands before a document changes {name}; "

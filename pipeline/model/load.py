@@ -228,8 +228,6 @@ def _load(auto_class: Any, cfg: ModelConfig, device: str, config: Any) -> "torch
 
         options["quantization_config"] = GgufConfig(dequantize=True)  # plain nn.Linear, dtype as requested
     if cfg.quantization is not None:
-        if cfg.gguf_file is not None:
-            raise UserError("model.quantization is for unquantised weights, not for model.gguf_file")
         options["quantization_config"] = _quantized(cfg.quantization, dtype)
     placed = cfg.device_map is not None or cfg.quantization is not None
     if placed:
@@ -256,7 +254,7 @@ def _placement(cfg: ModelConfig, device: str) -> dict[str, Any]:
     """transformers' arguments for where the weights go."""
     if cfg.device_map is None:
         return {"device_map": device}
-    most = {int(key[3:]) if key[3:].isdigit() else key: size for key, size in cfg.max_memory.items()}  # gpu0, cpu
+    most = {key if key == "cpu" else int(key.removeprefix("gpu")): size for key, size in cfg.max_memory.items()}
     found: dict[str, Any] = {"device_map": cfg.device_map.value}
     if most:
         found["max_memory"] = most

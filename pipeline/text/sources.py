@@ -195,7 +195,8 @@ def _read_jsonl(path: Path, cfg: DataConfig) -> Iterator[Document]:
                 continue
             if not isinstance(record, dict) or not isinstance(record.get(field), str):
                 has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise UserError(f"{path}, line {number}: no text under {field!r} (it has: {has}); set data.field")
+                what = "conversation" if cfg.chat else "text"
+                raise UserError(f"{path}, line {number}: no {what} under {field!r} (it has: {has}); set data.field")
             yield record[field]
 
 

@@ -59,7 +59,7 @@ def in_store(kept: TokenFilter, store: ActivationStore, hookpoints: Sequence[str
 def moments(store: ActivationStore, hookpoint: str, side: str, kept: TokenFilter) -> Moments:
     """Return the statistics of one side over the training tokens that a filter keeps."""
     if kept.roles is not None or (kept.longest is not None and kept.first_positions != 1):
-        return _measured(_Key(store), hookpoint, side, replace(in_store(kept, store, [hookpoint]), long=None))
+        return _measured(_Key(store), hookpoint, side, replace(kept, long=None))
     every = store.moments(hookpoint, side, positions=kept.classes)
     return every if kept.longest is None else every.without(outliers(kept, store, hookpoint).moments[side])
 
@@ -75,6 +75,10 @@ class _Key:
     def __init__(self, store: ActivationStore) -> None:
         self.store, self.content = store, store.content
 
+    def name(self, hookpoint: str, kept: TokenFilter) -> str:
+        """Part of the names of files beside the store, made from all that what they hold depends on."""
+        return hashlib.sha256(json.dumps([self.content, hookpoint, kept.facts()]).encode()).hexdigest()[:16]
+
     def __hash__(self) -> int:
         return hash(self.content)
 
@@ -84,8 +88,7 @@ class _Key:
 
 @lru_cache(maxsize=64)
 def _found(key: _Key, hookpoint: str, kept: TokenFilter) -> Outliers:
-    store = key.store
-    name = hashlib.sha256(json.dumps([key.content, hookpoint, kept.facts()]).encode()).hexdigest()[:16]
+    store, name = key.store, key.name(hookpoint, kept)
     place, about = f"outliers-{name}.safetensors", f"outlier-moments-{name}.safetensors"
     with suppress(OSError, SafetensorError, KeyError):  # missing or incomplete: sought anew
         return Outliers(load(store.derived.read(place))["position"], unpack(store.derived.read(about)))
@@ -100,8 +103,7 @@ def _found(key: _Key, hookpoint: str, kept: TokenFilter) -> Outliers:
 def _measured(key: _Key, hookpoint: str, side: str, kept: TokenFilter) -> Moments:
     """The statistics of what the units' own, by class of position, do not tell apart: from a pass over the store."""
     store = key.store
-    name = hashlib.sha256(json.dumps([key.content, hookpoint, side, kept.facts()]).encode()).hexdigest()[:16]
-    file = f"kept-moments-{name}.safetensors"
+    file = f"kept-{side}-{key.name(hookpoint, kept)}.safetensors"
     with suppress(OSError, SafetensorError, KeyError):
         return unpack(store.derived.read(file))["kept"]
     here = in_store(kept, store, [hookpoint])
@@ -156,8 +158,7 @@ def _scan(store: ActivationStore, hookpoint: str, kept: TokenFilter) -> Outliers
 def _medians(key: _Key, hookpoint: str, kept: TokenFilter) -> list[float]:
     """Of both sides' lengths; found once, as another processor might give other last bits."""
     store = key.store
-    name = hashlib.sha256(json.dumps([store.content, hookpoint, kept.facts()]).encode()).hexdigest()[:16]
-    file = f"median-lengths-{name}.json"
+    file = f"median-lengths-{key.name(hookpoint, kept)}.json"
     with suppress(OSError, ValueError):
         return [float(median) for median in json.loads(store.derived.read(file))]
     units = store.split("train")[:UNITS]

@@ -12,7 +12,7 @@ import torch
 from skipcoder.errors import UserError
 from skipcoder.evals.config import EvaluateConfig
 from skipcoder.evals.evaluate import evaluate
-from skipcoder.pipeline import plan
+from skipcoder.pipeline import cache, plan
 from skipcoder.pipeline.capture import job
 from skipcoder.pipeline.config import CacheConfig, DeviceMap, ModelConfig, Quantization, RayConfig
 from skipcoder.pipeline.model import load
@@ -94,10 +94,22 @@ def test_what_is_missing_or_cannot_be(
     for bad, said in (
         ({"offload_folder": "x"}, "model.offload_folder needs model.device_map=auto"),
         ({"max_memory": {"cpu": "1GiB"}}, "model.max_memory needs model.device_map=auto"),
+        ({"device_map": DeviceMap.auto, "max_memory": {"gpux": "1GiB"}}, "'gpux' is neither cpu nor gpu0"),
+        ({"quantization": Quantization.int8, "gguf_file": "a.gguf"}, "model.quantization is for unquantised weights"),
         ({"device_map": DeviceMap.auto, "shuffle": 1}, "model.shuffle permutes weights in memory"),
     ):
         with pytest.raises(UserError, match=said):
             ModelConfig(**of, **bad)
+
+
+def test_several_gpus_hold_one_copy(cache_config: Any, tmp_path: Path) -> None:
+    cfg = cache_config(tmp_path / "s.zarr")
+    cfg.ray.gpus_per_worker = 2
+    cache._choose(cfg, None)
+    assert cfg.model.device_map is DeviceMap.auto
+    cfg.model.shuffle = 1
+    with pytest.raises(UserError, match=r"model.shuffle .* goes with one GPU: ray.gpus_per_worker=1"):
+        cache._choose(cfg, None)
 
 
 def test_gpus_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,4 +139,3 @@ def test_the_plan_says_whether_the_weights_fit(
     cfg.model.quantization = Quantization.int4
     linear = sum(m.weight.numel() for m in trunk.modules() if isinstance(m, torch.nn.Linear))
     assert load.describe(cfg.model, cfg.hookpoints, 8).weight_bytes == weights - 1.5 * linear
-    assert torch.get_default_dtype() == torch.float32

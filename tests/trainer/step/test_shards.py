@@ -23,7 +23,7 @@ from skipcoder.trainer.run.build import check
 from skipcoder.trainer.run.checkpoint import load_state, save_state
 from skipcoder.trainer.run.run import Run
 from tests.conftest import REPO
-from tests.trainer.step.shards_case import CASES, D, K, M
+from tests.trainer.step.shards_case import CASES, K, M
 
 pytestmark = [pytest.mark.slow, pytest.mark.cli]
 
@@ -231,7 +231,6 @@ def test_what_cannot_be_spread_is_refused_by_name() -> None:
         check(config(activation=ActivationName.groupmax, k=2))
     with pytest.raises(UserError, match=r"train.shards=4 needs a multiple of 4 processes, here are 1: start them with"):
         Ranks.join(4)
-    assert D < M
 
 
 def test_the_numbers_of_the_documentation_are_those_measured() -> None:
