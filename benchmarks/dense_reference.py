@@ -40,7 +40,7 @@ class DenseLearner(Learner):
     """The same training with dense products."""
 
     def losses(self, step: Step, x: Tensor, y: Tensor, batch_tokens: int) -> Losses:
-        coder, variance = self.coder, batch_tokens * self.scales.variance / self.scales.s_out**2
+        coder, variance = self.coder, batch_tokens * self.writes.variances[0]
         centred = x if coder.b_pre is None else x - coder.b_pre
         values, indices = torch.relu(centred @ coder.W_enc.T + coder.b_enc).topk(coder.cfg.k)
         f = x.new_zeros(len(x), coder.cfg.width).scatter(1, indices, values)

@@ -99,7 +99,7 @@ def fit(model: Any, hookpoint: str, rows_RT: Tensor, batch_rows: int, recipe: Re
 @torch.no_grad()
 def measure(coder: Any, kind: Kind, x_ND: Tensor, y_NE: Tensor) -> dict[str, Any]:
     """FVU, dead fraction and the rest on held-out pairs, by our own metrics."""
-    targets = Targets(y_NE.shape[1])
+    targets = Targets([y_NE.shape[1]])
     metrics = ReconstructionMetrics(coder.num_latents, targets)
     for x, y in zip(x_ND.split(4096), y_NE.split(4096), strict=True):
         x, y = (y.float(), y.float()) if kind == Kind.sae else (x.float(), y.float())

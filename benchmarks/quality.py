@@ -59,7 +59,7 @@ class Contest:
         cfg = config(self.store, self.tokens, seed, kind, lr=lr)
         learner = trained(cfg, self.store, zip(self.x.split(BATCH), self.y.split(BATCH), strict=True))
         coder = learner.folded()
-        targets = Targets(coder.d_out)
+        targets = Targets([coder.d_out])
         metrics = ReconstructionMetrics(coder.cfg.width, targets)
         with torch.no_grad():
             for x, y in zip(self.x_held.float().split(4096), self.y_held.float().split(4096), strict=True):

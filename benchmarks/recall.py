@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from skipcoder.kernels.preactivations import MODES
+from skipcoder.kernels.preactivations import MODES, Search
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.store.stats import Moments
 from skipcoder.trainer.coder.coder import SparseCoder
@@ -25,12 +25,18 @@ from skipcoder.trainer.data.stream import ActivationStream
 TOKENS = 8192
 
 
+def search(x: Moments, width: int) -> Search:
+    """An exact search, with the statistics of the others."""
+    mean, variance = torch.from_numpy(x.mean), torch.from_numpy(x.variance)
+    return make_search(EncodeConfig(), mean, variance, "cpu", width)._replace(mode="float32")
+
+
 def problems(store: Path | None, runs: list[Path]) -> list[tuple[str, SparseCoder, Tensor]]:
     """(name, coder with statistics, inputs)."""
     g = torch.Generator().manual_seed(0)
     random = SparseCoder(CoderConfig(kind=Kind.transcoder, k=32, width=18432), 576, 576)
     x = torch.randn(TOKENS, 576, generator=g)
-    random.search = make_search(EncodeConfig(), Moments.of(x), 1.0, "cpu", 18432)._replace(mode="float32")
+    random.search = search(Moments.of(x), 18432)
     found = [("random", random, x)]
     for run in runs:
         assert store is not None
@@ -40,7 +46,7 @@ def problems(store: Path | None, runs: list[Path]) -> list[tuple[str, SparseCode
             stream = ActivationStream(opened, coder.meta["hookpoint"], TOKENS, filter=kept)
             batch = next(iter(stream))
             moments = opened.moments(coder.meta["hookpoint"], side, positions=TokenFilter().classes)
-            coder.search = make_search(EncodeConfig(), moments, 1.0, "cpu", coder.cfg.width)._replace(mode="float32")
+            coder.search = search(moments, coder.cfg.width)
             label = f"{coder.cfg.kind} k={coder.cfg.k}, {name} tokens"
             found.append((label, coder, batch.x if side == "input" else batch.y))
     return found

@@ -74,7 +74,7 @@ def hooked(lm: Any) -> Any:
 def ours(lm: Any, run: Run, tokens_BT: torch.Tensor) -> dict[str, float]:
     """Our numbers under sae-bench's names."""
     write = run.write_site
-    targets = Targets(run.coder.d_out)
+    targets = Targets([run.coder.d_out])
     metrics = ReconstructionMetrics(run.coder.cfg.width, targets)
     for tokens in tokens_BT.split(BATCH):
         ((_, y),) = capture(lm.base_model, [Hookpoint("it", write.module, write.module)], tokens).values()

@@ -78,7 +78,7 @@ class Judge:
         """FVU, dead fraction and the rest; cross-entropy (nats) with the MLP replaced at the positions trained on, by
         the coder and, where it has one, by its skip alone."""
         coder = learner.folded()
-        coder.meta = provenance(self.store, self.hookpoint, token_filter(learner.cfg, self.store), learner)
+        coder.meta = provenance(self.store, [self.hookpoint], token_filter(learner.cfg, self.store), learner)
         summary: Any = {"hookpoint": self.hookpoint}
         run = Run(Path("-"), summary, coder, str(self.store.path))
         (result,) = self.evaluator.reconstruction([run])

@@ -105,7 +105,7 @@ class OnTheFly:
 
     @torch.no_grad()
     def _fvu(self, coder: SparseCoder) -> float:
-        targets = Targets(coder.d_out)
+        targets = Targets([coder.d_out])
         metrics = ReconstructionMetrics(coder.cfg.width, targets)
         for x, y in self.held_out:
             out = coder(x)

@@ -42,7 +42,7 @@ def evaluate(cfg: EvaluateConfig, paths: Sequence[Path] | None = None) -> "list[
     from skipcoder.evals.tables.metrics import why_no_intervals
     from skipcoder.evals.tasks import labelled
     from skipcoder.evals.tasks.registry import TASKS
-    from skipcoder.pipeline.store.reader import ActivationStore
+    from skipcoder.trainer.data.joined import open_stores
     from skipcoder.trainer.run.run import Run, find_runs
 
     for name in cfg.tasks:
@@ -56,15 +56,17 @@ def evaluate(cfg: EvaluateConfig, paths: Sequence[Path] | None = None) -> "list[
     with ThreadPoolExecutor() as threads:
         runs = list(threads.map(Run.open, paths))
         list(threads.map(lambda run: run.weights, runs))  # a second for gigabytes
-    stores = dict.fromkeys(run.store_path for run in runs)
+    stores = dict.fromkeys(run.stores for run in runs)
     here = replace(cfg, device=None) if cfg.ray.is_set else cfg  # where tasks measure, a GPU need not be here
-    evaluators = {path: _evaluator(here, ActivationStore.open(path)) for path in stores}
+    evaluators = {path: _evaluator(here, open_stores(*path)) for path in stores}
     for run in runs:
-        run.check(evaluators[run.store_path].store)
+        run.check(evaluators[run.stores].store)
         results.read(run), judged(run)  # UserError for a damaged file, before anything is computed
-    for path, evaluator in evaluators.items():
+    for evaluator in evaluators.values():
         if (cfg.together or cfg.controls) and not evaluator.predicts:
-            raise UserError(f"together=, controls=: the model of {path} predicts no next token; leave them out")
+            raise UserError(
+                f"together=, controls=: the model of {evaluator.store.place} predicts no next token; leave them out"
+            )
     if cfg.together:
         sets_of(runs)
     if {TaskName.probing, TaskName.tpp, TaskName.scr} & set(cfg.tasks):
@@ -74,7 +76,7 @@ def evaluate(cfg: EvaluateConfig, paths: Sequence[Path] | None = None) -> "list[
     rows = {path: row for share, _ in found for path, row in share.items()}
     by_document = {path: of for _, share in found for path, of in share.items()}
     for path, evaluator in evaluators.items():
-        of_it = [run for run in runs if run.store_path == path]
+        of_it = [run for run in runs if run.stores == path]
         if cfg.controls:
             controls = control_runs(cfg.controls, of_it, evaluator.model, evaluator.store)
             of_it, runs = of_it + controls, runs + controls
@@ -98,15 +100,15 @@ def evaluate(cfg: EvaluateConfig, paths: Sequence[Path] | None = None) -> "list[
 
 def _measure_apart(cfg: EvaluateConfig, paths: "Sequence[Path]") -> "tuple[dict[Path, Row], dict[Path, Any]]":
     """Measure some of the runs in a task of their own."""
-    from skipcoder.pipeline.store.reader import ActivationStore
+    from skipcoder.trainer.data.joined import open_stores
     from skipcoder.trainer.run.run import Run
 
     runs = [Run.open(path) for path in paths]
     rows: dict[Path, Row] = {}
     by_document: dict[Path, Any] = {}
-    for path in dict.fromkeys(run.store_path for run in runs):
-        evaluator = _evaluator(cfg, ActivationStore.open(path))
-        _measure(evaluator, [run for run in runs if run.store_path == path], cfg, rows, by_document)
+    for path in dict.fromkeys(run.stores for run in runs):
+        evaluator = _evaluator(cfg, open_stores(*path))
+        _measure(evaluator, [run for run in runs if run.stores == path], cfg, rows, by_document)
     return rows, by_document
 
 

@@ -25,12 +25,12 @@ def explore(cfg: ExploreConfig) -> None:
     except ImportError as error:
         raise UserError(f"the explorer needs {error.name}: pip install 'skipcoder[explore]'") from error
     from skipcoder.evals.explorer.explorer import Explorer
-    from skipcoder.pipeline.store.reader import ActivationStore
+    from skipcoder.trainer.data.joined import open_stores
     from skipcoder.trainer.run.device import pick_device
     from skipcoder.trainer.run.run import Run
 
     run = Run.open(Path(cfg.run))
-    explorer = Explorer(run, ActivationStore.open(run.store_path), pick_device(cfg.device, "device"))
+    explorer = Explorer(run, open_stores(*run.stores), pick_device(cfg.device, "device"))
     config = uvicorn.Config(app(explorer), log_level="warning")
     try:
         listening = socket.create_server(("127.0.0.1", cfg.port))

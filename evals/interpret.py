@@ -38,12 +38,12 @@ def interpret(cfg: InterpretConfig) -> None:
 def _index(cfg: InterpretConfig, paths: Sequence[Path]) -> None:
     """Find where the latents of some of the runs fire, in a task of their own; the rest is the judge's work."""
     from skipcoder.evals.latents.index import LatentIndex
-    from skipcoder.pipeline.store.reader import ActivationStore
+    from skipcoder.trainer.data.joined import open_stores
     from skipcoder.trainer.run.device import pick_device
     from skipcoder.trainer.run.run import Run
 
     for run in map(Run.open, paths):
-        LatentIndex(run, ActivationStore.open(run.store_path)).ensure(pick_device(cfg.device, "device"))
+        LatentIndex(run, open_stores(*run.stores)).ensure(pick_device(cfg.device, "device"))
 
 
 async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> None:
@@ -51,20 +51,20 @@ async def _interpret_all(cfg: InterpretConfig, runs: list[Any]) -> None:
     from skipcoder.evals.explain.judge import Judge
     from skipcoder.evals.latents.index import LatentIndex
     from skipcoder.files import write_atomically
-    from skipcoder.pipeline.store.reader import ActivationStore
+    from skipcoder.trainer.data.joined import open_stores
     from skipcoder.trainer.run.device import pick_device
 
     device = pick_device(cfg.device, "device")
-    stores = {path: ActivationStore.open(path) for path in dict.fromkeys(run.store_path for run in runs)}
+    stores = {path: open_stores(*path) for path in dict.fromkeys(run.stores for run in runs)}
     models = Models(stores, device)
     cache = Path(cfg.judge.cache) if cfg.judge.cache else runs[0].path.parent / "judge.sqlite"
     rows, made = [], []
     async with Judge(cfg.judge, cache) as judge:
         for run in runs:
-            store = stores[run.store_path]
+            store = stores[run.stores]
             index = LatentIndex(run, store)
             index.ensure(device)
-            model = models[run.store_path] if Scorer.intervention in cfg.scorers else None
+            model = models[run.stores] if Scorer.intervention in cfg.scorers else None
             interpreter = Interpreter(index, store.load_tokenizer(), cfg, judge, model)
             made.append(interpreter)
             if cfg.judge.model is None:
@@ -103,7 +103,7 @@ def _write_pages(interpreters: list[Any], models: "Models") -> None:
         run = one.index.run
         others = [o.index.run for o in interpreters if o is not one][:MOST_COMPARED]
         with progress("pages", one.index.width, "latents") as advance:
-            page = write_pages(one.index, one.maker, one.tokenizer, models[run.store_path], others, advance)
+            page = write_pages(one.index, one.maker, one.tokenizer, models[run.stores], others, advance)
         print(f"wrote {page}")
 
 

@@ -27,13 +27,14 @@ ROOMS: dict[str, str] = {
     "pipeline.plan": "pipeline.config, pipeline.model, pipeline.store",
     "trainer.config": GROUND,
     "trainer.data": f"{GROUND}, pipeline.text, pipeline.store",
-    "trainer.coder": f"{GROUND}, kernels, pipeline.model, pipeline.store, trainer.config, trainer.data",
+    "trainer.coder": f"{GROUND}, kernels, pipeline.model, trainer.config, trainer.data",
     "trainer.step": f"{GROUND}, kernels, pipeline.store, trainer.config, trainer.data, trainer.coder",
     "trainer.run": (
         f"{GROUND}, pipeline.model, pipeline.store, trainer.config, trainer.data, trainer.coder, trainer.step"
     ),
     "trainer.bank": (
-        f"{GROUND}, pipeline.store, trainer.config, trainer.data, trainer.coder, trainer.step, trainer.run"
+        f"{GROUND}, pipeline.model, pipeline.store, trainer.config, trainer.data, trainer.coder, trainer.step, "
+        "trainer.run"
     ),
     "trainer.formats": (
         f"{GROUND}, pipeline.store, trainer.config, trainer.data, trainer.coder, trainer.step, trainer.run"

@@ -18,6 +18,11 @@ class Kind(StrEnum):
     sae = "sae"
     transcoder = "transcoder"
     skip_transcoder = "skip_transcoder"
+    crosscoder = "crosscoder"
+
+
+MLP_KINDS = (Kind.sae, Kind.transcoder, Kind.skip_transcoder)
+"""Those that stand in for one MLP."""
 
 
 class ActivationName(StrEnum):
@@ -57,7 +62,7 @@ class CoderConfig:
     """The sparse coder: what it reads and writes, its size, and how it starts."""
 
     kind: str = Kind.skip_transcoder
-    """sae, transcoder, skip_transcoder, or one of your own (docs/extending.md)."""
+    """sae, transcoder, skip_transcoder, crosscoder, or one of your own (docs/extending.md)."""
     k: int = 32
     """Latents active per token."""
     width: int = 4608
@@ -68,12 +73,17 @@ class CoderConfig:
     prefixes: list[int] | None = None
     """Matryoshka: sizes of latent prefixes that must also reconstruct by themselves, e.g. [512,2048]."""
     side: Side = Side.output
-    """Which side of the MLP an SAE reconstructs; transcoders read the input and write the output."""
+    """Which side of the MLP an SAE or a crosscoder reconstructs; transcoders read the input and write the output."""
     normalize_decoder: bool = True
-    """SAE: keep decoder rows at unit norm and remove the gradient along them."""
+    """SAE, crosscoder: keep decoder rows at unit norm and remove the gradient along them."""
     skip_init: SkipInit | None = None
     """Skip transcoder: start the skip from the ridge solution of y on x (docs/studies/ridge.md) or from zero (as in
     the paper). null: ridge if the store has enough training tokens (64 per dimension), else zero."""
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether it reads what it writes, and is centred by b_pre = b_dec."""
+        return self.kind in (Kind.sae, Kind.crosscoder)
 
     def __post_init__(self) -> None:
         if self.width < 1:
@@ -202,6 +212,8 @@ class StoreRef:
 
     path: str | None = None
     """Path of the store; null: the only one under stores/."""
+    other: str | None = None
+    """For a crosscoder between two models: a second store, of the same text (docs/crosscoders.md)."""
 
 
 @dataclass
@@ -270,8 +282,8 @@ class TrainConfig:
 
     store: StoreRef = field(default_factory=StoreRef)
     hookpoint: str | None = None
-    """Hookpoint to train on; null: the only one of the store. A glob (`layers.*.mlp`) trains a set: one coder for each
-    hookpoint that matches, in a folder of its name."""
+    """Hookpoint to train on; null: the only one of the store. A glob (`layers.*.mlp`, `layers.{4,8}.mlp`) trains a set:
+    one coder for each hookpoint that matches, in a folder of its name; of a crosscoder, one coder over all of them."""
     coder: CoderConfig = field(default_factory=CoderConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -290,5 +302,7 @@ class TrainConfig:
             raise UserError("optim=muon needs whole matrices, and train.shards spreads them: use adam or signum")
         if k_start is not None and not self.coder.k <= k_start <= self.coder.width:
             raise UserError(f"train.k_start={k_start}: must be between coder.k and coder.width")
-        if self.coder.side is Side.input and self.coder.kind != Kind.sae:
-            raise UserError(f"coder.side=input is for SAEs; a {self.coder.kind} writes the MLP's output: leave it out")
+        if self.coder.side is Side.input and not self.coder.reconstructs:
+            raise UserError(
+                f"coder.side=input is for SAEs and crosscoders; a {self.coder.kind} writes the output: leave it out"
+            )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from skipcoder.errors import UserError
+from skipcoder.evals.core.by_side import by_side
 from skipcoder.evals.core.ce_kl import summary
 from skipcoder.evals.core.metrics import ReconstructionMetrics, Targets
 from skipcoder.evals.core.passes import Part, Replace, TokenLosses, ablation, token_losses
@@ -116,27 +117,35 @@ class Evaluator:
     def reconstruction(self, runs: Sequence[Run]) -> list[Result]:
         """ReconstructionMetrics on all test tokens that training would have kept."""
         every: dict[int, ReconstructionMetrics] = {}
-        streams = {(run.summary["hookpoint"], run.filter) for run in runs}
-        for hookpoint, kept in sorted(streams, key=repr):
-            mine = {i: run for i, run in enumerate(runs) if (run.summary["hookpoint"], run.filter) == (hookpoint, kept)}
+        streams = {(tuple(run.hookpoints), run.filter) for run in runs}
+        for names, kept in sorted(streams, key=repr):
+            mine = {i: run for i, run in enumerate(runs) if (tuple(run.hookpoints), run.filter) == (names, kept)}
             targets = {
-                run.write_site.side: Targets(run.coder.d_out, self.documents, self.device) for run in mine.values()
+                run.writes: Targets([self.store.width(*c) for c in run.writes], self.documents, self.device)
+                for run in mine.values()
             }
             for i, run in mine.items():
-                every[i] = ReconstructionMetrics(run.coder.cfg.width, targets[run.write_site.side])
+                every[i] = ReconstructionMetrics(run.coder.cfg.width, targets[run.writes])
             stream = ActivationStream(
-                self.store, hookpoint, 4096, split="test", filter=kept, epochs=1, device=self.device
-            )
+                self.store, names, 4096, split="test", filter=kept, epochs=1, device=self.device,
+                columns={column for run in mine.values() for column in (*run.reads, *run.writes)},
+            )  # fmt: skip
             with progress(f"reconstruction, {len(mine)} coders", len(self.row_numbers) * self.store.context) as advance:
                 for batch in stream:
-                    sides = {"input": batch.x, "output": batch.y}
                     document = self._document(batch.position)
-                    target = {side: of_side.add(sides[side], document) for side, of_side in targets.items()}
+                    target = {writes: of_them.add(batch.row(writes), document) for writes, of_them in targets.items()}
                     for i, run in mine.items():
-                        out = run.coder(sides[run.read_site.side])
-                        every[i].update(target[run.write_site.side], out.y_hat, out.values, out.indices)
+                        out = run.coder(batch.row(run.reads))
+                        every[i].update(target[run.writes], out.y_hat, out.values, out.indices)
                     advance(len(batch.position))
-        return [every[i].result() for i in range(len(runs))]
+        return [self._named(run, every[i]) for i, run in enumerate(runs)]
+
+    @staticmethod
+    def _named(run: Run, metrics: ReconstructionMetrics) -> Result:
+        """The metrics, with what is to be said of each side of a coder of several."""
+        found = metrics.result()
+        fvus = found.pop("sides", [{"fvu": found["fvu"], "fvu_ci": found["fvu_ci"]}])
+        return found | ({"sides": by_side(run.coder, metrics.fired_M, fvus)} if run.several else {})
 
     def _document(self, position_N: Tensor) -> Tensor | None:
         """int64 [N]: the documents of stored tokens, from 0; None without intervals."""
@@ -153,6 +162,12 @@ class Evaluator:
             problem = f"{self.store.attrs['model']['name']} predicts no next token, so there is no cross-entropy"
             print(problem, flush=True)
             return [{"ce_problem": problem, BY_DOCUMENT: {}} for _ in runs]
+        if any(run.several for run in runs):
+            why = "a crosscoder stands in for no one MLP, so there is no cross-entropy"
+            others = iter(self.behaviour([run for run in runs if not run.several]))
+            return [{"ce_problem": why, BY_DOCUMENT: {}} if run.several else next(others) for run in runs]
+        if not runs:
+            return []
         replacements: dict[Key, list[Part]] = {}
         keys = []
         for run in runs:

@@ -2,11 +2,13 @@
 
     FVU = sum ||y - y_hat||^2 / sum ||y - mean(y)||^2   over exactly the tokens seen
 
-FVU is 1 for the mean predictor and unchanged by scaling. Intervals are over documents (stats/intervals.py).
-Sums stay on the device of the batches, and are added up in an order that does not change.
-Legend: N tokens, E dimensions, K active latents, M latents, G documents.
+FVU is 1 for the mean predictor and unchanged by scaling. Of a coder that writes several sides it is the mean over the
+sides. Intervals are over documents (stats/intervals.py). Sums stay on the device of the batches, and are added up in an
+order that does not change.
+Legend: N tokens, E dimensions, S sides, K active latents, M latents, G documents.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,14 +42,19 @@ class Target(NamedTuple):
 class Targets:
     """What the targets have to do with it: computed once for all coders that see them."""
 
-    def __init__(self, d_out: int, documents: int = 0, device: str | torch.device = "cpu") -> None:
-        """`documents`: number of documents that the tokens come from, for intervals."""
-        self.n, self.documents = 0, documents
-        self.mean_E, self.m2_E, self.centre_E = torch.zeros(3, d_out, dtype=torch.float64, device=device)
+    def __init__(self, widths: Sequence[int], documents: int = 0, device: str | torch.device = "cpu") -> None:
+        """`widths`: of the sides of a target; `documents`: number of documents that the tokens come from, for
+        intervals."""
+        self.n, self.widths, self.documents = 0, list(widths), documents
+        self.mean_E, self.m2_E, self.centre_E = torch.zeros(3, sum(widths), dtype=torch.float64, device=device)
         self.length = torch.zeros((), dtype=torch.float64, device=device)
         self.n_long = torch.zeros((), dtype=torch.int64, device=device)
-        self.count_G, self.spread_G = self.length.new_zeros((2, documents))
-        """Of each document: its tokens, and the sum of their squared distances from the centre."""
+        self.count_G, self.spread_GS = self.length.new_zeros(documents), self.length.new_zeros(documents, len(widths))
+        """Of each document: its tokens, and on each side the sum of their squared distances from the centre."""
+
+    def by_side(self, squares_E: Tensor) -> Tensor:
+        """Sums [..., S] over the dimensions of each side."""
+        return torch.stack([side.sum(-1) for side in squares_E.split(self.widths, -1)], -1)
 
     def add(self, y_NE: Tensor, document_N: Tensor | None = None) -> Target:
         """Add a batch; `document_N`: each token's document, from 0, if there are to be intervals."""
@@ -67,13 +74,13 @@ class Targets:
         if document_N is not None:
             document_N = document_N.to(y.device)
             add_to(self.count_G, document_N, torch.ones_like(norm))
-            add_to(self.spread_G, document_N, (y - self.centre_E).square().sum(1))
+            add_to(self.spread_GS, document_N, self.by_side((y - self.centre_E).square()))
         return Target(y, norm, spread.sum(1), document_N)
 
 
-def add_to(total_G: Tensor, place_N: Tensor, parts_N: Tensor) -> None:
-    """total_G[place_N[i]] += parts_N[i]. `index_add_` would be no faster, and on a GPU add in any order."""
-    total_G.index_put_((place_N,), parts_N, accumulate=True)
+def add_to(total: Tensor, place_N: Tensor, parts: Tensor) -> None:
+    """total[place_N[i]] += parts[i]. `index_add_` would be no faster, and on a GPU add in any order."""
+    total.index_put_((place_N,), parts, accumulate=True)
 
 
 class ReconstructionMetrics:
@@ -82,7 +89,7 @@ class ReconstructionMetrics:
     def __init__(self, width: int, targets: Targets) -> None:
         self.targets = targets
         self.error_E = torch.zeros_like(targets.mean_E)
-        self.error_G = torch.zeros_like(targets.count_G)
+        self.error_GS = torch.zeros_like(targets.spread_GS)
         self.sums: dict[str, Tensor] = {}
         self.fired_M = torch.zeros(width, dtype=torch.int64, device=targets.mean_E.device)
 
@@ -94,7 +101,7 @@ class ReconstructionMetrics:
         self.error_E += squares.sum(0)
         error, dot, norm_hat = squares.sum(1), (y * y_hat).sum(1), y_hat.norm(dim=1)
         if document_N is not None:
-            add_to(self.error_G, document_N, error)
+            add_to(self.error_GS, document_N, self.targets.by_side(squares))
         found = {
             "cosine": dot / (norm.clamp_min(_SHORTEST) * norm_hat.clamp_min(_SHORTEST)),
             "l2_ratio": torch.where(norm > 0, norm_hat / norm, 0),
@@ -108,18 +115,23 @@ class ReconstructionMetrics:
             self.sums[name] = self.sums.get(name, 0) + parts.sum()
         self.fired_M.scatter_add_(0, indices.long().flatten(), (values != 0).long().flatten())
 
-    def _of_documents(self) -> Result:
-        """FVU's interval, and FVU as a ratio of sums over documents: squared errors, and squared distances from the
-        mean."""
-        if not self.targets.documents:
-            return {"fvu_ci": None}
-        count_G, spread_G, error_G = (
-            z.cpu().numpy() for z in (self.targets.count_G, self.targets.spread_G, self.error_G)
-        )
-        seen = count_G > 0
-        spread_G = spread_G * (float(self.targets.m2_E.sum()) / spread_G.sum())  # from the mean, not from the centre
-        fvu = ByDocument(error_G[seen], spread_G[seen], count_G[seen])
-        return {"documents": int(seen.sum()), "fvu_ci": fvu.interval(positive=True), BY_DOCUMENT: {"fvu": fvu}}
+    def _fvu(self) -> Result:
+        """FVU and its interval, and FVU as a ratio of sums over documents: squared errors, and squared distances from
+        the mean. Where there are several sides, also those of each."""
+        m2_S, error_S = (self.targets.by_side(z).cpu() for z in (self.targets.m2_E, self.error_E))
+        each: list[Result] = [{"fvu": float(fvu), "fvu_ci": None} for fvu in error_S / m2_S]
+        found: Result = {"fvu": sum(side["fvu"] for side in each) / len(each), "fvu_ci": None}
+        if self.targets.documents:
+            sums = self.targets.count_G, self.targets.spread_GS, self.error_GS
+            count_G, spread_GS, error_GS = (z.cpu() for z in sums)
+            seen, weight_S = count_G > 0, torch.ones_like(m2_S) if len(each) == 1 else 1 / m2_S
+            spread_GS = spread_GS * (m2_S / spread_GS.sum(0))  # from the mean, not from the centre
+            count, spread, error = (z[seen].numpy() for z in (count_G, spread_GS * weight_S, error_GS * weight_S))
+            for s, side in enumerate(each):
+                side["fvu_ci"] = ByDocument(error[:, s], spread[:, s], count).interval(positive=True)
+            fvu = ByDocument(error.sum(1), spread.sum(1), count)
+            found |= {"documents": len(count), "fvu_ci": fvu.interval(positive=True), BY_DOCUMENT: {"fvu": fvu}}
+        return found | ({"sides": each} if len(each) > 1 else {})
 
     def result(self) -> Result:
         """FVU, explained variance, per-dimension FVU, cosine, L0, L2 ratio, relative reconstruction bias, dead and
@@ -129,15 +141,14 @@ class ReconstructionMetrics:
         m2_E, error_E, fired_M = (z.cpu() for z in (self.targets.m2_E, self.error_E, self.fired_M))
         total = {name: float(value) for name, value in self.sums.items()}
         alive_dims = m2_E > _FLAT * m2_E.mean()
-        fvu = float(error_E.sum() / m2_E.sum())
+        fvu = self._fvu()
         density_M = fired_M / n
         decades = density_M[fired_M > 0].log10().float().clamp_min(float(_DENSITY_EDGES[0]))
         histogram = torch.histogram(decades, _DENSITY_EDGES)
         return {
             "n": n,
-            "fvu": fvu,
-            **self._of_documents(),
-            "explained_variance": 1 - fvu,
+            **fvu,
+            "explained_variance": 1 - fvu["fvu"],
             "fvu_per_dim": float((error_E[alive_dims] / m2_E[alive_dims]).mean()),
             "flat_dims": int((~alive_dims).sum()),
             "cosine": total["cosine"] / n,

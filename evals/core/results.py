@@ -38,6 +38,17 @@ class Cost(TypedDict):
     kl: float
 
 
+class SideResult(TypedDict):
+    """What a crosscoder does on one of its sides (core/by_side.py)."""
+
+    hookpoint: str
+    side: str
+    fvu: float
+    fvu_ci: Interval | None
+    norm_share: float | None
+    exclusive: int
+
+
 class ProbedDataset(TypedDict):
     """Sparse probing of one data set; further keys hold the numbers for each k."""
 
@@ -85,6 +96,7 @@ class Evaluation(TypedDict, total=False):
     dead_fraction: float
     dense_fraction: float
     density_histogram: Histogram
+    sides: list[SideResult]
     # core: cross-entropy
     ce_tokens: int
     ce_rows: int
@@ -128,7 +140,10 @@ class Evaluation(TypedDict, total=False):
     ravel_disentangle: float | None
 
 
-_OTHER_PREFIXES = {"absorption": ("split_latents",), "evaluation": ("ce_", "kl_", "fvu", "documents", "by_position")}
+_OTHER_PREFIXES = {
+    "absorption": ("split_latents",),
+    "evaluation": ("ce_", "kl_", "fvu", "documents", "by_position", "sides"),
+}
 """Beginnings of keys of a task's results that are not its name; core's time is `evaluation_seconds`."""
 
 

@@ -250,7 +250,7 @@ def _skip_share(index: LatentIndex) -> float:
     run, store = index.run, index.store
     start, stop = store.unit_range(store.units[0])
     stop = min(start + 1024, stop)
-    x = store.activations(run.summary["hookpoint"], run.read_site.side, start, stop)
+    x = run.rows(store, start, stop)
     flat = store.read("index", start, stop).astype(np.int64)
     kept = run.keeps(store, flat, index.tokens.ravel()[flat])
     x, coder = x[torch.from_numpy(kept)], run.coder

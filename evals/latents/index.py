@@ -154,11 +154,10 @@ class LatentIndex:
         flat = self.store.read("index", start, stop).astype(np.int64)
         token = self.store.tokens(unit).ravel()[flat - flat.min() // self.store.context * self.store.context]
         keep = self.run.keeps(self.store, flat, token)
-        side = self.run.read_site.side
         for a in range(start, stop, BATCH):
             b = min(a + BATCH, stop)
             kept = keep[a - start : b - start]
-            x = self.store.activations(self.run.summary["hookpoint"], side, a, b)[torch.from_numpy(kept)]
+            x = self.run.rows(self.store, a, b)[torch.from_numpy(kept)]
             out = coder(x.to(device))
             active = (out.values > 0).cpu().numpy()
             position = np.repeat(flat[a - start : b - start][kept], active.sum(1))

@@ -64,7 +64,7 @@ def _kept(run: Run, store: ActivationStore, start: int, stop: int, device: str) 
     rows = flat // store.context
     token = store.read("tokens", int(rows.min()), int(rows.max()) + 1)[rows - rows.min(), flat % store.context]
     keep = run.keeps(store, flat, token)
-    x = store.activations(run.summary["hookpoint"], run.read_site.side, start, stop)
+    x = run.rows(store, start, stop)
     return x[torch.from_numpy(keep)].to(device), flat[keep]
 
 

@@ -22,7 +22,7 @@ def write_tables(
     table: list[Row],
     by_document: Sequence[Mapping[str, ByDocument]],
     runs: Sequence[Run],
-    evaluators: Mapping[str, Evaluator],
+    evaluators: Mapping[tuple[str, str | None], Evaluator],
     together: bool,
 ) -> None:
     """Write `out` (NAME.json) and the files beside it, and print their names. `table` has one row per run, and
@@ -33,7 +33,7 @@ def write_tables(
     _write_parquet(table, wrote[1])
     seeds = over_seeds(table, [None if run.is_control else run for run in runs])
     _write_json(seeds, wrote[2])
-    alike = [(run.store_path, run.summary["hookpoint"], run.filter, run.write_site.side) for run in runs]
+    alike = [(run.stores, run.summary["hookpoint"], run.filter, run.writes) for run in runs]
     differences = pairs(table, by_document, alike)
     told = list(dict.fromkeys(key for found in by_document for key in found))
     differences += seed_pairs(table, [run.seeds for run in runs], alike, told)
@@ -42,7 +42,7 @@ def write_tables(
         _write_json(differences, wrote[-1])
     page = out.with_name("report.html")
     if all("fvu" in row for row in table):
-        report.write(table, seeds, differences, {path: evaluator.store for path, evaluator in evaluators.items()}, page)
+        report.write(table, seeds, differences, [evaluator.store for evaluator in evaluators.values()], page)
         wrote.append(page)
     else:
         print("no report: it shows reconstruction first, and not all of these runs have been evaluated with task core")
@@ -50,8 +50,8 @@ def write_tables(
         fvu = {row["run"]: row.get("fvu") for row in table}
         rows = [
             row
-            for path, evaluator in evaluators.items()
-            for row in spliced_together(evaluator, [r for r in runs if r.store_path == path and not r.is_control], fvu)
+            for stores, evaluator in evaluators.items()
+            for row in spliced_together(evaluator, [r for r in runs if r.stores == stores and not r.is_control], fvu)
         ]
         wrote.append(out.with_suffix(".together.json"))
         _write_json(rows, wrote[-1])

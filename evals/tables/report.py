@@ -24,7 +24,7 @@ LATENTS = Path("features", "index.html")
 """Pages of a run's latents, if they have been made (features/pages.py)."""
 
 
-def write(rows: list[Row], seeds: list[Row], pairs: list[Row], stores: dict[str, ActivationStore], path: Path) -> Path:
+def write(rows: list[Row], seeds: list[Row], pairs: list[Row], stores: list[ActivationStore], path: Path) -> Path:
     """Write the page for evaluated runs (rows as in the table), their means over seeds, their paired differences, and
     their stores."""
     here = Path(__file__)
@@ -50,7 +50,7 @@ def write(rows: list[Row], seeds: list[Row], pairs: list[Row], stores: dict[str,
         seconds=sum((row.get("seconds") or 0) / row.get("bank_coders", 1) for row in rows),
         why=why_no_intervals(rows[0]),
         figures=_finite(_figures(rows, seeds)),
-        stores=[_describe(store) for store in stores.values()],
+        stores=[_describe(store) for store in stores],
         version=version("skipcoder"),
         plotly=get_plotlyjs(),
         script=here.with_name("report.js").read_text(),

@@ -1,12 +1,12 @@
 """Hookpoints: the modules that are read and written, found by globs over module names."""
 
 import difflib
-import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from natsort import natsorted
+from wcmatch.fnmatch import BRACE, CASE, fnmatch
 
 from skipcoder.errors import UserError
 
@@ -22,6 +22,15 @@ class Hookpoint:
     """Whether the user named the module that is written."""
 
 
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that a glob matches, in their own order.
+
+    >>> matching("layers.{4,8}.mlp", ["layers.4.mlp", "layers.5.mlp", "layers.8.mlp"])
+    ['layers.4.mlp', 'layers.8.mlp']
+    """
+    return [name for name in names if fnmatch(name, pattern, flags=BRACE | CASE)]
+
+
 def resolve(patterns: Iterable[str], write_modules: Mapping[str, str], modules: Iterable[str]) -> list[Hookpoint]:
     """Hookpoints that match `patterns` (globs over module names), in natural order, without repeats.
 
@@ -30,7 +39,7 @@ def resolve(patterns: Iterable[str], write_modules: Mapping[str, str], modules: 
     names = [name for name in modules if name]
     found: set[str] = set()
     for pattern in patterns:
-        matches = fnmatch.filter(names, pattern)
+        matches = matching(pattern, names)
         if not matches:
             raise UserError(f"hookpoint {pattern!r} matches no module of this model; {_hint(pattern, names)}")
         found.update(matches)

@@ -1,5 +1,6 @@
 """A bank: any number of coders on one stream of batches. Each batch is read, decoded and moved once.
 
+Coders of different hookpoints may share a stream, which then reads what any of them needs; each looks at its own.
 A member takes the batches that it would take alone, in the same order, and shares nothing else with the others, so its
 result is the same to the bit. Members may be at different steps (one was added later, another interrupted earlier): the
 stream begins at the step of the member furthest behind, and the others wait for their next batch.
@@ -9,7 +10,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from skipcoder.trainer.config import TrainConfig
 from skipcoder.trainer.data.batch import Batch
 from skipcoder.trainer.data.ranks import Ranks
 from skipcoder.trainer.data.stream import ActivationStream, Position
-from skipcoder.trainer.run.build import check, make_stream, open_store, token_filter
+from skipcoder.trainer.run.build import check, hookpoints, make_stream, open_store, token_filter, used
 from skipcoder.trainer.run.device import pick_device
 from skipcoder.trainer.run.run import Summary
 
@@ -60,12 +61,15 @@ def train(cfg: TrainConfig, directory: Path) -> Summary:
     return outcome.summary
 
 
-def stream_key(cfg: TrainConfig) -> tuple[Any, ...]:
-    """Return what the members of a bank must have in common."""
+def stream_key(cfg: TrainConfig, names: Sequence[str]) -> tuple[Any, ...]:
+    """Return what the members of a bank must have in common; `names`: of the coder's hookpoints. They may differ where
+    neither the number of chunks that are shuffled together nor the tokens that are left out depend on them."""
     stream = str(vars(cfg.stream))
     loop = cfg.train
     machine = loop.device, loop.threads, loop.shards
-    return cfg.store.path, cfg.hookpoint, loop.batch_tokens, loop.eval_tokens, stream, machine
+    free = cfg.stream.pool_chunks is not None and cfg.stream.max_norm is None
+    place = cfg.store.path, cfg.store.other, None if free else tuple(names)
+    return *place, loop.batch_tokens, loop.eval_tokens, stream, machine
 
 
 def train_bank(jobs: Sequence[tuple[TrainConfig, Path]]) -> list[Outcome]:
@@ -74,7 +78,6 @@ def train_bank(jobs: Sequence[tuple[TrainConfig, Path]]) -> list[Outcome]:
     After an interruption every member can be resumed.
     """
     refuse_shared_directories(jobs)
-    assert len({stream_key(cfg) for cfg, _ in jobs}) <= 1
     outcomes: dict[Path, Outcome] = {}
     waiting: list[Member] = []
     store: ActivationStore | None = None
@@ -83,7 +86,7 @@ def train_bank(jobs: Sequence[tuple[TrainConfig, Path]]) -> list[Outcome]:
             check(cfg)
             store = open_store(cfg) if store is None else store
             cfg.store.path = str(store.place)
-            store.hookpoint(cfg.hookpoint)
+            hookpoints(cfg, store)
             member = Member(cfg, directory)
             if member.summary is not None:
                 print(f"{directory}: finished before, nothing to do")
@@ -91,6 +94,7 @@ def train_bank(jobs: Sequence[tuple[TrainConfig, Path]]) -> list[Outcome]:
             else:
                 waiting.append(member)
     if waiting and store is not None:
+        assert len({stream_key(member.cfg, hookpoints(member.cfg, store)) for member in waiting}) == 1
         open_ends = [member.directory for member in waiting]
         try:
             with _failing(outcomes, *open_ends):
@@ -121,7 +125,10 @@ def _train(members: list[Member], store: ActivationStore, outcomes: dict[Path, O
             long = token_filter(cfg, store).long
             if long is not None:
                 print(f"stream.max_norm={cfg.stream.max_norm:g} leaves out {len(long):,} of {every:,} tokens")
-    stream = make_stream(cfg, store, device, ranks)
+    of_member = [(member.cfg, hookpoints(member.cfg, store)) for member in members]
+    names = list(dict.fromkeys(name for _, some in of_member for name in some))
+    columns = {column for one in of_member for column in used(*one)}
+    stream = make_stream(cfg, store, device, ranks, names, columns)
     positions: dict[int, Position | None] = {}
     for member in members:
         with _failing(outcomes, member.directory):
@@ -137,14 +144,16 @@ def _train(members: list[Member], store: ActivationStore, outcomes: dict[Path, O
     begun = [member for member in members if member.directory not in outcomes]
     for member in begun:
         member.bank_coders = len(begun)
-    _loop(begun, begin, stream, _held_out(cfg, store, device), outcomes, ranks)
+    by_hookpoints = {tuple(member.hookpoints): member for member in begun}
+    held_out = {names: _held_out(member, store, device) for names, member in by_hookpoints.items()}
+    _loop(begun, begin, stream, held_out, outcomes, ranks)
 
 
 def _loop(
     members: list[Member],
     step: int,
     stream: ActivationStream,
-    held_out: Batch | None,
+    held_out: Mapping[tuple[str, ...], Batch | None],
     outcomes: dict[Path, Outcome],
     ranks: Ranks,
 ) -> None:
@@ -160,7 +169,7 @@ def _loop(
             step += 1
             for member in taking:
                 with _failing(outcomes, member.directory, alone=ranks.size == 1):
-                    member.step(batch, read_ms, held_out)
+                    member.step(batch, read_ms, held_out[tuple(member.hookpoints)])
             stopping = ranks.any(asked_to_stop())
             for member in taking:
                 if member.directory in outcomes:
@@ -185,13 +194,13 @@ def _unfinished(members: list[Member], outcomes: dict[Path, Outcome]) -> list[Me
     return [member for member in members if member.directory not in outcomes]
 
 
-def _held_out(cfg: TrainConfig, store: ActivationStore, device: str) -> Batch | None:
-    """Return the first eval_tokens validation tokens in a fixed order."""
-    if not cfg.train.eval_tokens:
+def _held_out(member: Member, store: ActivationStore, device: str) -> Batch | None:
+    """Return the first eval_tokens validation tokens in a fixed order, with the member's hookpoints."""
+    cfg, names, tokens = member.cfg, member.hookpoints, member.cfg.train.eval_tokens
+    if not tokens:
         return None
-    hookpoint, tokens = store.hookpoint(cfg.hookpoint), cfg.train.eval_tokens
     kept = token_filter(cfg, store)
-    stream = ActivationStream(store, hookpoint, tokens, split="validation", filter=kept, epochs=1, device=device)
+    stream = ActivationStream(store, names, tokens, split="validation", filter=kept, epochs=1, device=device)
     return next(iter(stream), None)
 
 

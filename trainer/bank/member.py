@@ -15,7 +15,7 @@ from skipcoder.trainer.config import ActivationName, TrainConfig
 from skipcoder.trainer.data.batch import Batch
 from skipcoder.trainer.data.ranks import ALONE, Ranks
 from skipcoder.trainer.data.stream import ActivationStream, Position
-from skipcoder.trainer.run.build import make_learner, token_filter
+from skipcoder.trainer.run.build import hookpoints, make_learner, token_filter
 from skipcoder.trainer.run.checkpoint import State, load_state, save_state
 from skipcoder.trainer.run.provenance import provenance
 from skipcoder.trainer.run.run import MetricsLine, RunDirectory, Summary
@@ -60,12 +60,12 @@ class Member:
         self, store: ActivationStore, stream: ActivationStream, device: str, ranks: Ranks = ALONE
     ) -> Position | None:
         """Build the learner, from the last save if any; return the stream's position, None at the beginning."""
-        self.store, (self.hookpoint,) = store, stream.hookpoints
+        self.store, self.hookpoints = store, hookpoints(self.cfg, store)
         self.ranks = ranks
         with ranks.together():
             shard = Shard(ranks.latents, self.cfg.coder.width)
             state = load_state(self.directory, shard.rows if self.cfg.train.shards > 1 else None)
-        self._learner = make_learner(self.cfg, store, self.hookpoint, self.steps, device, state is None, ranks)
+        self._learner = make_learner(self.cfg, store, self.hookpoints, self.steps, device, state is None, ranks)
         with ranks.together():
             return self._go_on(state, stream)
 
@@ -106,7 +106,7 @@ class Member:
 
     def step(self, batch: Batch, read_ms: float, held_out: Batch | None) -> None:
         """Make one optimiser step, and write a line of metrics if one is due."""
-        self.window.append(self.learner.step(batch.x, batch.y, batch.tokens))
+        self.window.append(self.learner.step(*self._sides(batch), batch.tokens))
         self.read_ms.append(read_ms)
         every, step = self.cfg.train.log_every, self.learner.step_number
         if self.finished:
@@ -115,12 +115,19 @@ class Member:
             line = self._line()
             evaluate_every = self.cfg.train.eval_every or max(self.steps // 10, 1)
             if held_out is not None and (self.finished or step % evaluate_every < every):
-                line["validation_fvu"] = self.learner.fvu(held_out.x, held_out.y)
+                fvus = self.learner.fvus(*self._sides(held_out))
+                line["validation_fvu"] = sum(fvus) / len(fvus)
+                if len(fvus) > 1:
+                    line |= {f"validation_fvu_side_{s}": fvu for s, fvu in enumerate(fvus)}  # type: ignore[typeddict-item]
             self.last = line
             if self.ranks.is_main:
                 self.files.append_metrics(line)
                 for logger in self.loggers:
                     logger.write(line)
+
+    def _sides(self, batch: Batch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What enters and what leaves the MLP at each of its hookpoints."""
+        return batch.side(self.hookpoints, "input"), batch.side(self.hookpoints, "output")
 
     def _line(self) -> MetricsLine:
         mean = {key: sum(float(w[key]) for w in self.window) / len(self.window) for key in self.window[0]}
@@ -157,9 +164,8 @@ class Member:
         tokens = self.learner.activation.calibration_tokens
         if tokens:
             device, kept = self.learner.coder.W_enc.device, token_filter(self.cfg, self.store)
-            start = ActivationStream(self.store, self.hookpoint, tokens, filter=kept, epochs=1, device=device)
-            batch = next(iter(start))
-            self.learner.calibrate(batch.x, batch.y)
+            start = ActivationStream(self.store, self.hookpoints, tokens, filter=kept, epochs=1, device=device)
+            self.learner.calibrate(*self._sides(next(iter(start))))
 
     def release(self, finished: bool = False) -> None:
         """Free the learner's memory and close the loggers."""
@@ -185,14 +191,14 @@ class Member:
         assert self.last is not None
         with self.ranks.together():
             coder = self.learner.folded()
-            coder.meta = provenance(self.store, self.hookpoint, token_filter(self.cfg, self.store), self.learner)
+            coder.meta = provenance(self.store, self.hookpoints, token_filter(self.cfg, self.store), self.learner)
         summary: Summary = {
             "kind": self.cfg.coder.kind,
             "k": self.cfg.coder.k,
             "width": self.cfg.coder.width,
             "activation": self.cfg.coder.activation,
             "side": self.cfg.coder.side.value,
-            "hookpoint": self.hookpoint,
+            "hookpoint": coder.meta["hookpoint"],
             "model": self.store.attrs["model"]["name"],
             "seed": self.cfg.seed,
             "train_tokens": self.learner.tokens,
@@ -206,6 +212,17 @@ class Member:
             "seconds": round(self.seconds, 2),
             "bank_coders": self.bank_coders,
         }
+        if "sides" in coder.meta:
+            line: dict[str, Any] = dict(self.last)
+            summary["sides"] = [
+                {
+                    "hookpoint": facts["hookpoint"],
+                    "side": facts["side"],
+                    "train_fvu": line.get(f"fvu_side_{s}", line["fvu"]),
+                    "validation_fvu": line.get(f"validation_fvu_side_{s}", line.get("validation_fvu")),
+                }
+                for s, facts in enumerate(coder.meta["sides"])
+            ]
         with self.ranks.together():
             if self.ranks.data.is_main:
                 coder.save(self.directory / FOLDER)

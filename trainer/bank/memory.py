@@ -10,6 +10,8 @@ from skipcoder.errors import UserError
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.coder.encoding import chunk_bytes
 from skipcoder.trainer.config import Kind, OptimName, TrainConfig
+from skipcoder.trainer.run.build import hookpoints
+from skipcoder.trainer.step.sides import sides
 
 GIB = 2**30
 MARGIN = GIB // 2
@@ -38,8 +40,9 @@ def need(cfg: TrainConfig, d_in: int, d_out: int, device: str) -> Need:
 
 def refuse_too_large(cfg: TrainConfig, store: ActivationStore, budget: float, device: str) -> Need:
     """The need of one coder; UserError if the budget (bytes) does not hold it."""
-    facts = store.hookpoints[store.hookpoint(cfg.hookpoint)]
-    one = need(cfg, facts["d_in"], facts["d_out"], device)
+    names = hookpoints(cfg, store)
+    d_in, d_out = (sum(store.width(name, side) for name in names) for side in sides(cfg.coder))
+    one = need(cfg, d_in, d_out, device)
     if bank_bytes([one]) > budget:
         shards = f" / train.shards={cfg.train.shards}" if cfg.train.shards > 1 else ""
         raise UserError(

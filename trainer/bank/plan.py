@@ -1,13 +1,15 @@
-"""Which coders of a sweep are trained together: grouped by stream, packed by memory."""
+"""Which coders of a sweep are trained together: grouped by stream, then by the hookpoints that they have in common,
+packed by memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from skipcoder.errors import UserError
+from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.bank import memory
 from skipcoder.trainer.bank.bank import Job, Outcome, stream_key
-from skipcoder.trainer.run.build import open_store
+from skipcoder.trainer.run.build import hookpoints, open_store
 from skipcoder.trainer.run.device import pick_device
 
 
@@ -37,20 +39,25 @@ def plan(jobs: Sequence[Job], settings: Settings, devices: int, together: bool =
     """Print and return the banks. `together`: all banks share one memory at the same time."""
     banks: list[list[Job]] = []
     refused: list[Outcome] = []
-    groups: dict[object, list[Job]] = {}
+    alike: dict[object, list[Job]] = {}
+    stores: dict[object, ActivationStore] = {}
     for cfg, directory in jobs:
-        if cfg.store.path is None:
-            open_store(cfg)  # finds the store and writes its path into cfg
-        groups.setdefault(stream_key(cfg), []).append(Job(cfg, directory))
-    for group in groups.values():
-        cfg = group[0].cfg
         try:
-            device = pick_device(cfg.train.device) if settings.address is None else "there"
-            store = open_store(cfg)
-            store.hookpoint(cfg.hookpoint)
-        except UserError:  # the bank reports it for each of its jobs
-            banks.append(group)
+            if settings.address is None:
+                pick_device(cfg.train.device)
+            place = cfg.store.path, cfg.store.other
+            if place not in stores:
+                stores[place] = open_store(cfg)
+            cfg.store.path = str(stores[place].place)
+            key = stream_key(cfg, hookpoints(cfg, stores[place]))
+        except UserError:  # the bank reports it
+            banks.append([Job(cfg, directory)])
             continue
+        stores[key] = stores[place]
+        alike.setdefault(key, []).append(Job(cfg, directory))
+    groups = [(some, stores[key]) for key, group in alike.items() for some in _overlapping(group, stores[key])]
+    for group, store in groups:
+        device = pick_device(group[0].cfg.train.device) if settings.address is None else "there"
         budget = settings.memory_gib * memory.GIB if settings.memory_gib else 0.9 * memory.free_bytes(device)
         budget /= len(groups) if together else 1
         needs, fitting = [], []
@@ -65,3 +72,15 @@ def plan(jobs: Sequence[Job], settings: Settings, devices: int, together: bool =
     for number, bank in enumerate(banks, 1):
         print(f"bank {number} of {len(banks)}: {len(bank)} coder{'s' if len(bank) > 1 else ''} on one stream")
     return Plan(banks, refused)
+
+
+def _overlapping(jobs: Sequence[Job], store: ActivationStore) -> list[list[Job]]:
+    """Return the jobs in groups without a hookpoint in common: to read them together would save nothing."""
+    groups: list[tuple[set[str], list[Job]]] = []
+    for job in jobs:
+        names, joined = set(hookpoints(job.cfg, store)), [job]
+        for group in [group for group in groups if group[0] & names]:
+            groups.remove(group)
+            names, joined = names | group[0], [*group[1], *joined]
+        groups.append((names, joined))
+    return [group for _, group in groups]

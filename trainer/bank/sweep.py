@@ -5,17 +5,17 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from fnmatch import filter as matching
 from typing import NamedTuple
 
 import torch
 
 from skipcoder import cli
 from skipcoder.errors import UserError
+from skipcoder.pipeline.model.hookpoints import matching
 from skipcoder.trainer.bank.bank import Job, Outcome, refuse_shared_directories, train_bank
 from skipcoder.trainer.bank.on_ray import train_on_ray
 from skipcoder.trainer.bank.plan import Settings, plan
-from skipcoder.trainer.config import RunConfig
+from skipcoder.trainer.config import Kind, RunConfig
 from skipcoder.trainer.run.build import open_store
 
 
@@ -30,12 +30,13 @@ class Failure(NamedTuple):
 
 def spread(job: Job, always: bool = False) -> list[Job]:
     """Return the jobs that one stands for: itself or, where its hookpoint is a glob (`layers.*.mlp`) or `always`, one
-    for each hookpoint of the store that matches, in a folder of its name. UserError if none does."""
+    for each hookpoint of the store that matches, in a folder of its name. A crosscoder is one coder over all of them.
+    UserError if none does."""
     pattern = job.cfg.hookpoint
-    if pattern is None or not (always or set(pattern) & set("*?[")):
+    if pattern is None or job.cfg.coder.kind == Kind.crosscoder or not (always or set(pattern) & set("*?[{")):
         return [job]
     store = open_store(job.cfg)
-    names = matching(store.hookpoints, pattern)
+    names = matching(pattern, store.hookpoints)
     if not names:
         raise UserError(f"hookpoint={pattern}: {store.place} holds {', '.join(store.hookpoints)}; none of them matches")
     folders = [job.directory / name for name in names]

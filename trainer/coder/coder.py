@@ -1,8 +1,10 @@
-"""SparseCoder: one module for SAEs, transcoders and skip transcoders.
+"""SparseCoder: one module for SAEs, crosscoders, transcoders and skip transcoders.
 
-    pre   = W_enc (x - b_pre) + b_enc        b_pre = b_dec for an SAE, 0 for transcoders
+    pre   = W_enc (x - b_pre) + b_enc        b_pre = b_dec for SAEs and crosscoders, 0 for transcoders
     f     = activation(pre)                  top-k, group max, batch top-k or jumprelu
     y_hat = f W_dec + W_skip x + b_dec       W_skip for skip transcoders only
+
+A crosscoder is an SAE of several sides of a token, which x and y_hat hold one after another.
 
 Legend: N tokens, K active latents, M latents, D input width, E output width.
 """
@@ -56,8 +58,8 @@ class SparseCoder(nn.Module):
     def __init__(self, cfg: CoderConfig, d_in: int, d_out: int, seed: int = 0, shard: Shard | None = None) -> None:
         """`shard`: the latents to hold; None: all."""
         super().__init__()
-        if cfg.kind == Kind.sae and d_in != d_out:
-            raise ValueError(f"an SAE reconstructs what it reads, but d_in={d_in} and d_out={d_out}")
+        if cfg.reconstructs and d_in != d_out:
+            raise ValueError(f"a coder of kind {cfg.kind} writes what it reads, but d_in={d_in} and d_out={d_out}")
         self.cfg, self.d_in, self.d_out, self.shard = cfg, d_in, d_out, shard
         self.latents = range(cfg.width) if shard is None else shard.rows
         """Those that are here, one for each row of the parameters."""
@@ -70,7 +72,7 @@ class SparseCoder(nn.Module):
         """How the encoder finds latents; in a mode other than float32 the skip's product is in bfloat16."""
         self.W_enc = nn.Parameter(uniform_rows(self.latents, d_in, d_in**-0.5, seed))
         self.b_enc = nn.Parameter(torch.zeros(len(self.latents)))
-        if cfg.kind == Kind.sae:
+        if cfg.reconstructs:
             self.W_dec = nn.Parameter(nn.functional.normalize(self.W_enc.detach(), dim=1))
         else:
             self.W_dec = nn.Parameter(torch.zeros(len(self.latents), d_out))
@@ -89,13 +91,13 @@ class SparseCoder(nn.Module):
     def init_biases(self, mean_x_D: Tensor, mean_y_E: Tensor) -> None:
         """Start as the constant function mean(y), with the encoder centred on mean(x)."""
         self.b_dec.copy_(mean_y_E)
-        if self.cfg.kind != Kind.sae:  # an SAE is centred by b_pre = b_dec
+        if not self.cfg.reconstructs:  # others are centred by b_pre = b_dec
             self.b_enc.copy_(-self.W_enc @ mean_x_D.to(self.W_enc))
 
     @property
     def b_pre(self) -> Tensor | None:
         """What the encoder subtracts from its input."""
-        if self.cfg.kind != Kind.sae:
+        if not self.cfg.reconstructs:
             return None
         return self.b_dec if self.shard is None else self.shard.read(self.b_dec)
 
@@ -109,13 +111,14 @@ class SparseCoder(nn.Module):
         """Return values and indices of the active latents of each token (K of them, or `k`)."""
         return self.activation.encode(self, x_ND, k)
 
-    def rescale(self, s_in: float, s_out: float) -> None:
-        """Change the weights so that the new coder(s_in x) is s_out times the old coder(x) (fold.py)."""
+    def rescale(self, s_in: float | Tensor, s_out: float | Tensor) -> None:
+        """Change the weights so that the new coder(s_in x) is s_out times the old coder(x) (fold.py). Of a coder over
+        several sides a scale may be a tensor, with one for each number of a row."""
         self.W_enc.div_(s_in)
         self.W_dec.mul_(s_out)
         self.b_dec.mul_(s_out)
         if self.W_skip is not None:
-            self.W_skip.mul_(s_out / s_in)
+            self.W_skip.div_(s_in).mul_(s_out[:, None] if isinstance(s_out, Tensor) else s_out)
 
     def decode(self, codes: Codes, x_ND: Tensor) -> Tensor:
         """Return [N, E]: the sparse part, plus bias, plus the skip of `x_ND`. Of a shard without gradients."""
@@ -157,7 +160,7 @@ class SparseCoder(nn.Module):
             "d_in": self.d_in,
             "d_out": self.d_out,
             "dtype": "float32",
-            "subtract_decoder_bias": self.cfg.kind == Kind.sae,
+            "subtract_decoder_bias": self.cfg.reconstructs,
             **self.meta,
         }
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
@@ -204,7 +207,7 @@ class SparseCoder(nn.Module):
 
 
 KINDS: Registry[type[SparseCoder]] = Registry("coder.kind", dict.fromkeys(Kind, SparseCoder))
-"""The class of each kind of coder; all but SAEs read an MLP's input and write its output."""
+"""The class of each kind of coder; all but SAEs and crosscoders read an MLP's input and write its output."""
 
 
 def make_coder(cfg: CoderConfig, d_in: int, d_out: int, seed: int = 0, shard: Shard | None = None) -> SparseCoder:

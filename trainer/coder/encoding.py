@@ -8,7 +8,6 @@ from torch import Tensor
 
 from skipcoder.errors import UserError
 from skipcoder.kernels.preactivations import Search, fp8_type
-from skipcoder.pipeline.store.stats import Moments
 from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.config import EncodeConfig
 
@@ -23,17 +22,16 @@ FP8_WIDTH = 2**15
 _MORE_EXACT = {"scout": "bfloat16", "fp8": "bfloat16", "bfloat16": "float32"}
 
 
-def make_search(cfg: EncodeConfig, x: Moments, s_in: float, device: str, width: int) -> Search:
-    """Return how a run that reads inputs x / s_in searches for `width` latents."""
-    mean = torch.from_numpy(x.mean / s_in).float()
+def make_search(cfg: EncodeConfig, mean_D: Tensor, variance_D: Tensor, device: str, width: int) -> Search:
+    """Return how a run searches for `width` latents that reads inputs with these moments."""
     # Scaling by the root of each dimension's standard deviation halves, on a log scale, the differences between
     # dimensions in the inputs and, inversely, in the weights.
-    spread = torch.from_numpy((x.variance / s_in**2) ** 0.25).float()
+    spread = (variance_D**0.25).float()
     spread = (spread / spread.mean()).clamp_min(1e-3)
     mode = cfg.mode.value if cfg.mode else fastest_mode(device, width)
     if not available(mode, device):
         raise UserError(f"encode.mode={mode} is not for this device, {device}; leave it null, or use bfloat16")
-    return Search(mode, cfg.nominated, chunk_bytes(cfg, device), mean.to(device), spread.to(device))
+    return Search(mode, cfg.nominated, chunk_bytes(cfg, device), mean_D.float().to(device), spread.to(device))
 
 
 def available(mode: str, device: str) -> bool:

@@ -35,6 +35,17 @@ class SiteFacts(TypedDict):
     side: str
 
 
+class SideFacts(SiteFacts):
+    """One of the sides that a crosscoder reads and writes, in the order of its rows."""
+
+    hookpoint: str
+    width: int
+    scale: float
+    """What training divided it by."""
+    variance: float
+    """Total variance of a token of the training units, in the model's units squared."""
+
+
 class FilterFacts(TypedDict):
     """The positions that training left out."""
 
@@ -71,9 +82,13 @@ class Provenance(TypedDict, total=False):
     """Where a coder comes from and where it attaches. A coder made by hand has none of these keys."""
 
     model: ModelIdentity
+    other_model: ModelIdentity
+    """The second one, for a coder between two models."""
     hookpoint: str
     read: SiteFacts
     write: SiteFacts
+    sides: list[SideFacts]
+    """Of a crosscoder, in place of `read`, `write` and `scales`."""
     data: DataFacts
     scales: ScaleFacts
     seed: int

@@ -8,10 +8,10 @@ import copy
 import math
 
 import torch
+from torch import Tensor
 
 from skipcoder.kernels.preactivations import EXACT
 from skipcoder.trainer.coder.coder import SparseCoder
-from skipcoder.trainer.config import Kind
 
 
 def power_of_two_scale(mean_square: float) -> float:
@@ -20,11 +20,13 @@ def power_of_two_scale(mean_square: float) -> float:
 
 
 @torch.no_grad()
-def fold(coder: SparseCoder, s_in: float, s_out: float) -> SparseCoder:
-    """Return a copy of `coder` (trained on x/s_in -> y/s_out) that works on raw activations."""
-    if coder.cfg.kind == Kind.sae:
-        assert s_in == s_out, "an SAE reads and writes one side, so it has one scale"
+def fold(coder: SparseCoder, s_in: float | Tensor, s_out: float | Tensor) -> SparseCoder:
+    """Return a copy of `coder` (trained on x/s_in -> y/s_out) that works on raw activations. Scales of rows of several
+    sides are tensors, [D] and [E]."""
+    if coder.cfg.reconstructs:
+        assert s_in is s_out or torch.equal(*map(torch.as_tensor, (s_in, s_out))), "it reads what it writes"
     folded = copy.deepcopy(coder)
     folded.search = EXACT  # a scout's statistics describe the scaled input
-    folded.rescale(s_in, s_out)
+    device = coder.W_enc.device
+    folded.rescale(*(s.to(device) if isinstance(s, Tensor) else s for s in (s_in, s_out)))
     return folded

@@ -1,8 +1,9 @@
-"""A batch of activation pairs, and how one is assembled from the rows of a pool.
+"""A batch of activations, and how one is assembled from the rows of a pool.
 
 Legend: B tokens of a batch, D input width, E output width.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,11 +13,19 @@ GATHER_ROWS = 512
 """Rows gathered, then converted, at a time: they stay in a core's cache (a quarter faster than a whole batch)."""
 
 
+class Column(NamedTuple):
+    """One side of a hookpoint."""
+
+    hookpoint: str
+    side: str
+    """input or output."""
+
+
 class Batch(NamedTuple):
     """Tokens of one batch, in the model's own scale."""
 
-    pairs: dict[str, tuple[Tensor, Tensor]]
-    """Hookpoint -> ([B, D] what enters the MLP, [B, E] what leaves it); row i is the same token everywhere."""
+    columns: dict[Column, Tensor]
+    """[B, D] what enters an MLP, or what leaves it; row i is the same token everywhere."""
     position: Tensor
     """int64 [B] flat position (row * context + position in row) in the store's tokens."""
     tokens: int
@@ -25,22 +34,33 @@ class Batch(NamedTuple):
     @property
     def x(self) -> Tensor:
         """[B, D] what enters the MLP of the only hookpoint."""
-        ((x, _),) = self.pairs.values()
-        return x
+        return self._only("input")
 
     @property
     def y(self) -> Tensor:
         """[B, E] what leaves the MLP of the only hookpoint."""
-        ((_, y),) = self.pairs.values()
-        return y
+        return self._only("output")
+
+    def _only(self, side: str) -> Tensor:
+        (found,) = (z for column, z in self.columns.items() if column.side == side)
+        return found
+
+    def row(self, columns: Sequence[Column]) -> Tensor:
+        """Return [B, D]: these sides one after another."""
+        first, *others = (self.columns[column] for column in columns)
+        return torch.cat([first, *others], 1) if others else first
+
+    def side(self, hookpoints: Sequence[str], side: str) -> list[Tensor]:
+        """Return that side of each of these hookpoints, as far as it was read."""
+        wanted = (Column(name, side) for name in hookpoints)
+        return [self.columns[column] for column in wanted if column in self.columns]
 
 
 class BatchLayout(NamedTuple):
     """What all batches of a stream have in common."""
 
-    hookpoints: list[str]
+    columns: list[Column]
     widths: list[int]
-    """Widths of both sides of each hookpoint in turn."""
     rank: int
     world_size: int
     most: int
@@ -74,5 +94,4 @@ class Assembly:
     def done(self) -> Batch:
         """Return the finished batch."""
         *sides, position = (z[: self.mine] for z in self.columns)
-        pairs = zip(sides[::2], sides[1::2], strict=True)
-        return Batch(dict(zip(self.layout.hookpoints, pairs, strict=True)), position, self.tokens)
+        return Batch(dict(zip(self.layout.columns, sides, strict=True)), position, self.tokens)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skipcoder.pipeline.store.commit import SIDES
 from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.data.batch import Column
 from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.data.lane import Lane, Mark
 from skipcoder.trainer.data.reading import Chunk, Readers, Staging, read_positions
@@ -18,7 +18,7 @@ TOGETHER = 8
 """Chunks that a GPU copies and decodes together."""
 
 Columns = tuple[Tensor, ...]
-"""Both sides of each hookpoint in turn, [slots, chunk_rows, d], then, always in memory, the positions."""
+"""What is read of a token, [slots, chunk_rows, d] each, then, always in memory, the positions."""
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ class Pool:
     def __init__(
         self,
         store: ActivationStore,
-        hookpoints: Sequence[str],
+        columns: Sequence[Column],
         chunks: Sequence[Chunk],
         filter: TokenFilter,
         at_once: int,
@@ -65,8 +65,7 @@ class Pool:
     ) -> None:
         """`at_once`: chunks that are shuffled together; `keep`: whether to keep every chunk once it has been read;
         `readers` of them at a time, threads or, for a GPU, processes if `apart`."""
-        self.store, self.hookpoints, self.chunks, self.filter = store, hookpoints, chunks, filter
-        self.sides = [(name, side) for name in hookpoints for side in SIDES]
+        self.store, self.columns, self.chunks, self.filter = store, columns, chunks, filter
         self.at_once, self.readers, self.apart = min(at_once, len(chunks)), readers, apart
         self.lane = Lane(device)
         self.through_memory = device.type == "cuda"
@@ -106,7 +105,7 @@ class Pool:
     def _allocate(self, slots: int) -> Columns:
         rows = self.store.chunk_rows
         with self.lane():
-            sides = [self._empty(slots, rows, self.store.width(*side)) for side in self.sides]
+            sides = [self._empty(slots, rows, self.store.width(*column)) for column in self.columns]
         return *sides, torch.empty(slots, rows, dtype=torch.int64)
 
     def _empty(self, *shape: int) -> Tensor:
@@ -134,8 +133,8 @@ class Pool:
     def _decode(self, chunk: int, into: Sequence[Tensor]) -> np.ndarray:
         _, start, stop = self.chunks[chunk]
         *sides, position = into
-        for side, z in zip(self.sides, sides, strict=True):
-            self.store.activations(*side, start, stop, out=z[: stop - start])
+        for column, z in zip(self.columns, sides, strict=True):
+            self.store.activations(*column, start, stop, out=z[: stop - start])
         return read_positions(self.store, self.filter, self.chunks[chunk], position.numpy())
 
     # ---- on a GPU ---------------------------------------------------------------------------------
@@ -146,7 +145,7 @@ class Pool:
             return
         half, before, mark = self.at_once, None, None
         self.lane.settle()
-        staging = Staging(self.store, self.hookpoints, self.filter, 2 * half)
+        staging = Staging(self.store, self.columns, self.filter, 2 * half)
         with Readers(staging, self.readers, self.apart) as readers:
             if self.lane.device.type == "cuda":
                 staging.memory.pin()

@@ -15,11 +15,10 @@ from numcodecs import blosc
 
 from skipcoder.errors import UserError
 from skipcoder.helpers import Helper, SharedArrays
-from skipcoder.pipeline.store.attrs import read_attrs
-from skipcoder.pipeline.store.commit import SIDES
-from skipcoder.pipeline.store.places import place_at
 from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.data.batch import Column
 from skipcoder.trainer.data.filter import TokenFilter
+from skipcoder.trainer.data.joined import addresses, opened_again
 
 
 class Chunk(NamedTuple):
@@ -36,33 +35,33 @@ class Staging:
     def __init__(
         self,
         store: ActivationStore,
-        hookpoints: Sequence[str],
+        columns: Sequence[Column],
         filter: TokenFilter,
         slots: int,
         descriptor: int | None = None,
     ) -> None:
         """`descriptor`: of the memory of another process, which was made with the same arguments."""
         self.store, self.filter = store, filter
-        self.sides = [(name, side) for name in hookpoints for side in SIDES]
+        self.columns = list(columns)
         specs: dict[Any, Any] = {
-            (*side, suffix): ((slots, *shape), dtype)
-            for side in self.sides
-            for suffix, (shape, dtype) in store.code_shapes(*side, store.chunk_rows).items()
+            (*column, suffix): ((slots, *shape), dtype)
+            for column in self.columns
+            for suffix, (shape, dtype) in store.code_shapes(*column, store.chunk_rows).items()
         }
         rows = (slots, store.chunk_rows)
         self.memory = SharedArrays({**specs, "position": (rows, np.int64), "keep": (rows, np.bool_)}, descriptor)
         self.codes = [
-            {suffix: self.memory.arrays[*side, suffix] for suffix in store.codec.arrays} for side in self.sides
+            {suffix: self.memory.arrays[*column, suffix] for suffix in store.codec.arrays} for column in self.columns
         ]
-        """Of each side, [slots, ...]."""
+        """Of each column, [slots, ...]."""
         self.position, self.keep = self.memory.arrays["position"], self.memory.arrays["keep"]
-        self.setup = store.place.address, list(hookpoints), filter, slots, self.memory.descriptor
+        self.setup = addresses(store), self.columns, filter, slots, self.memory.descriptor
         """What another process needs to make the same."""
 
     def read(self, slot: int, chunk: Chunk) -> None:
         """Fill a slot."""
-        for side, codes in zip(self.sides, self.codes, strict=True):
-            self.store.codes(*side, chunk.start, chunk.stop, {suffix: z[slot] for suffix, z in codes.items()})
+        for column, codes in zip(self.columns, self.codes, strict=True):
+            self.store.codes(*column, chunk.start, chunk.stop, {suffix: z[slot] for suffix, z in codes.items()})
         size = chunk.stop - chunk.start
         self.keep[slot, size:] = False
         self.keep[slot, :size] = read_positions(self.store, self.filter, chunk, self.position[slot])
@@ -122,14 +121,13 @@ class Readers:
         self.staging.memory.close()
 
 
-def _reading(setup: tuple[str, Sequence[str], TokenFilter, int, int]) -> Callable[[list[tuple[int, Chunk]]], None]:
+def _reading(
+    setup: tuple[list[str], Sequence[Column], TokenFilter, int, int],
+) -> Callable[[list[tuple[int, Chunk]]], None]:
     """What a process does: open the store and the memory, and fill slots."""
-    address, hookpoints, filter, slots, descriptor = setup
+    stores, columns, filter, slots, descriptor = setup
     blosc.use_threads = False
-    place = place_at(address)
-    attrs = read_attrs(place)
-    assert attrs is not None
-    staging = Staging(ActivationStore(place, attrs), hookpoints, filter, slots, descriptor)
+    staging = Staging(opened_again(stores), columns, filter, slots, descriptor)
 
     def read(asked: list[tuple[int, Chunk]]) -> None:
         for slot, chunk in asked:

@@ -14,7 +14,7 @@ Legend: B tokens of a batch, D input width, E output width.
 import hashlib
 import json
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from skipcoder.errors import UserError
 from skipcoder.pipeline.store.commit import SIDES
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.data.ahead import ahead
-from skipcoder.trainer.data.batch import Assembly, Batch, BatchLayout
+from skipcoder.trainer.data.batch import Assembly, Batch, BatchLayout, Column
 from skipcoder.trainer.data.filter import USUAL, TokenFilter
 from skipcoder.trainer.data.lane import Lane, Mark
 from skipcoder.trainer.data.order import block_permutation, epoch_order
@@ -68,8 +68,9 @@ class _Number(NamedTuple):
 class ActivationStream:
     """An endless stream of batches, or one of `epochs` epochs. The order depends on (seed, epoch, layout) alone.
 
-    Several hookpoints are aligned: each batch holds the same tokens of all of them. batch_tokens counts over all
-    ranks; rank r gets rows r::world_size of each global batch, and the last batch of an epoch is short.
+    Several hookpoints are aligned: each batch holds the same tokens of all of them. Of `columns` none but these sides
+    of the hookpoints are read; the order is the same. batch_tokens counts over all ranks; rank r gets rows
+    r::world_size of each global batch, and the last batch of an epoch is short.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class ActivationStream:
         world_size: int = 1,
         pool_chunks: int | None = None,
         epochs: int | None = None,
+        columns: Collection[Column] | None = None,
         readers: int | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -112,8 +114,9 @@ class ActivationStream:
                 f"train.batch_tokens={batch_tokens} is more than the {self.tokens:,} training tokens of {store.place}"
             )
         self.epoch = self.block = self.offset = 0
-        self.widths = [store.width(name, side) for name in self.hookpoints for side in SIDES]
-        pair_bytes = 2 * sum(self.widths)
+        every = [Column(name, side) for name in self.hookpoints for side in SIDES]
+        self.columns = [column for column in every if columns is None or column in columns]
+        pair_bytes = 2 * sum(store.width(*column) for column in every)
         self.pool_chunks = pool_chunks or max(1, POOL_BYTES // (pair_bytes * store.chunk_rows))
         is_small = self.tokens * pair_bytes <= KEEP_BYTES
         most = -(-min(batch_tokens, self.tokens) // world_size)
@@ -123,11 +126,12 @@ class ActivationStream:
             cores = max(1, min(MOST_READERS, (os.cpu_count() or 1) // ranks_here))
             usual = max(cores, usual) if is_small else cores  # processes cost more than threads
         self.readers = readers or usual
-        self._batch_layout = BatchLayout(self.hookpoints, self.widths, rank, world_size, most, self.device, dtype)
+        widths = [store.width(*column) for column in self.columns]
+        self._batch_layout = BatchLayout(self.columns, widths, rank, world_size, most, self.device, dtype)
         self._lane = Lane(self.device)
         self._pool = Pool(
             store,
-            self.hookpoints,
+            self.columns,
             self.chunks,
             filter,
             self.pool_chunks,
@@ -144,7 +148,6 @@ class ActivationStream:
         facts = {
             "identity": self.store.attrs["identity_hash"],
             "chunks": self.chunks,
-            "hookpoints": self.hookpoints,
             "filter": self.filter.facts(),
             "order": [self.seed, self.pool_chunks, self.batch_tokens],
         }
@@ -173,7 +176,7 @@ class ActivationStream:
         batches = ahead(self._batches())
         try:
             for batch, mark, (self.epoch, self.block, self.offset) in batches:
-                self._lane.hand_over(mark, (z for pair in batch.pairs.values() for z in pair))
+                self._lane.hand_over(mark, batch.columns.values())
                 yield batch
         finally:
             batches.close()

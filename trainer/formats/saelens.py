@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from skipcoder.errors import UserError
 from skipcoder.trainer.coder.coder import SparseCoder
-from skipcoder.trainer.config import ActivationName, Kind
+from skipcoder.trainer.config import MLP_KINDS, ActivationName, Kind
 from skipcoder.trainer.formats.assemble import assemble, must_hold, need, read_json, read_tensors
 from skipcoder.trainer.formats.hooks import transformer_lens
 
@@ -28,7 +28,7 @@ _ACTIVATIONS = {"standard": ActivationName.jumprelu, "topk": ActivationName.topk
 def architecture(coder: SparseCoder) -> str:
     """Return SAELens' name for a coder (for top-k transcoders, ours); raise UserError if there is none."""
     activation, kind = coder.cfg.activation, coder.cfg.kind
-    must_hold(coder, "saelens", list(Kind), (ActivationName.topk, ActivationName.batchtopk, ActivationName.jumprelu))
+    must_hold(coder, "saelens", MLP_KINDS, (ActivationName.topk, ActivationName.batchtopk, ActivationName.jumprelu))
     name = "topk" if activation == ActivationName.topk else "jumprelu"
     return name if kind == Kind.sae else f"{name}_{kind}"
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from skipcoder.errors import UserError
 from skipcoder.trainer.coder.coder import SparseCoder
-from skipcoder.trainer.config import ActivationName, Kind
+from skipcoder.trainer.config import MLP_KINDS, ActivationName, Kind
 from skipcoder.trainer.formats.assemble import assemble, must_hold, need, read_json, read_tensors, refuse
 
 MARK = "sae.safetensors"
@@ -23,7 +23,7 @@ _ACTIVATIONS = (ActivationName.topk, ActivationName.groupmax)
 def write(coder: SparseCoder, folder: Path) -> None:
     """Write the same bits under sparsify's names."""
     cfg = coder.cfg
-    must_hold(coder, "sparsify", list(Kind), _ACTIVATIONS)
+    must_hold(coder, "sparsify", MLP_KINDS, _ACTIVATIONS)
     if coder.d_in != coder.d_out:
         raise refuse(coder, "sparsify", f"it needs d_out = d_in, but these are {coder.d_out} and {coder.d_in}")
     tensors = coder.state_dict()

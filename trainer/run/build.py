@@ -1,13 +1,17 @@
 """Build what a run needs: the store, the stream, and a learner that starts from the store's statistics."""
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from skipcoder.errors import UserError
+from skipcoder.pipeline.model.hookpoints import matching
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.coder.activations import ACTIVATIONS
 from skipcoder.trainer.coder.coder import KINDS
 from skipcoder.trainer.config import Kind, SkipInit, TrainConfig
+from skipcoder.trainer.data.batch import Column
 from skipcoder.trainer.data.filter import TokenFilter
+from skipcoder.trainer.data.joined import OTHER, JoinedStore, open_stores
 from skipcoder.trainer.data.outliers import limited, moments
 from skipcoder.trainer.data.ranks import ALONE, Ranks
 from skipcoder.trainer.data.stream import ActivationStream
@@ -22,20 +26,40 @@ def check(cfg: TrainConfig, ranks: int = 1) -> None:
     activation = ACTIVATIONS[cfg.coder.activation]
     activation.check(cfg.coder)
     activation.check_training(cfg, ranks)
+    if cfg.store.other is not None and cfg.coder.kind != Kind.crosscoder:
+        raise UserError(f"store.other is for coder.kind=crosscoder, not {cfg.coder.kind}: leave it out")
+    if cfg.coder.kind == Kind.crosscoder and cfg.stream.max_norm is not None:
+        raise UserError("stream.max_norm is for coders of one hookpoint, not for crosscoders: leave it null")
     shards = cfg.train.shards
     if shards > 1 and cfg.coder.kind not in set(Kind):
         raise UserError(f"train.shards is for the built-in kinds of coder, not coder.kind={cfg.coder.kind}")
 
 
 def open_store(cfg: TrainConfig) -> ActivationStore:
-    """Open the configured store, which must be complete; write its path into the configuration."""
+    """Open the configured store, or both as one, which must be complete; write its path into the configuration."""
     cfg.store.path = store_path(cfg.store.path)
-    store = ActivationStore.open(cfg.store.path)
-    if not store.is_complete:
-        raise UserError(
-            f"{store.place} has only {len(store.units)} of its units; finish it: run the same capture command again"
-        )
+    store = open_stores(cfg.store.path, cfg.store.other)
+    for one in [store.first, store.other] if isinstance(store, JoinedStore) else [store]:
+        if not one.is_complete:
+            raise UserError(
+                f"{one.place} has only {len(one.units)} of its units; finish it: run the same capture command again"
+            )
     return store
+
+
+def hookpoints(cfg: TrainConfig, store: ActivationStore) -> list[str]:
+    """Return the hookpoints of a coder: one or, of a crosscoder, all that match, then those of the second store.
+    UserError where the store lacks them."""
+    if cfg.coder.kind != Kind.crosscoder or cfg.hookpoint is None or cfg.hookpoint in store.hookpoints:
+        found = [store.hookpoint(cfg.hookpoint)]
+    else:
+        found = matching(cfg.hookpoint, [name for name in store.hookpoints if not name.startswith(OTHER)])
+        if not found:
+            held = ", ".join(store.hookpoints)
+            raise UserError(f"hookpoint={cfg.hookpoint}: {store.place} holds {held}; none of them matches")
+    if isinstance(store, JoinedStore):
+        found += [OTHER + store.other.hookpoint(name) for name in found]
+    return found
 
 
 def token_filter(cfg: TrainConfig, store: ActivationStore) -> TokenFilter:
@@ -46,11 +70,23 @@ def token_filter(cfg: TrainConfig, store: ActivationStore) -> TokenFilter:
     return kept if most is None else limited(kept, most, store, store.hookpoint(cfg.hookpoint))
 
 
-def make_stream(cfg: TrainConfig, store: ActivationStore, device: str, ranks: Ranks = ALONE) -> ActivationStream:
-    """Make the configured stream of training tokens."""
+def used(cfg: TrainConfig, names: Sequence[str]) -> list[Column]:
+    """Return the sides that a coder reads or writes of its hookpoints."""
+    return [Column(name, side) for name in names for side in dict.fromkeys(sides(cfg.coder))]
+
+
+def make_stream(
+    cfg: TrainConfig,
+    store: ActivationStore,
+    device: str,
+    ranks: Ranks = ALONE,
+    names: Sequence[str] = (),
+    columns: Collection[Column] | None = None,
+) -> ActivationStream:
+    """Make the configured stream of training tokens, of hookpoints by other `names` if those are given."""
     return ActivationStream(
         store,
-        store.hookpoint(cfg.hookpoint),
+        names or hookpoints(cfg, store),
         cfg.train.batch_tokens,
         seed=cfg.stream.seed,
         filter=token_filter(cfg, store),
@@ -59,27 +95,29 @@ def make_stream(cfg: TrainConfig, store: ActivationStore, device: str, ranks: Ra
         pool_chunks=cfg.stream.pool_chunks,
         readers=cfg.stream.readers,
         device=device,
+        columns=columns,
     )
 
 
 def make_learner(
     cfg: TrainConfig,
     store: ActivationStore,
-    hookpoint: str,
+    hookpoint: str | Sequence[str],
     steps: int,
     device: str,
     fresh: bool = True,
     ranks: Ranks = ALONE,
 ) -> Learner:
     """Make a learner; a `fresh` one starts from the statistics of the store's training units."""
+    names = [hookpoint] if isinstance(hookpoint, str) else list(hookpoint)
     with ranks.together():
         kept = token_filter(cfg, store)
-        x, y = (moments(store, hookpoint, side, kept) for side in sides(cfg.coder))
+        x, y = ([moments(store, name, side, kept) for name in names] for side in sides(cfg.coder))
         learner = Learner(cfg, x, y, steps, device, ranks, in_bfloat16=True)  # as all codecs decode
-    if fresh and cfg.coder.kind == Kind.skip_transcoder and _starts_from_ridge(cfg, x.count, len(x.mean), ranks):
+    if fresh and cfg.coder.kind == Kind.skip_transcoder and _starts_from_ridge(cfg, x[0].count, len(x[0].mean), ranks):
         with ranks.together():
             if ranks.is_main:
-                learner.start_skip(*ridge(store, hookpoint, kept, device))
+                learner.start_skip(*ridge(store, names[0], kept, device))
         assert learner.coder.W_skip is not None
         ranks.share(learner.coder.W_skip.data, learner.coder.b_dec.data)
     return learner

@@ -6,11 +6,13 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any, Literal, NotRequired
 
 import numpy as np
+import torch
 from natsort import natsorted
 from omegaconf import OmegaConf
+from torch import Tensor
 from typing_extensions import TypedDict
 from yaml import YAMLError
 
@@ -22,6 +24,7 @@ from skipcoder.records import checked
 from skipcoder.settings import differences, flat
 from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.coder.files import FOLDER, TENSORS, find_tensors
+from skipcoder.trainer.data.batch import Column
 from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.data.outliers import in_store
 from skipcoder.trainer.data.reading import roles_of
@@ -47,6 +50,15 @@ _RETIRED = {"encode.chunk_elements": 2**24}
 """Keys of older configurations, and the values with which they mean what is now the default."""
 
 
+class SideSummary(TypedDict):
+    """How a crosscoder's training ended on one of its sides."""
+
+    hookpoint: str
+    side: str
+    train_fvu: float
+    validation_fvu: float | None
+
+
 class Summary(TypedDict):
     """summary.json: what was trained, and how it ended. Imported coders and controls lack some keys."""
 
@@ -56,6 +68,7 @@ class Summary(TypedDict):
     activation: NotRequired[str]
     side: NotRequired[str]
     hookpoint: str
+    sides: NotRequired[list[SideSummary]]
     model: str
     seed: int | None
     train_tokens: int | None
@@ -78,7 +91,8 @@ class MetricsLine(TypedDict):
     step: int
     tokens: int
     fvu: float
-    """FVU of the batches, against the variance of the training units."""
+    """FVU of the batches, against the variance of the training units. Of a crosscoder the mean over its sides, each of
+    which has a key `fvu_side_0`, ... of its own, and likewise `validation_fvu_side_0`."""
     l0: float
     grad_norm: float
     dead: int
@@ -183,6 +197,8 @@ class Run:
     summary: Summary
     coder: SparseCoder
     store_path: str
+    other_path: str | None = None
+    """The second store, of a coder between two models."""
     is_control: bool = False
     """Whether this is no trained coder, but something that acts as one (controls.py)."""
 
@@ -196,7 +212,13 @@ class Run:
         if summary is None or not (path / CONFIG).exists():
             missing = CONFIG if summary else SUMMARY
             raise UserError(f"{path} is no finished run ({missing} is missing); train it to its end")
-        return cls(path, summary, SparseCoder.load(path), str(directory.config().store.path))
+        store = directory.config().store
+        return cls(path, summary, SparseCoder.load(path), str(store.path), store.get("other"))
+
+    @property
+    def stores(self) -> tuple[str, str | None]:
+        """What `open_stores` takes."""
+        return self.store_path, self.other_path
 
     @cached_property
     def configuration(self) -> str:
@@ -218,8 +240,9 @@ class Run:
 
     def check(self, store: ActivationStore) -> None:
         """Raise UserError if the run is of another capture than the store holds."""
-        if self.coder.meta["hookpoint"] not in store.hookpoints:
-            raise UserError(f"{self.path} was trained on {self.coder.meta['hookpoint']}, which {store.place} lacks")
+        for column in self.reads:
+            if column.hookpoint not in store.hookpoints:
+                raise UserError(f"{self.path} was trained on {column.hookpoint}, which {store.place} lacks")
         if self.summary["hookpoint"] != self.coder.meta["hookpoint"]:
             raise UserError(
                 f"{self.path / SUMMARY} names the hookpoint {self.summary['hookpoint']!r}, but its coder "
@@ -245,7 +268,7 @@ class Run:
 
     def keeps(self, store: ActivationStore, position_N: np.ndarray, token_N: np.ndarray) -> np.ndarray:
         """Return bool [N]: whether training would have kept these tokens of a store."""
-        kept = in_store(self.filter, store, [self.summary["hookpoint"]])
+        kept = in_store(self.filter, store, self.hookpoints)
         roles = None
         if kept.roles is not None:
             unit_N = position_N // (store.unit_rows * store.context)
@@ -257,13 +280,50 @@ class Run:
 
     @property
     def read_site(self) -> Site:
-        """Where the coder reads."""
+        """Where the coder reads. UserError for one that reads several sides."""
+        self._refuse_several()
         return Site(**self.coder.meta["read"])
 
     @property
     def write_site(self) -> Site:
-        """Where the coder writes."""
+        """Where the coder writes. UserError for one that writes several sides."""
+        self._refuse_several()
         return Site(**self.coder.meta["write"])
+
+    @property
+    def several(self) -> bool:
+        """Whether the coder is one of several sides at once."""
+        return "sides" in self.coder.meta
+
+    def _refuse_several(self) -> None:
+        if self.several:
+            raise UserError(f"{self.path}: not for a {self.summary['kind']}, which has several sides")
+
+    @property
+    def reads(self) -> tuple[Column, ...]:
+        """The sides that the coder reads, in the order of its rows."""
+        return self._columns("read")
+
+    @property
+    def writes(self) -> tuple[Column, ...]:
+        """The sides that the coder writes, in the order of its rows."""
+        return self._columns("write")
+
+    def _columns(self, which: Literal["read", "write"]) -> tuple[Column, ...]:
+        meta = self.coder.meta
+        if self.several:
+            return tuple(Column(facts["hookpoint"], facts["side"]) for facts in meta["sides"])
+        return (Column(meta["hookpoint"], meta[which]["side"]),)
+
+    @property
+    def hookpoints(self) -> list[str]:
+        """The hookpoints of what it reads and writes."""
+        return list(dict.fromkeys(column.hookpoint for column in (*self.reads, *self.writes)))
+
+    def rows(self, store: ActivationStore, start: int, stop: int) -> Tensor:
+        """Return what the coder reads of stored tokens, bfloat16 [stop - start, D]."""
+        first, *others = (store.activations(*column, start, stop) for column in self.reads)
+        return torch.cat([first, *others], 1) if others else first
 
 
 def find_runs(pattern: str) -> list[Path]:

@@ -20,11 +20,11 @@ _pools: dict[torch.device, tuple[Any, torch.cuda.CUDAGraph]] = {}
 _inputs: dict[Hashable, Tensor] = {}
 
 
-def fixed(role: str, like: Tensor) -> Tensor:
-    """Return the memory from which all graphs read a float32 input of this role, shape and device."""
-    key = role, like.shape, like.device
+def fixed(role: str, n: int, d: int, device: torch.device) -> Tensor:
+    """Return the memory from which all graphs read a float32 input [n, d] of this role."""
+    key = role, n, d, device
     if key not in _inputs:
-        _inputs[key] = torch.empty_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)
+        _inputs[key] = torch.empty(n, d, device=device)
     return _inputs[key]
 
 

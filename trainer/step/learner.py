@@ -3,9 +3,8 @@
 Legend: B tokens of a batch, M latents, E output width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,62 +15,54 @@ from skipcoder.pipeline.store.stats import Moments
 from skipcoder.trainer.coder.activations.base import Step
 from skipcoder.trainer.coder.coder import SparseCoder, make_coder
 from skipcoder.trainer.coder.encoding import available, make_search, more_exact, recall
-from skipcoder.trainer.coder.fold import fold, power_of_two_scale
+from skipcoder.trainer.coder.fold import fold
 from skipcoder.trainer.coder.shard import EVERYWHERE, Shard
-from skipcoder.trainer.config import Kind, TrainConfig
+from skipcoder.trainer.config import TrainConfig
 from skipcoder.trainer.data.ranks import ALONE, Ranks
 from skipcoder.trainer.data.turns import in_turns
 from skipcoder.trainer.step.clock import Clock
 from skipcoder.trainer.step.gradients import Gradients, normalise_rows
 from skipcoder.trainer.step.graph import Graphs, fixed
-from skipcoder.trainer.step.losses import Losses, losses
+from skipcoder.trainer.step.losses import Losses, Written, losses
 from skipcoder.trainer.step.optimisers import build_optimiser, schedule
-from skipcoder.trainer.step.sides import sides
+from skipcoder.trainer.step.sides import Parts, Row, sides
 from skipcoder.trainer.step.state import LearnerState
 
 DENSITY_TOKENS = 2**20
 DENSE = 0.1
 
 
-@dataclass(frozen=True)
-class Scales:
-    """What the trainer divides activations by, and the variance that its loss is measured in."""
-
-    s_in: float
-    s_out: float
-    variance: float
-    """Total variance of a target token of the training units, raw units squared."""
-
-
 class Learner:
-    """Trains one coder on batches of raw activation pairs; knows nothing of files or sweeps."""
+    """Trains one coder on raw activations; knows nothing of files or sweeps.
+
+    `x` and `y` are what enters and what leaves the MLP; of several hookpoints, sequences with a tensor for each. What
+    the coder does not use may be missing.
+    """
 
     def __init__(
         self,
         cfg: TrainConfig,
-        x: Moments,
-        y: Moments,
+        x: Moments | Sequence[Moments],
+        y: Moments | Sequence[Moments],
         steps: int,
         device: str,
         ranks: Ranks = ALONE,
         in_bfloat16: bool = False,
     ) -> None:
-        """`x` and `y`: moments of the side read and the side written, over the training units; `in_bfloat16`: whether
-        all inputs are numbers that bfloat16 holds."""
+        """`x` and `y`: moments of what is read and what is written, over the training units; `in_bfloat16`: whether all
+        inputs are numbers that bfloat16 holds."""
         self.cfg, self.steps, self.step_number, self.tokens, self.ranks = cfg, steps, 0, 0, ranks
-        self.unit_norm = cfg.coder.kind == Kind.sae and cfg.coder.normalize_decoder
+        self.unit_norm = cfg.coder.reconstructs and cfg.coder.normalize_decoder
         self.sides = sides(cfg.coder)
-        self.scales = Scales(
-            power_of_two_scale(x.mean_square), power_of_two_scale(y.mean_square), float(y.variance.sum())
-        )
+        self.reads, self.writes = (Row.of([m] if isinstance(m, Moments) else m) for m in (x, y))
         shard = Shard(ranks.latents, cfg.coder.width) if ranks.latents.size > 1 else None
-        self.coder = make_coder(cfg.coder, len(x.mean), len(y.mean), cfg.seed, shard).to(device)
+        mean_x, mean_y = self.reads.mean_D, self.writes.mean_D
+        self.coder = make_coder(cfg.coder, len(mean_x), len(mean_y), cfg.seed, shard).to(device)
         self.activation = self.coder.activation
-        s = self.scales
-        self.coder.search = make_search(cfg.encode, x, s.s_in, device, cfg.coder.width)
+        self.coder.search = make_search(cfg.encode, mean_x, self.reads.variance_D, device, cfg.coder.width)
         self.recall = 1.0
         self.clock = Clock(device)
-        self.coder.init_biases(torch.from_numpy(x.mean / s.s_in), torch.from_numpy(y.mean / s.s_out))
+        self.coder.init_biases(mean_x, mean_y)
         self.optimiser = build_optimiser(cfg.optim, self.coder)
         here = len(self.coder.latents)
         self.since_fired_M = torch.zeros(here, dtype=torch.int64, device=device)
@@ -92,15 +83,16 @@ class Learner:
     def start_skip(self, W_ED: Tensor, b_E: Tensor) -> None:
         """Start the skip from the affine map y = W x + b of raw activations (before the first step)."""
         assert self.coder.W_skip is not None
-        self.coder.W_skip.copy_(W_ED * (self.scales.s_in / self.scales.s_out))
-        self.coder.b_dec.copy_(b_E / self.scales.s_out)
+        (s_in,), (s_out,) = self.reads.scales, self.writes.scales
+        self.coder.W_skip.copy_(W_ED * (s_in / s_out))
+        self.coder.b_dec.copy_(b_E / s_out)
 
-    def step(self, x: Tensor, y: Tensor, batch_tokens: int) -> dict[str, Tensor]:
-        """Make one optimiser step on this rank's raw pairs. Returns 0-d tensors, so that nothing waits for the device:
+    def step(self, x: Parts, y: Parts, batch_tokens: int) -> dict[str, Tensor]:
+        """Make one optimiser step on this rank's raw tokens. Returns 0-d tensors, so that nothing waits for the device:
         `fvu` (against the training units' variance) and the loss's other terms, `l0`, `grad_norm`."""
         self.clock.start()
         graphed = self.graphs is not None and batch_tokens == self.cfg.train.batch_tokens and self.k == self.coder.cfg.k
-        x, y = self._scaled(x, y, fixed_memory=graphed)
+        x, y = self._rows(x, y, fixed_memory=graphed)
         self._keep_half()
         if self.step_number % self.cfg.train.log_every == 0:
             self._check_recall(x)
@@ -174,8 +166,8 @@ class Learner:
         # On a GPU, whether any are dead is known from fixed steps only: to ask would be to wait.
         looked_at = self.cfg.loss.auxk and (self.has_dead or not in_triton(self.since_fired_M))
         dead_M = self.since_fired_M >= self.dead_tokens if looked_at else None
-        variance = batch_tokens * (self.scales.variance / self.scales.s_out**2)
-        return losses(self.coder, self.cfg.loss, step, x, y, variance, dead_M, self.clock.lap)
+        written = Written(self.writes.widths, [batch_tokens * variance for variance in self.writes.variances])
+        return losses(self.coder, self.cfg.loss, step, x, y, written, dead_M, self.clock.lap)
 
     @property
     def k(self) -> int:
@@ -200,32 +192,34 @@ class Learner:
                 p.data = data
             self.coder.train().search = search
 
-    def calibrate(self, x: Tensor, y: Tensor) -> None:
-        """Let the activation calibrate itself on some raw pairs after training."""
+    def calibrate(self, x: Parts, y: Parts) -> None:
+        """Let the activation calibrate itself on some raw tokens after training."""
         with self.as_saved() as coder:
-            self.activation.calibrate(coder, self._scaled(x, y)[0])
+            self.activation.calibrate(coder, self._rows(x, y)[0])
 
     @torch.no_grad()
-    def fvu(self, x: Tensor, y: Tensor) -> float:
-        """Return the FVU of raw pairs with the weights that would be saved now: squared error over squared distance
-        from the mean."""
-        x, y = self._scaled(x, y)
+    def fvus(self, x: Parts, y: Parts) -> list[float]:
+        """Return the FVU of raw tokens on each side that is written, with the weights that would be saved now: squared
+        error over squared distance from the mean."""
+        x, y = self._rows(x, y)
         with self.as_saved() as coder:
             error = y.double() - coder.decode(coder.encode(x), x).double()
-        return float(error.square().sum() / (y.double() - y.double().mean(0)).square().sum())
+        spread = y.double() - y.double().mean(0)
+        squares = zip(*(z.square().split(list(self.writes.widths), 1) for z in (error, spread)), strict=True)
+        return [float(missed.sum() / of.sum()) for missed, of in squares]
 
     def folded(self) -> SparseCoder:
         """Return the coder to save, for raw activations, on the CPU."""
         with self.as_saved() as coder:
-            return fold(coder, self.scales.s_in, self.scales.s_out).eval().cpu()
+            return fold(coder, self.reads.scale, self.writes.scale).eval().cpu()
 
-    def _scaled(self, x: Tensor, y: Tensor, fixed_memory: bool = False) -> tuple[Tensor, Tensor]:
-        """Scale raw pairs to (what the coder reads, what it should write); `fixed_memory`: where graphs read it."""
-        pair, s = {"input": x, "output": y}, self.scales
-        x, y = pair[self.sides.read], pair[self.sides.write]
-        if fixed_memory:  # multiplying by the inverse of a power of two gives the same bits
-            return torch.mul(x, 1 / s.s_in, out=fixed("x", x)), torch.mul(y, 1 / s.s_out, out=fixed("y", y))
-        return x / s.s_in, y / s.s_out
+    def _rows(self, x: Parts, y: Parts, fixed_memory: bool = False) -> tuple[Tensor, Tensor]:
+        """Return rows of what the coder reads and of what it should write; `fixed_memory`: where graphs read."""
+        parts, memory = {"input": x, "output": y}, fixed if fixed_memory else None
+        reads = self.reads.made("x", parts[self.sides.read], memory)
+        if self.sides.read == self.sides.write:
+            return reads, reads
+        return reads, self.writes.made("y", parts[self.sides.write], memory)
 
     def _keep_half(self) -> None:
         """On a GPU, hold W_enc in bfloat16 if that is how latents are searched for. The optimiser brings it up to date;

@@ -1,10 +1,13 @@
 """The training loss of one coder on one batch.
 
 Every term is a sum over tokens divided by a constant, so losses add up over micro-batches and ranks. A term that is
-not such a sum, like the penalty of jumprelu, is left to its activation. Legend: N tokens, M latents, E output width.
+not such a sum, like the penalty of jumprelu, is left to its activation. Of a coder that writes several sides, every
+term is the mean over the sides, each measured by its own variance.
+
+Legend: N tokens, M latents, E output width, B reconstructions, S sides.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,9 +29,26 @@ class Losses(NamedTuple):
     total: Tensor
     """The sum to minimise."""
     parts: dict[str, Tensor]
-    """`fvu`, the error with k latents, and the other terms."""
+    """`fvu`, the error with k latents; where there are several sides, `fvu_side_0` ...; and the other terms."""
     fired_M: Tensor
     """int64: on how many tokens each latent is one of the k and fires."""
+
+
+class Written(NamedTuple):
+    """The sides that a coder writes, in the order in which its rows hold them."""
+
+    widths: Sequence[int]
+    variances: Sequence[float]
+    """Of each side the denominator: the tokens of the global batch times the variance of a token."""
+
+    def fvus(self, squares_BS: Tensor) -> list[Tensor]:
+        """Return each side's part [B] of squared errors, divided by its denominator."""
+        return [squares_BS[:, s] / variance for s, variance in enumerate(self.variances)]
+
+
+def mean(terms: Sequence[Tensor]) -> Tensor:
+    """Return the mean; of one term, the term itself."""
+    return terms[0] if len(terms) == 1 else torch.stack(list(terms)).mean(0)
 
 
 def losses(
@@ -37,15 +57,14 @@ def losses(
     step: Step,
     x_ND: Tensor,
     y_NE: Tensor,
-    variance: float,
+    sides: Written,
     dead_M: Tensor | None = None,
     lap: Callable[[str], None] = lambda phase: None,
 ) -> Losses:
     """Return the losses of some or all of the tokens of a global batch.
 
-    `step`: what the coder's activation does in this step; `variance`: the denominator, the tokens of the global batch
-    times the variance of a token; `dead_M`: whether each latent is dead, None to leave AuxK out; `lap` is called when a
-    phase ends.
+    `step`: what the coder's activation does in this step; `dead_M`: whether each latent is dead, None to leave AuxK
+    out; `lap` is called when a phase ends.
     """
     k, wide, prefixes = step.k, cfg.multi_topk, coder.cfg.prefixes or []
     codes = coder.encode(x_ND, min(MULTI_TOPK * k, coder.cfg.width)) if wide else step.encode(x_ND)
@@ -54,16 +73,19 @@ def losses(
     last = len(prefixes)
     block = _blocks(codes, coder.latents.start, prefixes, k) if prefixes or wide else None
     base = coder.affine(x_ND)
-    squares, errors = squared_error(codes, coder.W_dec, base, y_NE, block, 1 + last + wide, coder.shard)
-    terms = squares / variance
+    squares, errors = squared_error(codes, coder.W_dec, base, y_NE, block, 1 + last + wide, coder.shard, sides.widths)
+    of_sides = sides.fvus(squares)
+    terms = mean(of_sides)
     parts = {"fvu": terms[last]} | {f"fvu_{p}": terms[i].detach() for i, p in enumerate(prefixes)}
+    if len(of_sides) > 1:
+        parts |= {f"fvu_side_{s}": fvu[last].detach() for s, fvu in enumerate(of_sides)}
     total = terms[: last + 1].mean() if prefixes else parts["fvu"]  # Matryoshka: Bussmann et al., arXiv 2503.17547
     if wide:
         parts["multi_topk"] = MULTI_TOPK_WEIGHT * terms[last + 1]
         total = total + parts["multi_topk"]
     if cfg.auxk:
-        missed = squares.new_zeros(()) if dead_M is None else auxk(coder, x_ND, errors[last], dead_M)
-        parts["auxk"] = cfg.auxk * missed / variance
+        missed = torch.zeros_like(squares[:1]) if dead_M is None else auxk(coder, x_ND, errors[last], dead_M, sides)
+        (parts["auxk"],) = mean(sides.fvus(cfg.auxk * missed))
         total = total + parts["auxk"]
     lap("decode")
     fires = codes.values.detach() > 0
@@ -85,9 +107,9 @@ def _blocks(codes: Codes, first: int, prefixes: list[int], k: int) -> Tensor:
     return block
 
 
-def auxk(coder: SparseCoder, x_ND: Tensor, error_NE: Tensor, dead_M: Tensor) -> Tensor:
-    """Return the squared error of the dead latents' prediction of the error (Gao et al., arXiv 2406.04093), weighted by
-    how many are dead. The gradient reaches the dead latents' encoder and decoder, but not b_dec or the skip."""
+def auxk(coder: SparseCoder, x_ND: Tensor, error_NE: Tensor, dead_M: Tensor, sides: Written) -> Tensor:
+    """Return the squared error [1, S] of the dead latents' prediction of the error (Gao et al., arXiv 2406.04093),
+    weighted by how many are dead. The gradient reaches their encoder and decoder, but not b_dec or the skip."""
     most = coder.d_out // 2
     b_pre = None if coder.b_pre is None else coder.b_pre.detach()
     W_enc: Tensor
@@ -102,9 +124,10 @@ def auxk(coder: SparseCoder, x_ND: Tensor, error_NE: Tensor, dead_M: Tensor) -> 
     else:
         k = min(most, int(dead))
         if not k:
-            return error_NE.new_zeros(())
+            return error_NE.new_zeros(1, max(1, len(sides.widths)))
         found = dead_M.nonzero()[:, 0]
         W_enc, b_enc, W_dec = (p.index_select(0, found) for p in (W_enc, b_enc, W_dec))
     codes = encode_topk(x_ND.to(W_enc.dtype), W_enc, b_enc, k, b_pre, coder.search, coder.shard)
-    squares, _ = squared_error(codes, W_dec, torch.zeros_like(coder.b_dec), error_NE, peers=coder.shard)
-    return (dead.to(squares) / most).clamp(max=1) * squares[0]
+    none = torch.zeros_like(coder.b_dec)
+    squares, _ = squared_error(codes, W_dec, none, error_NE, peers=coder.shard, widths=sides.widths)
+    return (dead.to(squares) / most).clamp(max=1) * squares

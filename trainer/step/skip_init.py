@@ -48,7 +48,8 @@ def ridge(
 def cache_file(store: ActivationStore, stream: ActivationStream, per_dimension: int | None = None) -> str:
     """Return the name of the file beside the store, made from all that the solution depends on."""
     tokens = per_dimension or TOKENS_PER_DIMENSION
-    key = hashlib.sha256(f"{store.content} {stream.layout_hash()} {LAMBDA} {tokens}".encode()).hexdigest()[:16]
+    found = f"{store.content} {stream.hookpoints} {stream.layout_hash()} {LAMBDA} {tokens}"
+    key = hashlib.sha256(found.encode()).hexdigest()[:16]
     return f"ridge-{key}.safetensors"
 
 

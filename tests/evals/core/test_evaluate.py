@@ -19,7 +19,7 @@ from skipcoder.evals.evaluate import evaluate
 from skipcoder.pipeline.model.sites import replacing
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.bank import bank as training
-from skipcoder.trainer.config import CoderConfig, Kind, Side, StreamConfig
+from skipcoder.trainer.config import MLP_KINDS, CoderConfig, Kind, Side, StreamConfig
 from skipcoder.trainer.run.run import Run
 from tests.trainer.run.test_run import config
 
@@ -50,7 +50,7 @@ KEYS = [
 def sweep(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Finished runs: each kind, and SAEs of either side that saw every position."""
     directory = tmp_path_factory.mktemp("sweep")
-    for kind in Kind:
+    for kind in MLP_KINDS:
         training.train(config(store, kind), directory / kind.value)
     for name, side in (("sae_input", Side.input), ("sae_all", Side.output)):
         cfg = config(store, Kind.sae)

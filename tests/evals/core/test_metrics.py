@@ -8,7 +8,7 @@ from skipcoder.evals.core.results import BY_DOCUMENT
 
 
 def metrics(y: torch.Tensor, y_hat: torch.Tensor, batch: int = 100) -> dict:
-    targets = Targets(y.shape[1])
+    targets = Targets([y.shape[1]])
     m = ReconstructionMetrics(8, targets)
     values = torch.tensor([[1.0, 0.0]]).expand(len(y), 2)
     indices = torch.tensor([[3, 5]]).expand(len(y), 2)
@@ -73,7 +73,7 @@ def test_interval_of_fvu_is_that_of_fvus_computed_anew_without_each_document() -
     y_hat = y + torch.randn(40, 5, generator=rng)[documents]
     none, order, intervals = torch.zeros(1000, 1, dtype=torch.int64), torch.randperm(1000, generator=rng), []
     for place in (documents, torch.arange(1000)):
-        targets = Targets(5, len(place.unique()))
+        targets = Targets([5], len(place.unique()))
         m = ReconstructionMetrics(8, targets)
         for part in order.split(437):  # in a stream's order, where each batch is a sample of the whole
             m.update(targets.add(y[part], place[part]), y_hat[part], none[part].float(), none[part])
@@ -92,7 +92,7 @@ def test_interval_of_fvu_is_that_of_fvus_computed_anew_without_each_document() -
 
 
 def test_the_rarest_latents_are_in_the_histograms_first_bin(y: torch.Tensor) -> None:
-    targets = Targets(5)
+    targets = Targets([5])
     m = ReconstructionMetrics(8, targets)
     m.update(targets.add(y), y, torch.ones(1000, 1), torch.full((1000, 1), 3))
     targets.n = 10**12

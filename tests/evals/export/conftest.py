@@ -10,7 +10,7 @@ from skipcoder.evals.evaluate import evaluate
 from skipcoder.evals.export import export as exporting
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.bank import bank
-from skipcoder.trainer.config import Kind
+from skipcoder.trainer.config import MLP_KINDS, Kind
 from skipcoder.trainer.formats.config import ExportConfig, Target
 from tests.trainer.run.test_run import config
 
@@ -20,7 +20,7 @@ def runs(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> di
     """An SAE, a transcoder and a skip transcoder of layer 1, and skip transcoders of layers 0 and 2."""
     folder = tmp_path_factory.mktemp("runs")
     found: dict[Any, Path] = {}
-    for kind in Kind:
+    for kind in MLP_KINDS:
         bank.train(config(store, kind), found.setdefault(kind, folder / kind.value))
     for layer in (0, 2):
         cfg = config(store)

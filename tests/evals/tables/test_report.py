@@ -38,7 +38,7 @@ def page_of_24(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory)
         })  # fmt: skip
     (folder / "train" / "7" / "features").mkdir()
     (folder / "train" / "7" / "features" / "index.html").write_text("latents of 7")
-    return report.write(rows, rows, [], {"s": store}, folder / "report.html")
+    return report.write(rows, rows, [], [store], folder / "report.html")
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -151,7 +151,10 @@ def test_jobs_with_different_streams_make_different_banks(store: ActivationStore
     jobs[1].cfg.stream = StreamConfig(seed=5)
     banks, refused = plan(jobs, Settings(), 1)
     assert not refused
-    assert [[job.directory.name for job in bank] for bank in banks] == [["sae", "skip_transcoder"], ["transcoder"]]
+    assert [[job.directory.name for job in bank] for bank in banks] == [
+        ["sae", "skip_transcoder", "crosscoder"],
+        ["transcoder"],
+    ]
 
 
 def test_a_stream_that_cannot_be_fails_alone(store: ActivationStore, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from skipcoder.trainer.config import ActivationName, CoderConfig, Kind, LoopConf
 from skipcoder.trainer.data.ranks import ALONE
 from skipcoder.trainer.data.stream import ActivationStream
 from skipcoder.trainer.run.build import check, make_learner
-from skipcoder.trainer.step.losses import losses
+from skipcoder.trainer.step.losses import Written, losses
 from tests.trainer.bank.test_bank import config
 from tests.trainer.run.test_run import assert_same, train_killed_after
 
@@ -98,7 +98,7 @@ def test_matryoshka_is_the_mean_over_prefixes_of_one_selection() -> None:
     for p in coder.parameters():
         p.data += torch.randn(p.shape, generator=g)
     x, y = (torch.randn(30, 6, generator=g, dtype=torch.float64) for _ in range(2))
-    found = losses(coder, LossConfig(), coder.activation.step(coder, 3, ALONE), x, y, 7.0)
+    found = losses(coder, LossConfig(), coder.activation.step(coder, 3, ALONE), x, y, Written([6], [7.0]))
     pre = torch.relu(x @ coder.W_enc.T + coder.b_enc)
     values, indices = pre.topk(3)
     f = torch.zeros_like(pre).scatter(1, indices, values)
@@ -141,7 +141,7 @@ def test_k_falls_to_its_value(store: ActivationStore) -> None:
         ({"train": {"k_start": 2}}, r"train.k_start=2: must be between coder.k and coder.width"),
         (
             {"coder": {"kind": Kind.transcoder, "side": Side.input}},
-            "coder.side=input is for SAEs; a transcoder",
+            "coder.side=input is for SAEs and crosscoders; a transcoder",
         ),
         ({"coder": {"activation": ActivationName.jumprelu}, "train": {"k_start": 8}}, r"train.k_start needs"),
         ({"train": {"k_anneal": 0.0}}, r"train.k_anneal=0.0"),

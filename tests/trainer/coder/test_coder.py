@@ -28,7 +28,7 @@ def random_coder(kind: Kind, seed: int = 0) -> SparseCoder:
 @pytest.mark.parametrize("kind", Kind)
 def test_formula(kind: Kind) -> None:
     coder, x = random_coder(kind), torch.randn(9, D)
-    pre = (x - (coder.b_dec if kind == Kind.sae else 0)) @ coder.W_enc.T + coder.b_enc
+    pre = (x - (coder.b_dec if coder.cfg.reconstructs else 0)) @ coder.W_enc.T + coder.b_enc
     values, indices = pre.relu().topk(K)
     f = torch.zeros(9, M).scatter_(1, indices, values)
     y_hat = f @ coder.W_dec + coder.b_dec
@@ -48,7 +48,7 @@ def test_initialisation(kind: Kind) -> None:
     coder.init_biases(mean_x, mean_y)
     assert coder.W_enc.abs().max() <= D**-0.5
     assert torch.equal(coder.b_dec, mean_y)
-    if kind == Kind.sae:
+    if coder.cfg.reconstructs:
         torch.testing.assert_close(coder.W_dec.norm(dim=1), torch.ones(M))
         torch.testing.assert_close(coder.W_dec * coder.W_enc.norm(dim=1, keepdim=True), coder.W_enc)
         assert not coder.b_enc.any()
@@ -84,9 +84,8 @@ def test_skip_only_is_the_coder_with_every_latent_at_zero() -> None:
 @pytest.mark.parametrize("kind", Kind)
 def test_folding_is_exact(kind: Kind) -> None:
     """Powers of two: the same latents and bit-equal values; outputs scaled exactly."""
-    s_in = 4.0
-    s_out = s_in if kind == Kind.sae else 0.125
-    coder = random_coder(kind)
+    coder, s_in = random_coder(kind), 4.0
+    s_out = s_in if coder.cfg.reconstructs else 0.125
     folded = fold(coder, s_in, s_out)
     x = torch.randn(50, D)
     scaled, raw = coder(x), folded(x * s_in)
@@ -110,7 +109,7 @@ def test_save_and_load(kind: Kind, tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), coder.parameters(), strict=True))
     described = json.loads((tmp_path / "run" / "checkpoint" / "coder.json").read_text())
     assert described["kind"] == kind.value and described["d_in"] == D
-    assert described["subtract_decoder_bias"] is (kind == Kind.sae)
+    assert described["subtract_decoder_bias"] is coder.cfg.reconstructs
     assert not list((tmp_path / "run" / "checkpoint").glob("*.partial"))
 
 

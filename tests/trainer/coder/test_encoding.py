@@ -32,7 +32,7 @@ def learner(store: ActivationStore, mode: EncodeMode, **encode: Any) -> Learner:
 def test_recall(store: ActivationStore, mode: EncodeMode) -> None:
     one = learner(store, mode)
     batch = next(iter(ActivationStream(store, HOOKPOINT, 1800)))
-    x = batch.x / one.scales.s_in
+    x = batch.x / one.reads.scale
     assert recall(one.coder, x, len(x)) > 0.999
     one.coder.search = one.coder.search._replace(nominated=1.0)
     assert one.coder.search.mode == mode.value  # measuring leaves the encoding as it was

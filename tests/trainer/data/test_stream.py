@@ -17,7 +17,7 @@ from skipcoder.pipeline.store.codecs.bf16 import Bf16, decode_on_device
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.data import reading
 from skipcoder.trainer.data import stream as module
-from skipcoder.trainer.data.batch import Batch
+from skipcoder.trainer.data.batch import Batch, Column
 from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.data.stream import ActivationStream
 from tests.conftest import CONTEXT, UNIT_ROWS
@@ -127,9 +127,29 @@ def test_hookpoints_come_aligned(store: ActivationStore) -> None:
         alone = list(open_stream(store, hookpoint=name, epochs=1))
         for batch, single in zip(both, alone, strict=True):
             assert torch.equal(batch.position, single.position)
-            assert torch.equal(batch.pairs[name][0], single.x) and torch.equal(batch.pairs[name][1], single.y)
+            assert torch.equal(batch.columns[Column(name, "input")], single.x)
+            assert torch.equal(batch.columns[Column(name, "output")], single.y)
     with pytest.raises(UserError, match=r"no hookpoint 'layers.9.mlp'"):
         open_stream(store, hookpoint=["layers.0.mlp", "layers.9.mlp"])
+
+
+def test_sides_that_nobody_needs_are_not_read(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the order is the same without them."""
+    names = ["layers.0.mlp", "layers.2.mlp"]
+    wanted = [Column("layers.2.mlp", "output")]
+    everything = list(open_stream(store, hookpoint=names, epochs=1))
+    read: set[Any] = set()
+    real = ActivationStore.activations
+
+    def activations(self: ActivationStore, *args: Any, **options: Any) -> Any:
+        read.add(args[:2])
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(ActivationStore, "activations", activations)
+    for batch, whole in zip(open_stream(store, hookpoint=names, epochs=1, columns=wanted), everything, strict=True):
+        assert list(batch.columns) == wanted and torch.equal(batch.position, whole.position)
+        assert torch.equal(batch.y, whole.columns[wanted[0]])
+    assert read == set(wanted)
 
 
 def test_golden_order(store: ActivationStore) -> None:
@@ -240,7 +260,9 @@ def test_any_number_of_chunks_may_be_asked_for(apart: bool, store: ActivationSto
     """More than a connection holds messages, twice, before the first is waited for."""
     count = 1500
     chunk = reading.Chunk(2, *store.unit_range(2))
-    staging = reading.Staging(store, ["layers.1.mlp"], EVERYTHING, 2 * count)
+    staging = reading.Staging(
+        store, [Column("layers.1.mlp", side) for side in ("input", "output")], EVERYTHING, 2 * count
+    )
     with reading.Readers(staging, 1, apart) as readers:
         waits = [readers.ask(first, [chunk] * count) for first in (0, count)]
         for wait in waits:

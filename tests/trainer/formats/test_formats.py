@@ -19,18 +19,20 @@ from skipcoder.trainer.config import ActivationName, Kind
 from skipcoder.trainer.formats import circuit_tracer, plain, saelens, sparsify
 from tests.trainer.coders import assert_same_function, meta, random_coder
 
-SAE, TRANSCODER, SKIP = Kind
+SAE, TRANSCODER, SKIP, CROSSCODER = Kind
 EVERY = [(kind, activation) for kind in Kind for activation in ActivationName]
 
 
 def holds(format: str, kind: Kind, activation: ActivationName) -> bool:
     """What docs/formats.md promises."""
-    return {
-        "plain": True,
-        "sparsify": activation in (ActivationName.topk, ActivationName.groupmax),
-        "saelens": activation != ActivationName.groupmax,
-        "circuit_tracer": kind is not SAE and activation != ActivationName.groupmax,
-    }[format]
+    return format == "plain" or (
+        kind is not CROSSCODER
+        and {
+            "sparsify": activation in (ActivationName.topk, ActivationName.groupmax),
+            "saelens": activation != ActivationName.groupmax,
+            "circuit_tracer": kind is not SAE and activation != ActivationName.groupmax,
+        }[format]
+    )
 
 
 def write(format: str, coder: SparseCoder, folder: Path) -> None:

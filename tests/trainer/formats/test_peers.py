@@ -21,7 +21,7 @@ from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.coder import readers
 from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.coder.convert import converted
-from skipcoder.trainer.config import ActivationName, Kind
+from skipcoder.trainer.config import MLP_KINDS, ActivationName, Kind
 from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.formats import circuit_tracer, saelens, sparsify
 from skipcoder.trainer.formats.fit import Sample, fit
@@ -59,7 +59,7 @@ def coder_of(kind: Kind, activation: ActivationName) -> Any:
 
 
 @pytest.mark.parametrize("activation", CHOICES)
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", MLP_KINDS)
 def test_sparsify_loads_ours(kind: Kind, activation: ActivationName, sample: Sample, tmp_path: Path) -> None:
     theirs = peer("sparsify")
     coder = coder_of(kind, activation)
@@ -70,7 +70,7 @@ def test_sparsify_loads_ours(kind: Kind, activation: ActivationName, sample: Sam
     assert list(theirs.SparseCoder.load_many(str(tmp_path), local=True)) == ["layers.10.mlp"]
 
 
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", MLP_KINDS)
 def test_a_coder_trained_by_sparsify_has_its_own_fvu(
     kind: Kind, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,7 +99,7 @@ def test_a_coder_trained_by_sparsify_has_its_own_fvu(
 
 
 @pytest.mark.parametrize("activation", [ActivationName.topk, ActivationName.batchtopk, ActivationName.jumprelu])
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", MLP_KINDS)
 def test_saelens_loads_ours(kind: Kind, activation: ActivationName, sample: Sample, tmp_path: Path) -> None:
     theirs = peer("sae_lens")
     if activation == ActivationName.topk:

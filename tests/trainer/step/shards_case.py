@@ -63,24 +63,29 @@ def config(case: dict[str, Any], shards: int = 1) -> TrainConfig:
     )  # fmt: skip
 
 
-def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches() -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
     generator = torch.Generator().manual_seed(1)
     mix = torch.randn(D, D, generator=generator)
     xs = [torch.randn(TOKENS, D, generator=generator) + 0.3 for _ in range(STEPS)]
-    return [(x, torch.relu(x @ mix)) for x in xs]
+    return [([x], [torch.relu(x @ mix)]) for x in xs]
 
 
 def learn(case: dict[str, Any], ranks: Ranks, shards: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Train, and return each step's results and the final state of all latents."""
     data = batches()
-    x, y = (Moments.of(torch.cat([pair[i] for pair in data])) for i in (0, 1))
-    learner = Learner(config(case, shards), y if case["kind"] == Kind.sae else x, y, STEPS, "cpu", ranks)
+    cfg = config(case, shards)
+    x, y = ([Moments.of(torch.cat([pair[i][0] for pair in data]))] for i in (0, 1))
+    if cfg.coder.kind == Kind.crosscoder:  # over two sides
+        data = [([], [y[:, :4], y[:, 4:]]) for _, (y,) in data]
+        y = [Moments.of(torch.cat(side)) for side in zip(*(pair[1] for pair in data), strict=True)]
+    learner = Learner(cfg, y if cfg.coder.reconstructs else x, y, STEPS, "cpu", ranks)
     lines = []
-    for x_ND, y_ND in data:
+    for pair in data:
         mine = slice(ranks.data.rank, None, ranks.data.size)
-        line = learner.step(x_ND[mine], y_ND[mine], TOKENS)
+        inputs, outputs = ([z[mine] for z in sides] for sides in pair)
+        line = learner.step(inputs, outputs, TOKENS)
         lines.append({key: float(value) for key, value in line.items()} | {"dead": learner.dead})
-    lines[-1]["held_out"] = learner.fvu(*data[0])
+    lines[-1]["held_out"] = learner.fvus(*data[0])[0]
     if learner.activation.calibration_tokens:
         learner.calibrate(*data[0])
     learner.coder.eval()

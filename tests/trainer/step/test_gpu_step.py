@@ -90,7 +90,7 @@ def test_nothing_waits_and_the_weights_are_a_cpus(case: str, monkeypatch: pytest
     (here, batches), (reference, _) = learner(**options), learner(**options)
     losses: list[dict[str, torch.Tensor]] = []
     for x, y in batches:
-        x_scaled, y_scaled = here._scaled(x, y)
+        x_scaled, y_scaled = here._rows(x, y)
         here.has_dead = reference.has_dead = True
         here.optimiser.set_rate(1.0)
         with NoWaits():

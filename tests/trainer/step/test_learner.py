@@ -47,22 +47,22 @@ def batches(store: ActivationStore, n: int) -> list[Any]:
 
 def reference_steps(learner: Learner, data: list[Any]) -> dict[str, torch.Tensor]:
     """The same steps, dense, in float64, with torch's plain Adam."""
-    coder, s = learner.coder, learner.scales
-    is_sae = coder.cfg.kind == Kind.sae
+    coder, s_in, s_out = learner.coder, learner.reads.scale, learner.writes.scale
+    is_sae = coder.cfg.reconstructs
     p = {n: q.detach().double().clone().requires_grad_() for n, q in coder.named_parameters()}
     cfg = learner.cfg.optim
     assert cfg.lr is not None
     adam = torch.optim.Adam(p.values(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
     for step, batch in enumerate(data):
         adam.param_groups[0]["lr"] = cfg.lr * schedule(cfg, step, learner.steps)
-        sides = {"input": batch.x.double() / s.s_in, "output": batch.y.double() / s.s_out}
+        sides = {"input": batch.x.double() / s_in, "output": batch.y.double() / s_out}
         x, y = sides[learner.sides[0]], sides[learner.sides[1]]
         pre = (x - p["b_dec"] if is_sae else x) @ p["W_enc"].T + p["b_enc"]
         values, indices = pre.relu().topk(coder.cfg.k)
         y_hat = torch.zeros_like(pre).scatter(1, indices, values) @ p["W_dec"] + p["b_dec"]
         if "W_skip" in p:
             y_hat = y_hat + x @ p["W_skip"].T
-        loss = (y - y_hat).square().sum() / (len(x) * s.variance / s.s_out**2)
+        loss = (y - y_hat).square().sum() / (len(x) * learner.writes.variances[0])
         adam.zero_grad()
         loss.backward()
         if is_sae:
@@ -118,7 +118,7 @@ def test_training_lowers_the_loss_and_keeps_unit_norm(store: ActivationStore, ki
     losses = [float(learner.step(b.x, b.y, b.tokens)["fvu"]) for b in batches(store, 80)]
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
     norms = learner.coder.W_dec.norm(dim=1)
-    if kind == Kind.sae:
+    if learner.coder.cfg.reconstructs:
         torch.testing.assert_close(norms, torch.ones_like(norms))
     else:
         assert not torch.allclose(norms, torch.ones_like(norms))
@@ -129,10 +129,9 @@ def test_folded_coder_takes_raw_activations(store: ActivationStore) -> None:
     learner = make_learner(config(Kind.skip_transcoder), store, HOOKPOINT, 50, "cpu")
     for _ in range(3):
         learner.step(batch.x, batch.y, batch.tokens)
-    s = learner.scales
-    inside, outside = learner.coder(batch.x / s.s_in), learner.folded()(batch.x)
+    inside, outside = learner.coder(batch.x / learner.reads.scale), learner.folded()(batch.x)
     assert torch.equal(inside.indices, outside.indices)
-    assert torch.equal(inside.y_hat * s.s_out, outside.y_hat)
+    assert torch.equal(inside.y_hat * learner.writes.scale, outside.y_hat)
 
 
 def test_dead_latents_are_counted_by_tokens(store: ActivationStore) -> None:
@@ -153,7 +152,7 @@ def test_sae_of_the_input_side(store: ActivationStore) -> None:
     learner = make_learner(config(Kind.sae, side=Side.input), store, HOOKPOINT, 50, "cpu")
     moments = store.moments(HOOKPOINT, "input")
     assert learner.sides == ("input", "input")
-    assert learner.scales.variance == pytest.approx(moments.variance.sum())
+    assert learner.writes.variances[0] * learner.writes.scales[0] ** 2 == pytest.approx(moments.variance.sum())
 
 
 def test_ridge_is_the_least_squares_solution(store: ActivationStore) -> None:
@@ -222,13 +221,13 @@ def test_density_is_the_mean_and_later_a_memory(store: ActivationStore, monkeypa
     data = batches(store, 4)
     rates = []
     for batch in data:
-        before = learner.coder(batch.x / learner.scales.s_in)
+        before = learner.coder(batch.x / learner.reads.scale)
         rates.append(torch.bincount(before.indices[before.values > 0], minlength=64) / len(batch.x))
         learner.step(batch.x, batch.y, batch.tokens)
     torch.testing.assert_close(learner.density_M, torch.stack(rates).mean(0))
     monkeypatch.setattr(learner_module, "DENSITY_TOKENS", 512)
     remembered = learner.density_M.clone()
-    now = learner.coder(data[0].x / learner.scales.s_in)
+    now = learner.coder(data[0].x / learner.reads.scale)
     learner.step(data[0].x, data[0].y, data[0].tokens)
     rate = torch.bincount(now.indices[now.values > 0], minlength=64) / len(data[0].x)
     torch.testing.assert_close(learner.density_M, (remembered + rate) / 2)  # a batch is half of 512 tokens

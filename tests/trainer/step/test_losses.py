@@ -10,7 +10,7 @@ from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.config import ActivationName, CoderConfig, Kind, LossConfig, TrainConfig
 from skipcoder.trainer.data.ranks import ALONE
 from skipcoder.trainer.run.build import check
-from skipcoder.trainer.step.losses import losses
+from skipcoder.trainer.step.losses import Written, losses
 
 N, D, M, K = 30, 6, 40, 3
 DEAD = [1, 5, 8, 13, 21]
@@ -25,7 +25,7 @@ def problem(kind: Kind) -> tuple[SparseCoder, torch.Tensor, torch.Tensor]:
     return coder, x, y
 
 
-def dense(coder: SparseCoder, x: torch.Tensor, y: torch.Tensor, variance: float) -> dict[str, torch.Tensor]:
+def dense(coder: SparseCoder, x: torch.Tensor, y: torch.Tensor, sides: Written) -> dict[str, torch.Tensor]:
     """fvu, multi_topk and auxk as design section 3 writes them."""
 
     def decode(k: int, among: torch.Tensor, b_dec: torch.Tensor = coder.b_dec) -> torch.Tensor:
@@ -40,17 +40,28 @@ def dense(coder: SparseCoder, x: torch.Tensor, y: torch.Tensor, variance: float)
     most = D // 2
     aux = error.detach() - decode(min(most, len(DEAD)), torch.tensor(DEAD), coder.b_dec.detach())
     terms = {"fvu": error, "multi_topk": wide / 8**0.5, "auxk": aux * (min(len(DEAD) / most, 1) / 32) ** 0.5}
-    return {name: term.square().sum() / variance for name, term in terms.items()}
+    return {
+        name: sum(
+            (
+                e.square().sum() / variance
+                for e, variance in zip(term.split(sides.widths, 1), sides.variances, strict=True)
+            ),
+            torch.zeros(()),
+        )
+        / len(sides.widths)
+        for name, term in terms.items()
+    }
 
 
 @pytest.mark.parametrize("kind", Kind)
 @pytest.mark.parametrize("term", ["fvu", "multi_topk", "auxk"])
-def test_terms_and_their_gradients(kind: Kind, term: str) -> None:
+@pytest.mark.parametrize("sides", [Written([D], [7.0]), Written([2, 4], [7.0, 0.3])])
+def test_terms_and_their_gradients(kind: Kind, term: str, sides: Written) -> None:
     coder, x, y = problem(kind)
     cfg, step = LossConfig(auxk=1 / 32, multi_topk=True), coder.activation.step(coder, K, ALONE)
     dead = torch.isin(torch.arange(M), torch.tensor(DEAD))
-    _, terms, fired = losses(coder, cfg, step, x, y, 7.0, dead)
-    expected = dense(coder, x, y, 7.0)[term]
+    _, terms, fired = losses(coder, cfg, step, x, y, sides, dead)
+    expected = dense(coder, x, y, sides)[term]
     torch.testing.assert_close(terms[term], expected, rtol=1e-12, atol=0)
     assert fired.sum() == (coder.encode(x).values > 0).sum()  # what is counted are the k latents
     options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
@@ -67,7 +78,9 @@ def test_terms_and_their_gradients(kind: Kind, term: str) -> None:
 def test_without_dead_latents_there_is_no_auxk() -> None:
     coder, x, y = problem(Kind.transcoder)
     step = coder.activation.step(coder, K, ALONE)
-    total, terms, _ = losses(coder, LossConfig(auxk=1 / 32), step, x, y, 1.0, torch.zeros(M, dtype=torch.bool))
+    total, terms, _ = losses(
+        coder, LossConfig(auxk=1 / 32), step, x, y, Written([D], [1.0]), torch.zeros(M, dtype=torch.bool)
+    )
     assert list(terms) == ["fvu", "auxk"] and terms["auxk"] == 0 and total == terms["fvu"]
 
 

@@ -64,7 +64,7 @@ def test_schedule_free_saves_the_average(store: ActivationStore) -> None:
         zs.append(one.optimiser.copies(one.coder.b_dec)[1].clone())
     before = one.coder.b_dec.detach().clone()
     average = torch.stack(zs).mean(0)
-    torch.testing.assert_close(one.folded().b_dec / one.scales.s_out, average, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one.folded().b_dec / one.writes.scale, average, rtol=1e-5, atol=1e-6)
     assert torch.equal(one.coder.b_dec, before) and not torch.allclose(before, average)
 
 
@@ -102,7 +102,7 @@ def test_schedule_free_saes_have_unit_rows(store: ActivationStore) -> None:
     one = learner(store, OptimName.signum, Kind.sae)
     for batch in batches(store, 6):
         one.step(batch.x, batch.y, batch.tokens)
-    norms = one.folded().W_dec.norm(dim=1) / one.scales.s_out
+    norms = one.folded().W_dec.norm(dim=1) / one.writes.scale
     torch.testing.assert_close(norms, torch.ones_like(norms))
 
 
