@@ -16,6 +16,7 @@ class TaskName(StrEnum):
     scr = "scr"
     ravel = "ravel"
     contextfree = "contextfree"
+    diff = "diff"
 
 
 class Control(Enum):

@@ -77,6 +77,12 @@ def _contextfree(context: Context, runs: Sequence[Run]) -> Iterable[Result]:
     return contextfree(context.evaluator.store, context.hookpoint, runs, context.cfg.contextfree)
 
 
+def _diff(context: Context, runs: Sequence[Run]) -> Iterable[Result]:
+    from skipcoder.evals.tasks.model_diff import model_diff
+
+    return model_diff(context.evaluator.store, runs)
+
+
 TASKS: Registry[Task] = Registry(
     "tasks",
     {
@@ -87,6 +93,7 @@ TASKS: Registry[Task] = Registry(
         TaskName.scr: _scr,
         TaskName.ravel: _ravel,
         TaskName.contextfree: _contextfree,
+        TaskName.diff: _diff,
     },
 )
 
@@ -106,6 +113,8 @@ def run_tasks(evaluator: Evaluator, runs: Sequence[Run], cfg: EvaluateConfig) ->
                 for name in tasks:
                     begun = time.perf_counter()
                     try:
+                        if some[0].several and name != TaskName.diff:
+                            raise UserError("for coders of one MLP, not for a crosscoder")
                         results = list(TASKS[name](context, some))
                     except UserError as error:  # about this model or text; the other tasks still run
                         print(f"{name}: {error}")
