@@ -28,6 +28,7 @@ from skipcoder.pipeline.store.attrs import (
     new_attrs,
     read_attrs,
     refuse_other_identity,
+    widths_of,
 )
 from skipcoder.pipeline.store.codecs import CODECS, REVISION
 from skipcoder.pipeline.store.place import Place
@@ -144,7 +145,7 @@ def _say_loss(place: Place) -> None:
     if identity["codec"] == "bf16" and identity["model"]["dtype"] == "bfloat16":
         return  # nothing is lost, and with many hookpoints the statistics take gigabytes
     for name in store.hookpoints:
-        lost = {side: store.moments(name, side, split=None).lost for side in commit.SIDES}
+        lost = {side: store.moments(name, side, split=None).lost for side in widths_of(store.hookpoints[name])}
         if any(lost.values()):
             facts = ", ".join(f"{side} {fvu:.1e}" for side, fvu in lost.items())
             print(f"{name}: lost to {store.attrs['identity']['codec']}, as a fraction of variance: {facts}")
@@ -187,9 +188,11 @@ def _lay_out(
         found = load.describe(cfg.model, cfg.hookpoints, cfg.data.context)
         facts: dict[str, HookpointFacts] = {}
         for h in found.hookpoints:
-            d_in, d_out = found.widths[h.name]
-            gained = found.gained[h.name]
-            facts[h.name] = {"read": h.read, "write": h.write, "d_in": d_in, "d_out": d_out, "gained": gained}
+            facts[h.name] = {"read": h.read, "write": h.write, "gained": found.gained[h.name]}
+            if "input" in found.widths[h.name]:
+                facts[h.name]["d_in"] = found.widths[h.name]["input"]
+            if "output" in found.widths[h.name]:
+                facts[h.name]["d_out"] = found.widths[h.name]["output"]
         writing = {h.name: h.write for h in found.hookpoints if h.write != h.read and not h.is_named}
         identity.pop("found_writing", None)
         if writing:

@@ -234,7 +234,8 @@ class CacheConfig:
     store: StoreConfig = field(default_factory=StoreConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     hookpoints: list[str] = field(default_factory=list)
-    """Names of modules of the model without its head, globs allowed; the default is the model preset's."""
+    """Names of modules of the model without its head, globs allowed; the default is the model preset's. Inputs and
+    outputs are captured, of `layers.*:output` the outputs alone."""
     micro_batch_tokens: int | None = None
     """Tokens per forward pass. Part of the store's identity: a different value may change low bits. null: what the
     store has; if it is new, 4,096, or 16,384 where workers have a GPU."""

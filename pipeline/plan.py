@@ -83,9 +83,10 @@ def make(cfg: CacheConfig) -> Plan:
     unit_rows = cfg.store.unit_rows or layout.auto_unit_rows(rows, cfg.data.context)
     chunk = layout.chunk_rows(unit_rows * cfg.data.context)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    costs = {d: _codec(cfg, chunk, d, device) for d in {d for pair in widths.values() for d in pair}}
-    sizes = {h.name: (2 * sum(widths[h.name]), sum(costs[d].size for d in widths[h.name])) for h in hookpoints}
-    sides = [costs[d] for h in hookpoints for d in widths[h.name]]
+    costs = {d: _codec(cfg, chunk, d, device) for d in {d for sides in widths.values() for d in sides.values()}}
+    of = {h.name: list(widths[h.name].values()) for h in hookpoints}
+    sizes = {name: (2 * sum(each), sum(costs[d].size for d in each)) for name, each in of.items()}
+    sides = [costs[d] for each in of.values() for d in each]
     encode, pack, read = (tokens * sum(times) for times in zip(*(side[1:] for side in sides), strict=True))
     speed = _disk_speed(cfg.store.path)
     disk = speed and tokens * sum(stored for _, stored in sizes.values()) / speed

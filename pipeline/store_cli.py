@@ -17,7 +17,7 @@ from skipcoder.errors import UserError
 from skipcoder.pipeline.config import Compression
 from skipcoder.pipeline.store import layout
 from skipcoder.pipeline.store import recode as recoding
-from skipcoder.pipeline.store.attrs import compression_of, read_attrs
+from skipcoder.pipeline.store.attrs import compression_of, read_attrs, widths_of
 from skipcoder.pipeline.store.place import Place
 from skipcoder.pipeline.store.places import place_at
 from skipcoder.pipeline.store.reader import ActivationStore
@@ -48,7 +48,8 @@ def info(place: Place) -> int:
         print(f"{name:12}{value}")
     print(f"{'hookpoint':24}{'side':8}{'module':32}{'d':>7}{'bytes/token':>13}{'mean norm':>12}{'lost':>10}")
     for name, facts in store.hookpoints.items():
-        for side, module, d in (("input", facts["read"], facts["d_in"]), ("output", facts["write"], facts["d_out"])):
+        for side, d in widths_of(facts).items():
+            module = facts["read"] if side == "input" else facts["write"]
             size = sum(n for shard, n in shards.items() if shard.startswith((f"{name}/{side}/", f"{name}/{side}_")))
             all_units = store.moments(name, side, split=None)
             facts_of_side = f"{d:>7}{size / stored:>13.0f}{all_units.mean_norm:>12.3g}{all_units.lost:>10.1e}"

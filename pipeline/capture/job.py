@@ -18,7 +18,7 @@ from skipcoder.cluster import cluster
 from skipcoder.errors import UserError
 from skipcoder.pipeline.config import ModelConfig, RayConfig
 from skipcoder.pipeline.store import layout
-from skipcoder.pipeline.store.attrs import Attributes
+from skipcoder.pipeline.store.attrs import Attributes, widths_of
 from skipcoder.pipeline.store.place import Place
 from skipcoder.progress import progress
 from skipcoder.records import checked
@@ -32,7 +32,7 @@ def run(store: Place, attrs: Attributes, units: list[int], model: ModelConfig, c
         u: len(layout.unit_token_rows(u, attrs["rows"], attrs["identity"]["unit_rows"])) * attrs["identity"]["context"]
         for u in units
     }
-    bytes_per_token = sum(2 * (h["d_in"] + h["d_out"]) for h in attrs["hookpoints"].values())
+    bytes_per_token = sum(2 * sum(widths_of(facts).values()) for facts in attrs["hookpoints"].values())
 
     def rate() -> float:
         return (captured - first_tokens) / max(time.perf_counter() - first_at, 1e-9)

@@ -5,7 +5,7 @@ Nothing here waits for a GPU until `finished` or `wait` is called, so that the n
 Legend: N tokens of a unit, D dimensions.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from skipcoder.pipeline.capture.writers import Found, coded_unit
-from skipcoder.pipeline.store import commit, layout
-from skipcoder.pipeline.store.attrs import Attributes
+from skipcoder.pipeline.store import layout
+from skipcoder.pipeline.store.attrs import Attributes, widths_of
 from skipcoder.pipeline.store.codecs import codec_of
 from skipcoder.pipeline.store.stats import sums
 from skipcoder.pipeline.store.writer import CodedUnit, classes_of
@@ -65,9 +65,9 @@ def plan(attrs: Attributes, unit: int, tokens: np.ndarray, device: str) -> Plan:
 
 
 def code(
-    attrs: Attributes, plan: Plan, pairs: Iterable[tuple[str, tuple[Tensor, Tensor]]], memory: Found | None = None
+    attrs: Attributes, plan: Plan, taken: Iterable[tuple[str, Sequence[Tensor]]], memory: Found | None = None
 ) -> Coding:
-    """Permute, encode and measure a unit. `pairs`: (hookpoint, (input [N, D], output [N, D'])), in token order.
+    """Permute, encode and measure a unit. `taken`: (hookpoint, its sides [N, D]), in token order.
     `memory`: where to copy what is found, of the size of a full unit; by default it stays where it is, on a CPU."""
     codec = codec_of(attrs["identity"]["codec"], attrs["version"])
     found: dict[Any, np.ndarray] = {}
@@ -79,8 +79,8 @@ def code(
             found[key] = memory[key][: len(z)] if z.dim() else memory[key]
             torch.from_numpy(found[key]).copy_(z, non_blocking=True)
 
-    for name, sides in pairs:
-        for side, z in zip(commit.SIDES, sides, strict=True):
+    for name, sides in taken:
+        for side, z in zip(widths_of(attrs["hookpoints"][name]), sides, strict=True):
             z = z[plan.order_N]
             coded = codec.encode(z)
             for suffix, rows in coded.items():

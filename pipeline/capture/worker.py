@@ -19,7 +19,7 @@ from skipcoder.pipeline.model.hookpoints import Hookpoint
 from skipcoder.pipeline.model.hooks import capture, refuse_if_documents_meet
 from skipcoder.pipeline.model.load import load_trunk
 from skipcoder.pipeline.store import commit, writer
-from skipcoder.pipeline.store.attrs import Attributes, read_attrs
+from skipcoder.pipeline.store.attrs import Attributes, read_attrs, widths_of
 from skipcoder.pipeline.store.places import place_at
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.text.rows import places
@@ -91,7 +91,10 @@ class Worker:
 
 def hookpoints_of(attrs: Attributes) -> list[Hookpoint]:
     """The store's hookpoints in the form that `capture` takes."""
-    return [Hookpoint(name, facts["read"], facts["write"]) for name, facts in attrs["hookpoints"].items()]
+    return [
+        Hookpoint(name, facts["read"], facts["write"], tuple(widths_of(facts)))
+        for name, facts in attrs["hookpoints"].items()
+    ]
 
 
 def capture_unit(
@@ -110,7 +113,7 @@ def capture_unit(
         return
     tokens = store.tokens(unit)
     rows = micro_batch_rows(store.attrs["identity"]["micro_batch_tokens"], store.context)
-    sides: dict[str, list[list[Tensor]]] = {h.name: [[], []] for h in hookpoints}
+    sides: dict[str, list[list[Tensor]]] = {h.name: [[] for _ in h.sides] for h in hookpoints}
     ahead, held = plan(store.attrs, unit, tokens, device), _where_to_hold(store, device)
     ids = torch.from_numpy(tokens).long().to(device)
     positions = None
@@ -120,8 +123,8 @@ def capture_unit(
         for i in range(0, len(tokens), rows):
             where = None if positions is None else positions[i : i + rows]
             part = capture(model, hookpoints, ids[i : i + rows], where)
-            for name, pair in part.items():
-                for taken, z in zip(sides[name], pair, strict=True):
+            for name, of_it in part.items():
+                for taken, z in zip(sides[name], of_it, strict=True):
                     taken.append(z.to(held))
         whole = ((name, _joined(sides.pop(name), device)) for name in list(sides))
         coding = code(store.attrs, ahead, whole, None if apart is None else apart.memory.arrays)
@@ -132,16 +135,15 @@ def capture_unit(
         apart.write(unit)
 
 
-def _joined(sides: list[list[Tensor]], device: str) -> tuple[Tensor, Tensor]:
-    x, y = (torch.cat(parts).to(device) for parts in sides)
-    return x, y
+def _joined(sides: list[list[Tensor]], device: str) -> list[Tensor]:
+    return [torch.cat(parts).to(device) for parts in sides]
 
 
 def _where_to_hold(store: ActivationStore, device: str) -> str:
     """Where a unit's activations are kept while the model runs over it: on its device, unless they would take more than
     a quarter of it, as those of all layers of a large model."""
     unit_tokens = store.unit_rows * store.context
-    size = sum(2 * (h["d_in"] + h["d_out"]) for h in store.hookpoints.values()) * unit_tokens
+    size = sum(2 * sum(widths_of(facts).values()) for facts in store.hookpoints.values()) * unit_tokens
     return device if device == "cpu" or size < torch.cuda.mem_get_info(device)[1] / 4 else "cpu"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from skipcoder.helpers import Helper, HelperEndedError, SharedArrays
 from skipcoder.pipeline.store import commit, layout
-from skipcoder.pipeline.store.attrs import Attributes
+from skipcoder.pipeline.store.attrs import Attributes, widths_of
 from skipcoder.pipeline.store.codecs import codec_of
 from skipcoder.pipeline.store.place import Place
 from skipcoder.pipeline.store.places import place_at
@@ -64,7 +64,7 @@ def _specs(attrs: Attributes) -> dict[Any, Any]:
         if name not in ("index", *layout.text_arrays(attrs))
     }
     for name, facts in attrs["hookpoints"].items():
-        for side, d in zip(commit.SIDES, (facts["d_in"], facts["d_out"]), strict=True):
+        for side, d in widths_of(facts).items():
             for where in commit.POSITIONS:
                 specs["sums", name, f"{side}/{where}"] = ((4 * d + 1,), np.float64)
                 specs["lost", name, f"{side}/{where}"] = ((), np.float64)
@@ -98,8 +98,8 @@ def coded_unit(attrs: Attributes, unit: int, tokens: np.ndarray, found: Found) -
     counts = {where: int(c.sum()) for where, c in classes_of(attrs, position, tokens.ravel()[order]).items()}
     arrays = {"index": position.astype(np.uint64)} | {k: rows for k, rows in found.items() if isinstance(k, str)}
     moments: dict[str, dict[str, Moments]] = {}
-    for name in attrs["hookpoints"]:
-        for key in (f"{side}/{where}" for side in commit.SIDES for where in commit.POSITIONS):
+    for name, facts in attrs["hookpoints"].items():
+        for key in (f"{side}/{where}" for side in widths_of(facts) for where in commit.POSITIONS):
             count = counts[key.split("/")[1]]
             m = Moments.of_sums(count, found["sums", name, key], float(found["lost", name, key]))
             moments.setdefault(name, {})[key] = m

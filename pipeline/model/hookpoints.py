@@ -13,38 +13,52 @@ from skipcoder.errors import UserError
 
 @dataclass(frozen=True)
 class Hookpoint:
-    """A pair of places in a model: the input of module `read` and the output of module `write`."""
+    """A pair of places in a model: the input of module `read` and the output of module `write`, or one of them."""
 
     name: str
     read: str
     write: str
+    sides: tuple[str, ...] = ("input", "output")
+    """Those that are captured."""
     is_named: bool = field(default=False, compare=False)
     """Whether the user named the module that is written."""
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
-    """The names that a glob matches, in their own order.
+    """The names that a glob matches, in their own order: those with as many parts as it has or, if there are none, all.
 
     >>> matching("layers.{4,8}.mlp", ["layers.4.mlp", "layers.5.mlp", "layers.8.mlp"])
     ['layers.4.mlp', 'layers.8.mlp']
+    >>> matching("layers.*", ["layers.0", "layers.0.mlp"]), matching("*.mlp", ["layers.0", "layers.0.mlp"])
+    (['layers.0'], ['layers.0.mlp'])
     """
-    return [name for name in names if fnmatch(name, pattern, flags=BRACE | CASE)]
+    found = [name for name in names if fnmatch(name, pattern, flags=BRACE | CASE)]
+    alike = [name for name in found if name.count(".") == pattern.count(".")]
+    return alike if alike and pattern != "*" else found
 
 
 def resolve(patterns: Iterable[str], write_modules: Mapping[str, str], modules: Iterable[str]) -> list[Hookpoint]:
-    """Hookpoints that match `patterns` (globs over module names), in natural order, without repeats.
+    """Hookpoints that match `patterns` (globs over module names), in natural order, without repeats. A pattern that
+    ends in `:input` or `:output` stands for that side alone.
 
     Raises UserError for a pattern that matches nothing, listing the modules.
     """
     names = [name for name in modules if name]
-    found: set[str] = set()
-    for pattern in patterns:
+    found: dict[str, set[str]] = {}
+    for asked in patterns:
+        pattern, colon, side = asked.partition(":")
+        if colon and side not in ("input", "output"):
+            raise UserError(f"hookpoint {asked!r}: what follows the colon must be input or output")
         matches = matching(pattern, names)
         if not matches:
-            raise UserError(f"hookpoint {pattern!r} matches no module of this model; {_hint(pattern, names)}")
-        found.update(matches)
+            raise UserError(f"hookpoint {asked!r} matches no module of this model; {_hint(pattern, names)}")
+        for name in matches:
+            found.setdefault(name, set()).update([side] if colon else ["input", "output"])
     written = {name: _write_module(name, write_modules, names) for name in natsorted(found)}
-    return [Hookpoint(name, name, write or name, write is not None) for name, write in written.items()]
+    return [
+        Hookpoint(name, name, write or name, tuple(sorted(found[name])), write is not None)
+        for name, write in written.items()
+    ]
 
 
 def _write_module(name: str, write_modules: Mapping[str, str], names: list[str]) -> str | None:

@@ -51,8 +51,8 @@ def refuse_if_documents_meet(model: nn.Module, hookpoints: Iterable[Hookpoint], 
     tokens[1, :16] = tokens[1, :16].flip(0)
     places = torch.arange(16, device=device).repeat(2, 2)
     found = capture(model, hookpoints, tokens, places)
-    for name, pair in found.items():
-        for z in pair:
+    for name, sides in found.items():
+        for z in sides:
             one, other = z.view(2, 2, 16, -1).float()
             if not torch.equal(one[1], other[1]) or (one[0] - one[1]).norm() > 0.05 * one[0].norm():
                 raise UserError(
@@ -64,9 +64,9 @@ def refuse_if_documents_meet(model: nn.Module, hookpoints: Iterable[Hookpoint], 
 @torch.no_grad()
 def capture(
     model: nn.Module, hookpoints: Iterable[Hookpoint], tokens_BT: Tensor, places_BT: Tensor | None = None
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """{hookpoint: (input [B*T, D] of its read module, output [B*T, E] of its write module)}. `places_BT`: positions
-    inside documents, which then attend only to themselves.
+) -> dict[str, tuple[Tensor, ...]]:
+    """{hookpoint: its sides, of input [B*T, D] of its read module and output [B*T, E] of its write module those that it
+    has}. `places_BT`: positions inside documents, which then attend only to themselves.
 
     The forward pass stops after the last hooked module. Tensors keep the model's dtype and device; they are
     cloned, since a later module may write into its input in place.
@@ -74,7 +74,8 @@ def capture(
     hookpoints = list(hookpoints)
     modules = dict(model.named_modules())
     taken: dict[tuple[str, str], Tensor] = {}
-    wanted = {("in", h.read) for h in hookpoints} | {("out", h.write) for h in hookpoints}
+    places = {h.name: [(side, h.read if side == "input" else h.write) for side in h.sides] for h in hookpoints}
+    wanted = {place for each in places.values() for place in each}
 
     def keep(key: tuple[str, str], value: Tensor) -> None:
         taken[key] = value.detach().reshape(-1, value.shape[-1]).clone()
@@ -83,7 +84,7 @@ def capture(
 
     handles = []
     for side, name in wanted:
-        if side == "in":
+        if side == "input":
             handles.append(
                 modules[name].register_forward_pre_hook(
                     lambda _, args, kwargs, key=(side, name): keep(key, argument(args, kwargs)),
@@ -106,4 +107,4 @@ def capture(
     missing = wanted - taken.keys()
     if missing:
         raise RuntimeError(f"modules that never ran in a forward pass: {sorted(name for _, name in missing)}")
-    return {h.name: (taken["in", h.read], taken["out", h.write]) for h in hookpoints}
+    return {name: tuple(taken[place] for place in each) for name, each in places.items()}

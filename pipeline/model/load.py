@@ -114,8 +114,8 @@ class Description(NamedTuple):
     """What is known about a model's hookpoints before its weights are loaded."""
 
     hookpoints: list[Hookpoint]
-    widths: dict[str, tuple[int, int]]
-    """Hookpoint -> (d_in, d_out)."""
+    widths: dict[str, dict[str, int]]
+    """Hookpoint -> {side: its width}."""
     flops: float
     """FLOP per token of the captured forward pass over a whole row; 0 unless `count_flops` was set."""
     gained: dict[str, str | None]
@@ -156,13 +156,13 @@ def describe(cfg: ModelConfig, patterns: Iterable[str], context: int, count_flop
         hookpoints = [h if h.is_named else replace(h, write=known.get(h.write) or h.write) for h in asked]
         with fake, torch.no_grad():
             with FlopCounterMode(display=False) if count_flops else contextlib.nullcontext() as counter:
-                pairs = capture(model, hookpoints, torch.zeros(1, length, dtype=torch.long))
+                taken = capture(model, hookpoints, torch.zeros(1, length, dtype=torch.long))
             if counter is not None:
                 flops = counter.get_total_flops() / length
-    for name, (x, y) in pairs.items():
-        if len(x) != length or len(y) != length or not x.is_floating_point():
+    for name, of_it in taken.items():
+        if not all(len(z) == length and z.is_floating_point() for z in of_it):
             raise UserError(f"hookpoint {name!r} does not map one vector per token; hook the whole MLP instead")
-    widths = {name: (x.shape[-1], y.shape[-1]) for name, (x, y) in pairs.items()}
+    widths = {h.name: {side: z.shape[-1] for side, z in zip(h.sides, taken[h.name], strict=True)} for h in hookpoints}
     layers = layers_needed(hookpoints)
 
     def is_loaded(name: str) -> bool:

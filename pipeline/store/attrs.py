@@ -47,14 +47,20 @@ class Identity(TypedDict):
 
 
 class HookpointFacts(TypedDict):
-    """A hookpoint: the modules that are read and written, and their widths."""
+    """A hookpoint: the modules that are read and written, and the widths of the sides that are stored."""
 
     read: str
     write: str
-    d_in: int
-    d_out: int
+    d_in: NotRequired[int]
+    d_out: NotRequired[int]
     gained: NotRequired[str | None]
     """The module whose output the residual stream gains, None if it could not be shown; mostly `write`."""
+
+
+def widths_of(facts: HookpointFacts) -> dict[str, int]:
+    """{side: its width} of the sides that a store has of a hookpoint: `input`, `output` or both."""
+    widths = {"input": facts.get("d_in"), "output": facts.get("d_out")}
+    return {side: d for side, d in widths.items() if d is not None}
 
 
 class Described(TypedDict):

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from skipcoder.pipeline.store.attrs import Attributes, compression_of
+from skipcoder.pipeline.store.attrs import Attributes, compression_of, widths_of
 from skipcoder.pipeline.store.codecs import Spec, codec_of
 from skipcoder.pipeline.store.codecs.base import Blosc, blosc_of
 from skipcoder.pipeline.text.splits import EVERY, SPLITS, split_of
@@ -124,7 +124,7 @@ def arrays(attrs: Attributes) -> dict[str, ArrayLayout]:
     found = {name: array((unit_rows, context), unit_rows, spec) for name, spec in _text(attrs).items()}
     found["index"] = array((unit_tokens,), chunk, Spec("uint64", 2**64 - 1))
     for name, facts in attrs["hookpoints"].items():
-        for side, d in (("input", facts["d_in"]), ("output", facts["d_out"])):
+        for side, d in widths_of(facts).items():
             for suffix, spec in codec_of(identity["codec"], attrs["version"]).arrays.items():
                 shard, rows = (1, 1) if spec.per_unit else (unit_tokens, chunk)
                 wide = () if spec.width is None else (spec.width(d),)

@@ -18,7 +18,7 @@ import numpy as np
 from skipcoder.errors import UserError
 from skipcoder.pipeline.model import load
 from skipcoder.pipeline.store import commit, layout
-from skipcoder.pipeline.store.attrs import Attributes, HookpointFacts, model_config, read_attrs
+from skipcoder.pipeline.store.attrs import Attributes, HookpointFacts, model_config, read_attrs, widths_of
 from skipcoder.pipeline.store.codecs import codec_of
 from skipcoder.pipeline.store.place import Directory, Place
 from skipcoder.pipeline.store.places import beside, place_at
@@ -75,7 +75,7 @@ class ActivationStore:
         return self.place.path
 
     def __repr__(self) -> str:
-        sites = ", ".join(f"{name} ({h['d_in']} to {h['d_out']})" for name, h in self.hookpoints.items())
+        sites = ", ".join(f"{name} ({', '.join(widths_of(h))})" for name, h in self.hookpoints.items())
         state = "" if self.is_complete else f", {len(self.units)} units so far"
         return (
             f"<ActivationStore {self.place}: {self.attrs['model']['name']}, {self.rows * self.context:,} tokens in "
@@ -101,7 +101,7 @@ class ActivationStore:
 
     @property
     def hookpoints(self) -> dict[str, HookpointFacts]:
-        """{name: {read, write, d_in, d_out}}."""
+        """{name: facts}."""
         return self.attrs["hookpoints"]
 
     @cached_property
@@ -150,10 +150,10 @@ class ActivationStore:
 
     def width(self, hookpoint: str, side: str) -> int:
         """Dimensions of the `input` or `output` of a hookpoint."""
-        facts = self.hookpoints[self.hookpoint(hookpoint)]
-        if side not in commit.SIDES:
-            raise UserError(f"side {side!r}: a hookpoint has an input and an output")
-        return facts["d_in"] if side == "input" else facts["d_out"]
+        widths = widths_of(self.hookpoints[self.hookpoint(hookpoint)])
+        if side not in widths:
+            raise UserError(f"{self.place} has no {side} of {hookpoint}: it holds the {' and the '.join(widths)}")
+        return widths[side]
 
     def moments(
         self, hookpoint: str, side: str, split: str | None = "train", positions: tuple[str, ...] = ("other",)

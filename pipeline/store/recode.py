@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from skipcoder.errors import UserError
 from skipcoder.pipeline.store import commit, writer
-from skipcoder.pipeline.store.attrs import VERSION, Attributes, identity_hash, read_attrs
+from skipcoder.pipeline.store.attrs import VERSION, Attributes, identity_hash, read_attrs, widths_of
 from skipcoder.pipeline.store.codecs import codec_of
 from skipcoder.pipeline.store.place import Place
 from skipcoder.pipeline.store.reader import ActivationStore
@@ -44,7 +44,7 @@ def _coded(store: ActivationStore, unit: int, attrs: Attributes) -> CodedUnit:
     codec = codec_of(identity["codec"], attrs["version"])
     arrays = {"index": store.read("index", start, stop)}
     for name in store.hookpoints:
-        for side in commit.SIDES:
+        for side in widths_of(store.hookpoints[name]):
             if codec.exact:
                 coded = codec.encode(store.activations(name, side, start, stop))
                 arrays |= {f"{name}/{side}{suffix}": rows.numpy() for suffix, rows in coded.items()}

@@ -8,7 +8,7 @@ from crc32c import crc32c
 
 from skipcoder.errors import UserError
 from skipcoder.pipeline.store import commit, layout
-from skipcoder.pipeline.store.attrs import identity_hash, read_attrs
+from skipcoder.pipeline.store.attrs import identity_hash, read_attrs, widths_of
 from skipcoder.pipeline.store.commit import FileFacts
 from skipcoder.pipeline.store.place import Place
 from skipcoder.pipeline.store.reader import ActivationStore
@@ -105,7 +105,7 @@ def _content(store: ActivationStore, unit: int, record: commit.Commit, splits: d
         return
     for hookpoint in store.hookpoints:
         recorded = commit.read_statistics(store.place, hookpoint, record)
-        for side in commit.SIDES:
+        for side in widths_of(store.hookpoints[hookpoint]):
             if any(name.startswith(f"{hookpoint}/{side}") for name in bad):
                 continue
             values = store.activations(hookpoint, side, start, stop)

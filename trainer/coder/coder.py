@@ -105,7 +105,8 @@ class SparseCoder(nn.Module):
     def longest(self) -> dict[str, float] | None:
         """The longest `input` and `output` of the MLP that it was trained on, if training left out longer ones."""
         found = self.meta.get("data", {}).get("filter", {}).get("longest")
-        return dict(zip(("input", "output"), found, strict=True)) if found else None
+        sides = zip(("input", "output"), found or (), strict=bool(found))
+        return {side: most for side, most in sides if most is not None} if found else None
 
     def encode(self, x_ND: Tensor, k: int | None = None) -> Codes:
         """Return values and indices of the active latents of each token (K of them, or `k`)."""

@@ -53,8 +53,9 @@ class FilterFacts(TypedDict):
     special_tokens: bool
     roles: NotRequired[list[str]]
     max_norm: NotRequired[float]
-    longest: NotRequired[list[float]]
-    """Longest input and output of the MLP that were trained on, in the model's units."""
+    longest: NotRequired[list[float | None]]
+    """Longest input and output of the MLP that were trained on, in the model's units; null of a side that was not
+    stored."""
 
 
 class DataFacts(TypedDict, total=False):

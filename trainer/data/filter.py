@@ -20,8 +20,8 @@ class TokenFilter:
     """Of conversations keep what these wrote (ROLES of pipeline/text/chat.py); None: all."""
     max_norm: float | None = None
     """Leave out tokens that are longer, on either side of the MLP, than so many medians ..."""
-    longest: tuple[float, float] | None = None
-    """... which is these lengths of an input and of an output."""
+    longest: tuple[float | None, float | None] | None = None
+    """... which is these lengths of an input and of an output; None of a side that is not stored."""
     long: np.ndarray | None = field(default=None, compare=False, repr=False)
     """Where the store at hand has such tokens (outliers.py): positions, rising."""
 

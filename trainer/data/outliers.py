@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from skipcoder.errors import UserError
+from skipcoder.pipeline.store.attrs import widths_of
 from skipcoder.pipeline.store.commit import SIDES, read_statistics
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.store.stats import Moments, merge_all, pack, unpack
@@ -44,8 +45,9 @@ class Outliers(NamedTuple):
 
 def limited(kept: TokenFilter, max_norm: float, store: ActivationStore, hookpoint: str) -> TokenFilter:
     """Return the filter that also leaves out what is longer than `max_norm` medians of what it keeps."""
-    read, written = _medians(_Key(store), hookpoint, kept)
-    return in_store(replace(kept, max_norm=max_norm, longest=(max_norm * read, max_norm * written)), store, [hookpoint])
+    medians = _medians(_Key(store), hookpoint, kept)
+    read, written = (None if median is None else max_norm * median for median in medians)
+    return in_store(replace(kept, max_norm=max_norm, longest=(read, written)), store, [hookpoint])
 
 
 def in_store(kept: TokenFilter, store: ActivationStore, hookpoints: Sequence[str]) -> TokenFilter:
@@ -121,20 +123,21 @@ def _measured(key: _Key, hookpoint: str, side: str, kept: TokenFilter) -> Moment
 
 def _scan(store: ActivationStore, hookpoint: str, kept: TokenFilter) -> Outliers:
     assert kept.longest is not None
-    longest, training = dict(zip(SIDES, kept.longest, strict=True)), set(store.split("train"))
+    training, widths = set(store.split("train")), widths_of(store.hookpoints[hookpoint])
+    longest = {side: most for side, most in zip(SIDES, kept.longest, strict=True) if most is not None}
 
     def look(unit: int) -> tuple[np.ndarray, dict[str, Moments]]:
         recorded = read_statistics(store.place, hookpoint, store.commits[unit])
         # No token is longer than one that has each dimension's largest magnitude.
         bounds = {
             side: max(float(np.linalg.norm(recorded[f"{side}/{where}"].absmax)) for where in kept.classes)
-            for side in SIDES
+            for side in longest
         }
-        if all(bounds[side] <= longest[side] for side in SIDES):
+        if all(bounds[side] <= longest[side] for side in longest):
             return np.empty(0, np.int64), {}
         position, keep = _positions(store, unit, kept)
-        sides = {side: store.activations(hookpoint, side, *store.unit_range(unit)) for side in SIDES}
-        long = keep & np.any([_lengths(z_ND) > longest[side] for side, z_ND in sides.items()], axis=0)
+        sides = {side: store.activations(hookpoint, side, *store.unit_range(unit)) for side in widths}
+        long = keep & np.any([_lengths(sides[side]) > most for side, most in longest.items()], axis=0)
         rows = torch.from_numpy(long)
         return position[long], {side: Moments.of(z[rows].float()) for side, z in sides.items() if unit in training}
 
@@ -147,23 +150,24 @@ def _scan(store: ActivationStore, hookpoint: str, kept: TokenFilter) -> Outliers
     position = np.sort(np.concatenate([np.empty(0, np.int64), *(position for position, _ in found)]))
     return Outliers(
         position,
-        {
-            side: merge_all((of[side] for _, of in found if side in of), Moments.empty(store.width(hookpoint, side)))
-            for side in SIDES
-        },
+        {side: merge_all((of[side] for _, of in found if side in of), Moments.empty(d)) for side, d in widths.items()},
     )
 
 
 @lru_cache(maxsize=64)
-def _medians(key: _Key, hookpoint: str, kept: TokenFilter) -> list[float]:
-    """Of both sides' lengths; found once, as another processor might give other last bits."""
+def _medians(key: _Key, hookpoint: str, kept: TokenFilter) -> list[float | None]:
+    """Of both sides' lengths, None of one that is not stored; found once, as another processor might give other last
+    bits."""
     store = key.store
     file = f"median-lengths-{key.name(hookpoint, kept)}.json"
     with suppress(OSError, ValueError):
-        return [float(median) for median in json.loads(store.derived.read(file))]
+        return [None if median is None else float(median) for median in json.loads(store.derived.read(file))]
     units = store.split("train")[:UNITS]
-    found = []
+    found: list[float | None] = []
     for side in SIDES:
+        if side not in widths_of(store.hookpoints[hookpoint]):
+            found.append(None)
+            continue
         lengths = [
             _lengths(store.activations(hookpoint, side, *store.unit_range(unit)))[_positions(store, unit, kept)[1]]
             for unit in units

@@ -23,7 +23,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from skipcoder.errors import UserError
-from skipcoder.pipeline.store.commit import SIDES
+from skipcoder.pipeline.store.attrs import widths_of
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.data.ahead import ahead
 from skipcoder.trainer.data.batch import Assembly, Batch, BatchLayout, Column
@@ -114,7 +114,7 @@ class ActivationStream:
                 f"train.batch_tokens={batch_tokens} is more than the {self.tokens:,} training tokens of {store.place}"
             )
         self.epoch = self.block = self.offset = 0
-        every = [Column(name, side) for name in self.hookpoints for side in SIDES]
+        every = [Column(name, side) for name in self.hookpoints for side in widths_of(store.hookpoints[name])]
         self.columns = [column for column in every if columns is None or column in columns]
         pair_bytes = 2 * sum(store.width(*column) for column in every)
         self.pool_chunks = pool_chunks or max(1, POOL_BYTES // (pair_bytes * store.chunk_rows))

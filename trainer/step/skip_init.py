@@ -39,7 +39,7 @@ def ridge(
         return found["W"], found["b"]
     except (OSError, SafetensorError, KeyError):
         pass  # missing or incomplete: solved anew
-    W, b = (t.cpu() for t in solve(stream, store.hookpoints[hookpoint]["d_in"], per_dimension=per_dimension))
+    W, b = (t.cpu() for t in solve(stream, store.width(hookpoint, "input"), per_dimension=per_dimension))
     with suppress(OSError, UserError):  # where a (shared) store cannot be written, each run solves for itself
         store.derived.write(file, save({"W": W.contiguous(), "b": b.contiguous()}))
     return W, b
