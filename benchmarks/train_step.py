@@ -160,14 +160,14 @@ def start(contender: str, peers: Path | None, threads: int, shape: dict[str, int
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def ask(process: subprocess.Popen[str]) -> float:
-    """Seconds of one step."""
+def ask(process: subprocess.Popen[str]) -> list[float]:
+    """Seconds of one step, its loss, and what else the process says of it."""
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write("step\n")
     process.stdin.flush()
     for line in process.stdout:
         if line.startswith("RESULT"):
-            return float(line.split()[1])
+            return [float(number) for number in line.split()[1:]]
     raise RuntimeError("a contender died")
 
 
@@ -189,7 +189,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(args.rounds + 2):  # two rounds warm up
         for name in names:
-            took = ask(processes[name])
+            took = ask(processes[name])[0]
             if i >= 2:
                 seconds[name].append(took)
     for process in processes.values():

@@ -6,6 +6,7 @@ test_real_model.py follows the quick start as it stands.
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,6 +64,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Iterator
     the names that the pages use."""
     folder = tmp_path_factory.mktemp("docs")
     make_tiny_model(folder / "models" / "mine", text_file, layers=11)
+    shutil.copytree(folder / "models" / "mine", folder / "models" / "tuned")
     (folder / "texts").mkdir()
     (folder / "texts" / "some.jsonl").write_text(text_file.read_text())
     (folder / "chats").mkdir()

@@ -47,8 +47,8 @@ ROOMS: dict[str, str] = {
     ),
     "evals.latents": f"{GROUND}, pipeline.store, trainer.run, evals.config",
     "evals.tasks": (
-        f"{GROUND}, pipeline.text, pipeline.model, pipeline.store, trainer.config, trainer.data, trainer.coder, "
-        "trainer.run, evals.config, evals.stats, evals.core"
+        f"{GROUND}, kernels, pipeline.text, pipeline.model, pipeline.store, trainer.config, trainer.data, "
+        "trainer.coder, trainer.run, evals.config, evals.stats, evals.core"
     ),
     "evals.explain": f"{GROUND}, pipeline.model, trainer.run, evals.config, evals.stats, evals.latents",
     "evals.features": "trainer.run, evals.core, evals.latents, evals.explain",

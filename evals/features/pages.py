@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skipcoder.evals.core.by_side import largest_sides, norm_shares, read_diff
 from skipcoder.evals.core.results import read as read_evaluation
 from skipcoder.evals.explain.records import read_latents, read_summary
 from skipcoder.evals.latents.examples import ExampleMaker, Window
@@ -55,7 +56,7 @@ def write_pages(
     shutil.copytree(TEMPLATE, site)
     (site / "data").mkdir()
     rows = _Rows()
-    up_MK, down_MK = promoted(model, run.coder.W_dec)
+    up_MK, down_MK = promoted(model, largest_sides(run.coder) if run.several else run.coder.W_dec)
     nearest = nearest_latents(run.coder.W_dec, run.coder.W_dec, NEAREST, same=True)
     together = firing_together(index) if index.width <= FEW_ENOUGH else [[] for _ in range(index.width)]
     used: set[int] = set()
@@ -236,12 +237,22 @@ def _table(index: LatentIndex, others: Sequence[Run], rows: _Rows) -> dict[str, 
         "facts": facts, "warning": warning,
         "chunk": CHUNK, "density": [float(f"{n / tokens:.3g}") for n in index.counts], **columns,
         "tokens": rows.tokens, "preview": rows.preview, "largest": rows.largest,
-        "order": rows.order(tokens, columns["explanation"]),
+        "order": rows.order(tokens, columns["explanation"]), **_sides(run),
         "others": [
             {"title": f"{o.path.name}: {o.summary['kind']} k={o.summary['k']} m={o.summary['width']}",
              "path": os.path.relpath(o.path / "features", run.path / "features")} for o in others
         ],
     }  # fmt: skip
+
+
+def _sides(run: Run) -> dict[str, Any]:
+    """Of a crosscoder its sides and each latent's shares of them; of one between two models also whose each is."""
+    if not run.several:
+        return {}
+    sides = [f"{column.hookpoint} {column.side}" for column in run.writes]
+    shares = [[round(share, 3) for share in row] for row in norm_shares(run.coder).tolist()]
+    diff = read_diff(run)
+    return {"sides": sides, "shares": shares} | ({} if diff is None else {"kind": diff["kind"]})
 
 
 @torch.no_grad()

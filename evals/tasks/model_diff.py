@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from skipcoder.errors import UserError
+from skipcoder.evals.core.by_side import DIFF
 from skipcoder.evals.core.results import Result
 from skipcoder.files import write_atomically
 from skipcoder.kernels.rows import gather_dot
@@ -35,7 +36,6 @@ from skipcoder.trainer.data.joined import OTHER
 from skipcoder.trainer.data.stream import ActivationStream
 from skipcoder.trainer.run.run import Run
 
-FILE = "diff.json"
 ONE_ALONE, SHARED = 0.9, 0.6
 """Relative norm above which a latent is of the tuned model alone (below 1 - this: of the base model), and up to which
 (from 1 - this) it is shared."""
@@ -91,7 +91,7 @@ def model_diff(store: ActivationStore, runs: Sequence[Run]) -> Iterator[Result]:
         numbers = {name: [_rounded(x) for x in z.tolist()] for name, z in zip(found._fields[:3], found, strict=False)}
         models = [run.coder.meta["model"]["id"], run.coder.meta["other_model"]["id"]]
         content = {"weights": run.weights, "models": models, "tokens": tokens, "kind": kinds, **numbers}
-        write_atomically(run.path / FILE, json.dumps(content).encode())
+        write_atomically(run.path / DIFF, json.dumps(content).encode())
         of = {"diff_shared": "shared", "diff_between": "between"}
         of |= {f"diff_{name}_only": name for name in NAMES} | {f"diff_not_only_{n}": f"not only {n}" for n in NAMES}
         yield {"diff_tokens": tokens} | {key: kinds.count(kind) for key, kind in of.items()}

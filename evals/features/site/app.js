@@ -1,16 +1,9 @@
 // Shows data/table.js and, when a latent is opened, the chunk of data that holds it. Everything from the text is put into
 // the page as text, never as HTML.
 "use strict";
-const table = window.skipcoderTable, chunks = new Map(), HEIGHT = 34;
+const table = window.skipcoderTable, chunks = new Map();
 const main = document.getElementById("main");
 document.getElementById("title").textContent = document.title = table.title;
-
-function make(tag, props = {}, ...children) {
-  const node = Object.assign(document.createElement(tag), props);
-  node.append(...children);
-  return node;
-}
-const number = (value, digits = 3) => value === null || value === undefined ? "\u2013" : value.toPrecision(digits);
 
 function load(src) {
   return new Promise((done, fail) => {
@@ -21,44 +14,6 @@ window.skipcoderChunk = (key, content) => chunks.set(key, content);
 async function chunk(name) {
   if (!chunks.has(name)) await load("data/" + name + ".js");
   return chunks.get(name);
-}
-
-// A table of many rows: only those in sight are in the page. Arrow keys move, Enter opens.
-function list(columns, count, order, href) {
-  const space = make("div", { className: "space" }), rows = new Map();
-  const view = make("div", { className: "viewport", tabIndex: 0, role: "grid", ariaLabel: "latents" }, space);
-  let chosen = -1;
-  function draw() {
-    const first = Math.max(0, Math.floor(view.scrollTop / HEIGHT) - 8);
-    const last = Math.min(order.length, first + Math.ceil(view.clientHeight / HEIGHT) + 16);
-    for (const [i, node] of rows) if (i < first || i >= last) { node.remove(); rows.delete(i); }
-    for (let i = first; i < last; i++) {
-      if (rows.has(i)) continue;
-      const row = make("a", { className: "row grid" + (i === chosen ? " chosen" : ""), href: href(order[i]), tabIndex: -1, role: "row", id: "row-" + i });
-      row.style.top = i * HEIGHT + "px";
-      for (const c of columns) row.append(make("span", { className: c.wide ? "wide" : "", role: "gridcell" }, ...[c.show(order[i])].flat()));
-      rows.set(i, row);
-      space.append(row);
-    }
-  }
-  function choose(i) {
-    rows.get(chosen)?.classList.remove("chosen");
-    chosen = Math.max(0, Math.min(order.length - 1, i));
-    if (chosen * HEIGHT < view.scrollTop) view.scrollTop = chosen * HEIGHT;
-    if ((chosen + 1) * HEIGHT > view.scrollTop + view.clientHeight) view.scrollTop = (chosen + 1) * HEIGHT - view.clientHeight;
-    draw();
-    rows.get(chosen)?.classList.add("chosen");
-    view.setAttribute("aria-activedescendant", "row-" + chosen);
-  }
-  view.addEventListener("scroll", draw);
-  new ResizeObserver(draw).observe(view);
-  view.addEventListener("keydown", event => {
-    const page = Math.floor(view.clientHeight / HEIGHT);
-    const step = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -order.length, End: order.length }[event.key];
-    if (step) { choose(chosen + step); event.preventDefault(); }
-    if (event.key === "Enter" && chosen >= 0) location.hash = href(order[chosen]);
-  });
-  return { view, show(next) { order = next; chosen = -1; rows.forEach(n => n.remove()); rows.clear(); view.setAttribute("aria-rowcount", order.length); space.style.cssText = `height:${order.length * HEIGHT}px`; view.scrollTop = 0; draw(); }, draw };
 }
 
 // In the order of the list until a column is chosen; what a latent is about: its explanation, or where it is largest.
@@ -76,7 +31,10 @@ const COLUMNS = [
     { key: "fuzzing", title: "fuzzing", value: i => table.fuzzing[i] ?? -1, show: i => number(table.fuzzing[i], 2), width: "84px", wide: true },
   ] : []),
 ];
-const TEXT = ["tokens", "about"]; // columns that begin with A, others with their largest
+// Of a crosscoder: how much of a latent is on each side; of one between two models also whose it is.
+(table.sides ?? []).forEach((side, s) => COLUMNS.push({ key: "side-" + s, title: side.replace(/ output$/, ""), value: i => table.shares[i][s], show: i => number(table.shares[i][s], 2), width: "minmax(60px, 110px)", wide: table.sides.length > 2 }));
+if (table.kind) COLUMNS.push({ key: "kind", title: "belongs to", value: i => table.kind[i], show: i => table.kind[i], width: "112px" });
+const TEXT = ["tokens", "about", "kind"]; // columns that begin with A, others with their largest
 let texts; // of each latent, in small letters; made when something is first searched
 
 function showTable() {
@@ -86,7 +44,7 @@ function showTable() {
   const head = make("div", { className: "grid head" });
   function update() {
     const words = state.search.toLowerCase(), column = COLUMNS.find(c => c.key === state.sort);
-    if (words) texts ??= table.tokens.map((tokens, i) => [table.explanation[i] ?? "", tokens, table.preview[i].join("")].join("\n").toLowerCase());
+    if (words) texts ??= table.tokens.map((tokens, i) => [table.explanation[i] ?? "", tokens, table.preview[i].join(""), table.kind?.[i] ?? ""].join("\n").toLowerCase());
     let order = table.order.filter(i => (!state.onlyKept || kept.has(i)) && (!words || String(i) === words || texts[i].includes(words) || kept.note(i).toLowerCase().includes(words)));
     if (column) order = sorted(order, column);
     rows.show(order);
@@ -145,7 +103,8 @@ async function showLatent(i) {
   const title = make("h2", { textContent: `Latent ${i}` });
   const step = make("p", {}, ...(i ? [link(i - 1, "previous"), " "] : []), ...(i + 1 < table.density.length ? [link(i + 1, "next")] : []));
   const scores = [["detection", table.detection[i]], ["fuzzing", table.fuzzing[i]]].filter(s => s[1] !== null).map(s => `${s[0]} ${number(s[1])}`);
-  const facts = `fires on ${number(table.density[i], 2)} of tokens, ${it.n.toLocaleString()} times; largest ${number(it.largest)}` + (scores.length ? "; " + scores.join(", ") : "");
+  const sides = (table.sides ?? []).map((side, s) => [side, table.shares[i][s]]);
+  const facts = `fires on ${number(table.density[i], 2)} of tokens, ${it.n.toLocaleString()} times; largest ${number(it.largest)}` + (scores.length ? "; " + scores.join(", ") : "") + (table.kind ? "; belongs to: " + table.kind[i] : "");
   const bars = make("div", { className: "bars" }), most = Math.max(...it.histogram, 1);
   it.histogram.forEach(n => { const bar = make("i", { title: n.toLocaleString() }); bar.style.height = 100 * n / most + "%"; bars.append(bar); });
   const star = make("button", { className: "star" }), note = make("textarea", { rows: 2, value: kept.note(i), placeholder: "A note, kept by this browser", ariaLabel: "note" });
@@ -158,6 +117,7 @@ async function showLatent(i) {
     make("div", { className: "two" },
       make("div", {}, make("h2", { textContent: "Promotes" }), chips(it.up), make("h2", { textContent: "Suppresses" }), chips(it.down)),
       make("div", {}, make("h2", { textContent: "Activations" }), bars, make("div", { className: "axis" }, make("span", { textContent: "0" }), make("span", { textContent: number(it.largest) })),
+        ...(sides.length ? [make("h2", { textContent: "Share of its decoder on each side" }), make("div", { className: "chips" }, ...sides.map(([side, share]) => make("span", {}, side, make("small", { textContent: " " + number(share, 2) }))))] : []),
         make("h2", { textContent: "Nearest latents, by decoder cosine" }), linked(it.nearest),
         ...(it.together.length ? [make("h2", { textContent: "Fire together: share of the tokens on which either fires" }), linked(it.together)] : []))),
     ...contexts("Largest activations", it.top, words, it.largest), ...contexts("From each quantile", it.quantiles, words, it.largest));
