@@ -84,7 +84,7 @@ class Judge:
         (result,) = self.evaluator.reconstruction([run])
         del result["density_histogram"]
         ways = self.evaluator.replacements(run)
-        wanted = {(way,): [ways[way].part] for way in ("spliced", "skip_only") if way in ways}
+        wanted = {(way,): [ways[way].parts[0]] for way in ("spliced", "skip_only") if way in ways}
         losses = self.evaluator.losses(wanted)
         names = {None: "clean", ("spliced",): "spliced", ("skip_only",): "skip_only"}
         return result | {f"ce_{names[key]}": float(of.ce_BT.mean()) for key, of in losses.items()}

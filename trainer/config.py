@@ -19,6 +19,8 @@ class Kind(StrEnum):
     transcoder = "transcoder"
     skip_transcoder = "skip_transcoder"
     crosscoder = "crosscoder"
+    clt = "clt"
+    skip_clt = "skip_clt"
 
 
 MLP_KINDS = (Kind.sae, Kind.transcoder, Kind.skip_transcoder)
@@ -62,11 +64,11 @@ class CoderConfig:
     """The sparse coder: what it reads and writes, its size, and how it starts."""
 
     kind: str = Kind.skip_transcoder
-    """sae, transcoder, skip_transcoder, crosscoder, or one of your own (docs/extending.md)."""
+    """sae, transcoder, skip_transcoder, crosscoder, clt, skip_clt, or one of your own (docs/extending.md)."""
     k: int = 32
-    """Latents active per token."""
+    """Latents active per token; of a cross-layer transcoder in each layer."""
     width: int = 4608
-    """Number of latents."""
+    """Number of latents; of a cross-layer transcoder in each layer."""
     activation: str = ActivationName.topk
     """topk; groupmax: the largest of each of k equal runs of latents; batchtopk: in training the largest of the batch,
     k per token, afterwards all above a threshold; jumprelu: all above learned thresholds, about k per token."""
@@ -74,6 +76,8 @@ class CoderConfig:
     """Matryoshka: sizes of latent prefixes that must also reconstruct by themselves, e.g. [512,2048]."""
     side: Side = Side.output
     """Which side of the MLP an SAE or a crosscoder reconstructs; transcoders read the input and write the output."""
+    window: int | None = None
+    """Cross-layer transcoder: how many layers on latents write, besides their own; null: to the last."""
     normalize_decoder: bool = True
     """SAE, crosscoder: keep decoder rows at unit norm and remove the gradient along them."""
     skip_init: SkipInit | None = None
@@ -85,7 +89,24 @@ class CoderConfig:
         """Whether it reads what it writes, and is centred by b_pre = b_dec."""
         return self.kind in (Kind.sae, Kind.crosscoder)
 
+    @property
+    def over_hookpoints(self) -> bool:
+        """Whether it is one coder over several hookpoints."""
+        return self.kind == Kind.crosscoder or self.over_layers
+
+    @property
+    def over_layers(self) -> bool:
+        """Whether it is a coder for each of several layers, which write to later ones."""
+        return self.kind in (Kind.clt, Kind.skip_clt)
+
+    @property
+    def has_skip(self) -> bool:
+        """Whether it has an affine path beside the latents."""
+        return self.kind in (Kind.skip_transcoder, Kind.skip_clt)
+
     def __post_init__(self) -> None:
+        if self.window is not None and (self.window < 0 or not self.over_layers):
+            raise UserError(f"coder.window={self.window}: at least 0, and for cross-layer transcoders alone, or null")
         if self.width < 1:
             raise UserError(f"coder.width={self.width}: must be at least 1")
         if not 1 <= self.k <= self.width:
@@ -283,7 +304,7 @@ class TrainConfig:
     store: StoreRef = field(default_factory=StoreRef)
     hookpoint: str | None = None
     """Hookpoint to train on; null: the only one of the store. A glob (`layers.*.mlp`, `layers.{4,8}.mlp`) trains a set:
-    one coder for each hookpoint that matches, in a folder of its name; of a crosscoder, one coder over all of them."""
+    one coder for each hookpoint that matches, in a folder of its name; a crosscoder or CLT is one over all of them."""
     coder: CoderConfig = field(default_factory=CoderConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     loss: LossConfig = field(default_factory=LossConfig)

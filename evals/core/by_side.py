@@ -25,9 +25,8 @@ EXCLUSIVE = 0.9
 
 def decoder_norms(coder: SparseCoder) -> Tensor:
     """Length [M, S] of each latent's decoder on each side, in standard deviations of that side."""
-    sides = coder.meta["sides"]
-    parts = coder.W_dec.detach().split([side["width"] for side in sides], 1)
-    return torch.stack([z.norm(dim=1) / side["variance"] ** 0.5 for z, side in zip(parts, sides, strict=True)], 1)
+    norms_MS = coder.side_norms()
+    return norms_MS / torch.tensor([side["variance"] ** 0.5 for side in coder.meta["sides"]]).to(norms_MS)
 
 
 def norm_shares(coder: SparseCoder) -> Tensor:

@@ -14,7 +14,8 @@ from skipcoder.errors import UserError
 from skipcoder.evals.core.by_side import by_side
 from skipcoder.evals.core.ce_kl import summary
 from skipcoder.evals.core.metrics import ReconstructionMetrics, Targets
-from skipcoder.evals.core.passes import Part, Replace, TokenLosses, ablation, token_losses
+from skipcoder.evals.core.passes import Part, TokenLosses, token_losses
+from skipcoder.evals.core.replacements import Key, ways
 from skipcoder.evals.core.results import BY_DOCUMENT, Result
 from skipcoder.pipeline.model import load as models
 from skipcoder.pipeline.store.attrs import model_config
@@ -27,8 +28,6 @@ from skipcoder.trainer.data.stream import ActivationStream
 from skipcoder.trainer.run.device import on_device
 from skipcoder.trainer.run.run import Run
 
-Key = tuple[Any, ...]
-
 CE_TOKENS, CE_ROWS = 4096, 24
 """At least, by default: enough rows for intervals where each is of a document of its own."""
 
@@ -36,18 +35,11 @@ AT_ONCE = 8
 """Coders on the device at the same time."""
 
 
-class Way(NamedTuple):
-    """One way of replacing an MLP, at whatever positions."""
-
-    key: Key
-    replace: Replace
-
-
 class Replacement(NamedTuple):
-    """A part of the model to replace, and a key that identifies the replacement."""
+    """Parts of the model to replace, and a key that identifies the replacement."""
 
     key: Key
-    part: Part
+    parts: list[Part]
 
 
 class Evaluator:
@@ -125,7 +117,7 @@ class Evaluator:
                 for run in mine.values()
             }
             for i, run in mine.items():
-                every[i] = ReconstructionMetrics(run.coder.cfg.width, targets[run.writes])
+                every[i] = ReconstructionMetrics(run.latents, targets[run.writes])
             stream = ActivationStream(
                 self.store, names, 4096, split="test", filter=kept, epochs=1, device=self.device,
                 columns={column for run in mine.values() for column in (*run.reads, *run.writes)},
@@ -162,10 +154,10 @@ class Evaluator:
             problem = f"{self.store.attrs['model']['name']} predicts no next token, so there is no cross-entropy"
             print(problem, flush=True)
             return [{"ce_problem": problem, BY_DOCUMENT: {}} for _ in runs]
-        if any(run.several for run in runs):
+        if not all(run.stands_in for run in runs):
             why = "a crosscoder stands in for no one MLP, so there is no cross-entropy"
-            others = iter(self.behaviour([run for run in runs if not run.several]))
-            return [{"ce_problem": why, BY_DOCUMENT: {}} if run.several else next(others) for run in runs]
+            others = iter(self.behaviour([run for run in runs if run.stands_in]))
+            return [next(others) if run.stands_in else {"ce_problem": why, BY_DOCUMENT: {}} for run in runs]
         if not runs:
             return []
         replacements: dict[Key, list[Part]] = {}
@@ -173,7 +165,7 @@ class Evaluator:
         for run in runs:
             mine = self.replacements(run)
             keys.append({name: one.key for name, one in mine.items()})
-            replacements |= {one.key: [one.part] for one in mine.values()}
+            replacements |= {one.key: one.parts for one in mine.values()}
         new = {key: parts for key, parts in replacements.items() if key not in self._shared}
         losses = self._shared | self.losses(new)
         self._shared |= {key: of for key, of in losses.items() if key is None or key[0] in ("zero", "mean")}
@@ -189,23 +181,22 @@ class Evaluator:
 
     def replacements(self, run: Run) -> dict[str, Replacement]:
         """{name in the results: the replacement}."""
-        read, write, coder = run.read_site, run.write_site, run.coder
-        mean = moments(self.store, run.summary["hookpoint"], write.side, run.filter).mean
-        mean_E = torch.from_numpy(mean).to(self.device, torch.float32)
-        # A key's first entry distinguishes ablations, which runs share, from coders.
-        ways: dict[str, Way] = {
-            "spliced": Way((run.path,), lambda x: coder(x.to(coder.W_dec.device)).y_hat),
-            "zero": Way(("zero", write), ablation(torch.zeros_like(mean_E))),
-            "mean": Way(("mean", write, run.filter), ablation(mean_E)),
-        }
-        if coder.W_skip is not None:
-            ways["skip_only"] = Way((run.path, "skip"), lambda x: coder.skip_only(x.to(coder.W_dec.device)))
+        means = [
+            torch.from_numpy(moments(self.store, *column, run.filter).mean).to(self.device, torch.float32)
+            for column in run.writes
+        ]
         positions: list[tuple[str, TokenFilter | None, Tensor | None]] = [("", run.filter, self._excluded(run))]
         if self.every_position:
             positions.append(("_all", None, None))
         return {
-            f"{name}{suffix}": Replacement((*way.key, kept), Part(read, write, way.replace, keep))
-            for name, way in ways.items()
+            f"{name}{suffix}": Replacement(
+                (*way.key, kept),
+                [
+                    Part(read, write, replace, keep)
+                    for read, write, replace in zip(run.read_sites, run.write_sites, way.replaces, strict=True)
+                ],
+            )
+            for name, way in ways(run, means).items()
             for suffix, kept, keep in positions
         }
 

@@ -23,7 +23,7 @@ def spliced_together(evaluator: Evaluator, runs: Sequence[Run], fvu: Mapping[str
         with on_device([run.coder for run in some], evaluator.device):
             for run in some:
                 for name, one in evaluator.replacements(run).items():
-                    parts.setdefault((name,), []).append(one.part)
+                    parts.setdefault((name,), []).extend(one.parts)
             losses = evaluator.losses(parts)
         row: Result = {key: value for key, value in some[0].summary.items() if key in _SAME}
         row["hookpoints"] = [run.summary["hookpoint"] for run in some]

@@ -50,7 +50,7 @@ class LatentIndex:
             raise UserError(f"{store.place} is not complete; finish its capture first")
         run.check(store)
         self.run, self.store = run, store
-        self.folder, self.width = run.path / "latents", run.coder.cfg.width
+        self.folder, self.width = run.path / "latents", run.latents
         self.parts = _parts(store)
 
     def identity(self) -> dict[str, str]:

@@ -15,11 +15,11 @@ from skipcoder.trainer.config import ActivationName, TrainConfig
 from skipcoder.trainer.data.batch import Batch
 from skipcoder.trainer.data.ranks import ALONE, Ranks
 from skipcoder.trainer.data.stream import ActivationStream, Position
-from skipcoder.trainer.run.build import hookpoints, make_learner, token_filter
+from skipcoder.trainer.run.build import any_learner, hookpoints, token_filter
 from skipcoder.trainer.run.checkpoint import State, load_state, save_state
 from skipcoder.trainer.run.provenance import provenance
 from skipcoder.trainer.run.run import MetricsLine, RunDirectory, Summary
-from skipcoder.trainer.step.learner import Learner
+from skipcoder.trainer.step.cross_layer import AnyLearner
 
 
 class Member:
@@ -41,7 +41,7 @@ class Member:
         """The latest line of metrics."""
         self.bank_coders = 1
         """Coders that were trained together, and share the time."""
-        self._learner: Learner | None = None
+        self._learner: AnyLearner | None = None
 
     @property
     def summary(self) -> Summary | None:
@@ -49,7 +49,7 @@ class Member:
         return self.files.summary
 
     @property
-    def learner(self) -> Learner:
+    def learner(self) -> AnyLearner:
         """The learner of a member that has started and has not been released."""
         assert self._learner is not None
         return self._learner
@@ -65,7 +65,7 @@ class Member:
         with ranks.together():
             shard = Shard(ranks.latents, self.cfg.coder.width)
             state = load_state(self.directory, shard.rows if self.cfg.train.shards > 1 else None)
-        self._learner = make_learner(self.cfg, store, self.hookpoints, self.steps, device, state is None, ranks)
+        self._learner = any_learner(self.cfg, store, self.hookpoints, self.steps, device, state is None, ranks)
         with ranks.together():
             return self._go_on(state, stream)
 

@@ -8,8 +8,9 @@ import torch
 
 from skipcoder.errors import UserError
 from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.trainer.coder.cross_layer import targets
 from skipcoder.trainer.coder.encoding import chunk_bytes
-from skipcoder.trainer.config import Kind, OptimName, TrainConfig
+from skipcoder.trainer.config import OptimName, TrainConfig
 from skipcoder.trainer.run.build import hookpoints
 from skipcoder.trainer.step.sides import sides
 
@@ -31,7 +32,7 @@ class Need(NamedTuple):
 def need(cfg: TrainConfig, d_in: int, d_out: int, device: str) -> Need:
     """Return the need of one coder, or of one of its shards, float32 throughout."""
     m = cfg.coder.width // cfg.train.shards
-    weights = m * (d_in + d_out + 1) + d_out + (d_in * d_out if cfg.coder.kind == Kind.skip_transcoder else 0)
+    weights = m * (d_in + d_out + 1) + d_out + (d_in * d_out if cfg.coder.has_skip else 0)
     copies = 3 if cfg.optim.name is OptimName.adam else 2
     chunk = min(chunk_bytes(cfg.encode, device), 4 * m * cfg.train.batch_tokens)
     half = 2 * m * d_in if device.startswith("cuda") else 0  # the encoder in bfloat16
@@ -41,8 +42,17 @@ def need(cfg: TrainConfig, d_in: int, d_out: int, device: str) -> Need:
 def refuse_too_large(cfg: TrainConfig, store: ActivationStore, budget: float, device: str) -> Need:
     """The need of one coder; UserError if the budget (bytes) does not hold it."""
     names = hookpoints(cfg, store)
-    d_in, d_out = (sum(store.width(name, side) for name in names) for side in sides(cfg.coder))
-    one = need(cfg, d_in, d_out, device)
+    ins, outs = ([store.width(name, side) for name in names] for side in sides(cfg.coder))
+    if cfg.coder.over_layers:
+        to = [targets(layer, len(outs), cfg.coder.window) for layer in range(len(outs))]
+        each = [need(cfg, d, sum(outs[t] for t in some), device) for d, some in zip(ins, to, strict=True)]
+        one = Need(*(sum(parts) for parts in zip(*each, strict=True)))
+        many, gib = sum(map(len, to)), 4 * cfg.coder.width * sum(outs[t] for some in to for t in some) / GIB
+        print(
+            f"{cfg.coder.kind}: {many} decoder matrices, {gib:,.2f} GiB; to train, {bank_bytes([one]) / GIB:,.1f} GiB"
+        )
+    else:
+        one = need(cfg, sum(ins), sum(outs), device)
     if bank_bytes([one]) > budget:
         shards = f" / train.shards={cfg.train.shards}" if cfg.train.shards > 1 else ""
         raise UserError(

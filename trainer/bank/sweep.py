@@ -15,7 +15,7 @@ from skipcoder.pipeline.model.hookpoints import matching
 from skipcoder.trainer.bank.bank import Job, Outcome, refuse_shared_directories, train_bank
 from skipcoder.trainer.bank.on_ray import train_on_ray
 from skipcoder.trainer.bank.plan import Settings, plan
-from skipcoder.trainer.config import Kind, RunConfig
+from skipcoder.trainer.config import RunConfig
 from skipcoder.trainer.run.build import open_store
 
 
@@ -30,10 +30,10 @@ class Failure(NamedTuple):
 
 def spread(job: Job, always: bool = False) -> list[Job]:
     """Return the jobs that one stands for: itself or, where its hookpoint is a glob (`layers.*.mlp`) or `always`, one
-    for each hookpoint of the store that matches, in a folder of its name. A crosscoder is one coder over all of them.
+    for each hookpoint of the store that matches, in a folder of its name. A crosscoder or CLT is one over all of them.
     UserError if none does."""
     pattern = job.cfg.hookpoint
-    if pattern is None or job.cfg.coder.kind == Kind.crosscoder or not (always or set(pattern) & set("*?[{")):
+    if pattern is None or job.cfg.coder.over_hookpoints or not (always or set(pattern) & set("*?[{")):
         return [job]
     store = open_store(job.cfg)
     names = matching(pattern, store.hookpoints)

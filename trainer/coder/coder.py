@@ -10,6 +10,7 @@ Legend: N tokens, K active latents, M latents, D input width, E output width.
 """
 
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -152,18 +153,14 @@ class SparseCoder(nn.Module):
             return self.b_dec.expand(*x.shape[:-1], self.d_out)
         return x.to(self.W_skip.dtype) @ self.W_skip.T + self.b_dec
 
+    def side_norms(self) -> Tensor:
+        """Length [M, S] of each latent's decoder on each of the sides that `meta` names."""
+        parts = self.W_dec.detach().split([side["width"] for side in self.meta["sides"]], 1)
+        return torch.stack([z.norm(dim=1) for z in parts], 1)
+
     def save(self, folder: Path) -> None:
         """Write coder.safetensors and coder.json. Shards are saved together, one file of tensors each."""
-        asked = {key: value.value if isinstance(value, Enum) else value for key, value in vars(self.cfg).items()}
-        description: Any = {
-            "format_version": FORMAT_VERSION,
-            **asked,
-            "d_in": self.d_in,
-            "d_out": self.d_out,
-            "dtype": "float32",
-            "subtract_decoder_bias": self.cfg.reconstructs,
-            **self.meta,
-        }
+        description: Any = described(self.cfg, self.d_in, self.d_out, self.meta)
         tensors = {name: t.detach().contiguous() for name, t in self.state_dict().items()}
         if self.shard is None:
             write_coder(folder, tensors, description)
@@ -178,8 +175,13 @@ class SparseCoder(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> "SparseCoder":
-        """Load a run directory, its checkpoint/ folder, or a folder that holds coder.safetensors."""
-        tensors, description = read_coder(Path(path))
+        """Load a run directory, its checkpoint/ folder, or a folder that holds coder.safetensors. Of a cross-layer
+        transcoder this is a CrossLayerTranscoder."""
+        loaded = read_coder(Path(path))
+        tensors, description = loaded
+        if description["kind"] in (Kind.clt, Kind.skip_clt):
+            several = import_module("skipcoder.trainer.coder.cross_layer").CrossLayerTranscoder  # which imports us
+            return cast(SparseCoder, several.from_files(Path(path), loaded))
         facts: dict[str, Any] = dict(description)
         fields = {field: facts.pop(field) for field in CoderConfig.__dataclass_fields__}
         cfg, d_in, d_out = typed(OmegaConf.create(fields), CoderConfig), facts.pop("d_in"), facts.pop("d_out")
@@ -205,6 +207,19 @@ class SparseCoder(nn.Module):
         if not isinstance(coder, SparseCoder):
             raise UserError(f"{name}: its format gives a {type(coder).__name__}, not a SparseCoder")
         return coder
+
+
+def described(cfg: CoderConfig, d_in: int, d_out: int, meta: Provenance) -> dict[str, Any]:
+    """Return what coder.json says of a coder."""
+    return {
+        "format_version": FORMAT_VERSION,
+        **{key: value.value if isinstance(value, Enum) else value for key, value in vars(cfg).items()},
+        "d_in": d_in,
+        "d_out": d_out,
+        "dtype": "float32",
+        "subtract_decoder_bias": cfg.reconstructs,
+        **meta,
+    }
 
 
 KINDS: Registry[type[SparseCoder]] = Registry("coder.kind", dict.fromkeys(Kind, SparseCoder))

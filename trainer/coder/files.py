@@ -36,7 +36,7 @@ class SiteFacts(TypedDict):
 
 
 class SideFacts(SiteFacts):
-    """One of the sides that a crosscoder reads and writes, in the order of its rows."""
+    """One of the sides that a coder over several hookpoints reads or writes, in the order of its rows."""
 
     hookpoint: str
     width: int
@@ -89,7 +89,9 @@ class Provenance(TypedDict, total=False):
     read: SiteFacts
     write: SiteFacts
     sides: list[SideFacts]
-    """Of a crosscoder, in place of `read`, `write` and `scales`."""
+    """Of a coder over several hookpoints what it writes, in place of `read`, `write` and `scales`."""
+    read_sides: list[SideFacts]
+    """What it reads, unless that is the same."""
     data: DataFacts
     scales: ScaleFacts
     seed: int

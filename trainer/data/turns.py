@@ -24,9 +24,9 @@ def give_way() -> None:
         turn.give_way()
 
 
-def in_turns(works: Sequence[Callable[[], T]]) -> list[T]:
-    """Do all works, each of which may `give_way`; return what they return. They end in their order if they give way
-    equally often."""
+def in_turns(works: Sequence[Callable[[], T]], at_once: int = AT_ONCE) -> list[T]:
+    """Do all works, each of which may `give_way`, with `at_once` under way; return what they return. They end in their
+    order if they give way equally often."""
     if len(works) == 1:
         return [works[0]()]
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
@@ -34,7 +34,7 @@ def in_turns(works: Sequence[Callable[[], T]]) -> list[T]:
     coming, active = deque(turns), deque[_Turn[T]]()
     try:
         while coming or active:
-            turn = coming.popleft() if coming and len(active) < AT_ONCE else active.popleft()
+            turn = coming.popleft() if coming and len(active) < at_once else active.popleft()
             if turn.run():
                 active.append(turn)
     finally:

@@ -15,9 +15,10 @@ from skipcoder.trainer.data.joined import OTHER, JoinedStore, open_stores
 from skipcoder.trainer.data.outliers import limited, moments
 from skipcoder.trainer.data.ranks import ALONE, Ranks
 from skipcoder.trainer.data.stream import ActivationStream
+from skipcoder.trainer.step.cross_layer import AnyLearner, CrossLayerLearner
 from skipcoder.trainer.step.learner import Learner
 from skipcoder.trainer.step.sides import sides
-from skipcoder.trainer.step.skip_init import TOKENS_PER_DIMENSION, ridge
+from skipcoder.trainer.step.skip_init import TOKENS_PER_DIMENSION, ridge, start_skip
 
 
 def check(cfg: TrainConfig, ranks: int = 1) -> None:
@@ -28,8 +29,14 @@ def check(cfg: TrainConfig, ranks: int = 1) -> None:
     activation.check_training(cfg, ranks)
     if cfg.store.other is not None and cfg.coder.kind != Kind.crosscoder:
         raise UserError(f"store.other is for coder.kind=crosscoder, not {cfg.coder.kind}: leave it out")
-    if cfg.coder.kind == Kind.crosscoder and cfg.stream.max_norm is not None:
-        raise UserError("stream.max_norm is for coders of one hookpoint, not for crosscoders: leave it null")
+    if cfg.coder.over_hookpoints and cfg.stream.max_norm is not None:
+        raise UserError(f"stream.max_norm is for coders of one hookpoint, not for a {cfg.coder.kind}: leave it null")
+    if cfg.coder.over_layers:
+        asked = {"coder.prefixes": cfg.coder.prefixes, "loss.multi_topk": cfg.loss.multi_topk}
+        for key in (key for key, value in asked.items() if value):
+            raise UserError(f"{key} is not for a {cfg.coder.kind}: leave it out")
+        if ranks > 1 or cfg.train.shards > 1:
+            raise UserError(f"a {cfg.coder.kind} trains in one process: leave out torchrun and train.shards")
     shards = cfg.train.shards
     if shards > 1 and cfg.coder.kind not in set(Kind):
         raise UserError(f"train.shards is for the built-in kinds of coder, not coder.kind={cfg.coder.kind}")
@@ -50,13 +57,16 @@ def open_store(cfg: TrainConfig) -> ActivationStore:
 def hookpoints(cfg: TrainConfig, store: ActivationStore) -> list[str]:
     """Return the hookpoints of a coder: one or, of a crosscoder, all that match, then those of the second store.
     UserError where the store lacks them."""
-    if cfg.coder.kind != Kind.crosscoder or cfg.hookpoint is None or cfg.hookpoint in store.hookpoints:
+    if not cfg.coder.over_hookpoints or cfg.hookpoint is None or cfg.hookpoint in store.hookpoints:
         found = [store.hookpoint(cfg.hookpoint)]
     else:
         found = matching(cfg.hookpoint, [name for name in store.hookpoints if not name.startswith(OTHER)])
         if not found:
             held = ", ".join(store.hookpoints)
             raise UserError(f"hookpoint={cfg.hookpoint}: {store.place} holds {held}; none of them matches")
+    window = cfg.coder.window
+    if window is not None and window >= len(found):
+        raise UserError(f"coder.window={window}: of {len(found)} layers none is so far on; at most {len(found) - 1}")
     if isinstance(store, JoinedStore):
         found += [OTHER + store.other.hookpoint(name) for name in found]
     return found
@@ -99,7 +109,7 @@ def make_stream(
     )
 
 
-def make_learner(
+def any_learner(
     cfg: TrainConfig,
     store: ActivationStore,
     hookpoint: str | Sequence[str],
@@ -107,19 +117,25 @@ def make_learner(
     device: str,
     fresh: bool = True,
     ranks: Ranks = ALONE,
-) -> Learner:
+) -> AnyLearner:
     """Make a learner; a `fresh` one starts from the statistics of the store's training units."""
     names = [hookpoint] if isinstance(hookpoint, str) else list(hookpoint)
     with ranks.together():
         kept = token_filter(cfg, store)
         x, y = ([moments(store, name, side, kept) for name in names] for side in sides(cfg.coder))
-        learner = Learner(cfg, x, y, steps, device, ranks, in_bfloat16=True)  # as all codecs decode
-    if fresh and cfg.coder.kind == Kind.skip_transcoder and _starts_from_ridge(cfg, x[0].count, len(x[0].mean), ranks):
-        with ranks.together():
-            if ranks.is_main:
-                learner.start_skip(*ridge(store, names[0], kept, device))
-        assert learner.coder.W_skip is not None
-        ranks.share(learner.coder.W_skip.data, learner.coder.b_dec.data)
+        learner: AnyLearner
+        if cfg.coder.over_layers:
+            learner = CrossLayerLearner(cfg, x, y, steps, device)
+        else:
+            learner = Learner(cfg, x, y, steps, device, ranks, in_bfloat16=True)  # as all codecs decode
+    if fresh and cfg.coder.has_skip and _starts_from_ridge(cfg, x[0].count, len(x[0].mean), ranks):
+        each = learner.learners if isinstance(learner, CrossLayerLearner) else [learner]
+        for name, one in zip(names, each, strict=True):
+            with ranks.together():
+                if ranks.is_main:
+                    start_skip(one, *ridge(store, name, kept, device))
+            assert one.coder.W_skip is not None
+            ranks.share(one.coder.W_skip.data, one.coder.b_dec.data)
     return learner
 
 
@@ -143,3 +159,18 @@ def store_path(asked: str | None) -> str:
         return str(found[0])
     have = f"stores/ holds {', '.join(p.name for p in found)}" if found else "there is none under stores/"
     raise UserError(f"store.path is not set and {have}; set it, or capture with: python pipeline/cache.py")
+
+
+def make_learner(
+    cfg: TrainConfig,
+    store: ActivationStore,
+    hookpoint: str | Sequence[str],
+    steps: int,
+    device: str,
+    fresh: bool = True,
+    ranks: Ranks = ALONE,
+) -> Learner:
+    """As `any_learner`, of a coder that is no cross-layer transcoder."""
+    learner = any_learner(cfg, store, hookpoint, steps, device, fresh, ranks)
+    assert isinstance(learner, Learner)
+    return learner

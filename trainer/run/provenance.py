@@ -4,45 +4,53 @@ from collections.abc import Sequence
 from typing import cast
 
 from skipcoder.pipeline.store.reader import ActivationStore
-from skipcoder.trainer.coder.files import FilterFacts, Provenance, ScaleFacts, SideFacts, SiteFacts
+from skipcoder.trainer.coder.files import FilterFacts, Provenance, SideFacts, SiteFacts
 from skipcoder.trainer.config import Kind
 from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.data.joined import OTHER, JoinedStore
-from skipcoder.trainer.step.learner import Learner
-from skipcoder.trainer.step.sides import Sides
+from skipcoder.trainer.step.cross_layer import AnyLearner, CrossLayerLearner
+from skipcoder.trainer.step.sides import OneSide, Sides
 
 
-def provenance(store: ActivationStore, hookpoints: Sequence[str], kept: TokenFilter, learner: Learner) -> Provenance:
+def provenance(store: ActivationStore, hookpoints: Sequence[str], kept: TokenFilter, learner: AnyLearner) -> Provenance:
     """Return where a trained coder comes from and where it attaches."""
-    if learner.cfg.coder.kind == Kind.crosscoder:
-        found = _several(store, hookpoints, kept, learner)
-    else:
-        (hookpoint,), ((s_in,), (s_out,)) = hookpoints, (learner.reads.scales, learner.writes.scales)
-        scales: ScaleFacts = {"input": s_in, "output": s_out, "folded": True}
-        found = {**attachment(store, hookpoint, learner.sides, kept), "scales": scales}
-    data = found.pop("data")
-    data["train_tokens"] = learner.tokens
-    if kept.long is not None:
-        data["long_tokens"] = len(kept.long)
-    return {**found, "data": data, "seed": learner.cfg.seed}
-
-
-def _several(store: ActivationStore, hookpoints: Sequence[str], kept: TokenFilter, learner: Learner) -> Provenance:
-    """Return where a coder over several hookpoints attaches."""
-    sites = [attachment(store, name, learner.sides, kept)["write"] for name in hookpoints]
-    row = learner.writes
-    each: list[SideFacts] = [
-        {"hookpoint": name, **site, "width": width, "scale": scale, "variance": variance * scale**2}
-        for name, site, width, scale, variance in zip(
-            hookpoints, sites, row.widths, row.scales, row.variances, strict=True
-        )
-    ]
     own = [name for name in hookpoints if not name.startswith(OTHER)]
-    first = attachment(store, own[0], learner.sides, kept)
-    found: Provenance = {"model": first["model"], "hookpoint": " + ".join(own), "sides": each, "data": first["data"]}
+    found = attachment(store, own[0], learner.sides, kept)
+    if isinstance(learner, CrossLayerLearner):
+        reads = [one.reads.sides[0] for one in learner.learners]
+        writes = [one.writes.sides[0] for one in learner.learners]
+        del found["read"], found["write"]
+        found["read_sides"] = _sides(store, hookpoints, learner.sides.read, reads)
+        found["sides"] = _sides(store, hookpoints, learner.sides.write, writes)
+    elif learner.cfg.coder.kind == Kind.crosscoder:
+        del found["read"], found["write"]
+        found["sides"] = _sides(store, hookpoints, learner.sides.write, learner.writes.sides)
+    else:
+        (s_in,), (s_out,) = learner.reads.scales, learner.writes.scales
+        found["scales"] = {"input": s_in, "output": s_out, "folded": True}
     if isinstance(store, JoinedStore):
         found["other_model"] = store.other.attrs["identity"]["model"]
+    found["hookpoint"] = " + ".join(own)
+    found["data"]["train_tokens"] = learner.tokens
+    if kept.long is not None:
+        found["data"]["long_tokens"] = len(kept.long)
+    found["seed"] = learner.cfg.seed
     return found
+
+
+def _sides(store: ActivationStore, hookpoints: Sequence[str], side: str, numbers: Sequence[OneSide]) -> list[SideFacts]:
+    """Describe that side of each hookpoint."""
+    return [
+        {
+            "hookpoint": name,
+            "module": store.hookpoints[name]["read" if side == "input" else "write"],
+            "side": side,
+            "width": one.width,
+            "scale": one.scale,
+            "variance": one.variance * one.scale**2,
+        }
+        for name, one in zip(hookpoints, numbers, strict=True)
+    ]
 
 
 def attachment(store: ActivationStore, hookpoint: str, sides: Sides, kept: TokenFilter) -> Provenance:

@@ -23,6 +23,7 @@ from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.records import checked
 from skipcoder.settings import differences, flat
 from skipcoder.trainer.coder.coder import SparseCoder
+from skipcoder.trainer.coder.cross_layer import CrossLayerTranscoder
 from skipcoder.trainer.coder.files import FOLDER, TENSORS, find_tensors
 from skipcoder.trainer.data.batch import Column
 from skipcoder.trainer.data.filter import TokenFilter
@@ -295,6 +296,30 @@ class Run:
         """Whether the coder is one of several sides at once."""
         return "sides" in self.coder.meta
 
+    @property
+    def read_sites(self) -> list[Site]:
+        """Where the coder reads, layer by layer."""
+        return self._sites("read")
+
+    @property
+    def write_sites(self) -> list[Site]:
+        """Where the coder writes, layer by layer."""
+        return self._sites("write")
+
+    def _sites(self, which: Literal["read", "write"]) -> list[Site]:
+        return [Site(facts["module"], facts["side"]) for facts in self._side_facts(which)]
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether the coder can stand in for MLPs."""
+        return not self.several or isinstance(self.coder, CrossLayerTranscoder)
+
+    @property
+    def latents(self) -> int:
+        """How many latents the coder has, of all layers."""
+        layers = len(self.coder.layers) if isinstance(self.coder, CrossLayerTranscoder) else 1
+        return layers * self.coder.cfg.width
+
     def _refuse_several(self) -> None:
         if self.several:
             raise UserError(f"{self.path}: not for a {self.summary['kind']}, which has several sides")
@@ -310,10 +335,14 @@ class Run:
         return self._columns("write")
 
     def _columns(self, which: Literal["read", "write"]) -> tuple[Column, ...]:
+        hookpoint = self.coder.meta["hookpoint"]
+        return tuple(Column(facts.get("hookpoint", hookpoint), facts["side"]) for facts in self._side_facts(which))
+
+    def _side_facts(self, which: Literal["read", "write"]) -> list[Any]:
         meta = self.coder.meta
         if self.several:
-            return tuple(Column(facts["hookpoint"], facts["side"]) for facts in meta["sides"])
-        return (Column(meta["hookpoint"], meta[which]["side"]),)
+            return list(meta.get("read_sides", meta["sides"]) if which == "read" else meta["sides"])
+        return [meta[which]]
 
     @property
     def hookpoints(self) -> list[str]:

@@ -3,7 +3,7 @@
 Legend: B tokens of a batch, M latents, E output width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from skipcoder.kernels.backend import in_triton
 from skipcoder.pipeline.store.stats import Moments
 from skipcoder.trainer.coder.activations.base import Step
-from skipcoder.trainer.coder.coder import SparseCoder, make_coder
+from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.coder.encoding import available, make_search, more_exact, recall
 from skipcoder.trainer.coder.fold import fold
 from skipcoder.trainer.coder.shard import EVERYWHERE, Shard
@@ -25,7 +25,7 @@ from skipcoder.trainer.step.gradients import Gradients, normalise_rows
 from skipcoder.trainer.step.graph import Graphs, fixed
 from skipcoder.trainer.step.losses import Losses, Written, losses
 from skipcoder.trainer.step.optimisers import build_optimiser, schedule
-from skipcoder.trainer.step.sides import Parts, Row, sides
+from skipcoder.trainer.step.sides import Parts, Row, coder_between, sides
 from skipcoder.trainer.step.state import LearnerState
 
 DENSITY_TOKENS = 2**20
@@ -57,7 +57,7 @@ class Learner:
         self.reads, self.writes = (Row.of([m] if isinstance(m, Moments) else m) for m in (x, y))
         shard = Shard(ranks.latents, cfg.coder.width) if ranks.latents.size > 1 else None
         mean_x, mean_y = self.reads.mean_D, self.writes.mean_D
-        self.coder = make_coder(cfg.coder, len(mean_x), len(mean_y), cfg.seed, shard).to(device)
+        self.coder = coder_between(cfg, self.reads, self.writes, shard).to(device)
         self.activation = self.coder.activation
         self.coder.search = make_search(cfg.encode, mean_x, self.reads.variance_D, device, cfg.coder.width)
         self.recall = 1.0
@@ -75,17 +75,11 @@ class Learner:
         can = device.startswith("cuda") and ranks.size == 1 and cfg.train.graph and self.activation.is_static
         self.graphs = Graphs() if can else None
         self.halves: dict[nn.Parameter, Tensor] = {}
+        self.others: Callable[[Tensor], Tensor] | None = None
+        """What others write to the same sides; see `losses`."""
         self.has_dead = False
         """Whether a latent was dead when last looked at."""
         self.dead_tokens = cfg.train.dead_tokens or min(10_000_000, max(1, cfg.train.tokens // 4))
-
-    @torch.no_grad()
-    def start_skip(self, W_ED: Tensor, b_E: Tensor) -> None:
-        """Start the skip from the affine map y = W x + b of raw activations (before the first step)."""
-        assert self.coder.W_skip is not None
-        (s_in,), (s_out,) = self.reads.scales, self.writes.scales
-        self.coder.W_skip.copy_(W_ED * (s_in / s_out))
-        self.coder.b_dec.copy_(b_E / s_out)
 
     def step(self, x: Parts, y: Parts, batch_tokens: int) -> dict[str, Tensor]:
         """Make one optimiser step on this rank's raw tokens. Returns 0-d tensors, so that nothing waits for the device:
@@ -166,8 +160,9 @@ class Learner:
         # On a GPU, whether any are dead is known from fixed steps only: to ask would be to wait.
         looked_at = self.cfg.loss.auxk and (self.has_dead or not in_triton(self.since_fired_M))
         dead_M = self.since_fired_M >= self.dead_tokens if looked_at else None
-        written = Written(self.writes.widths, [batch_tokens * variance for variance in self.writes.variances])
-        return losses(self.coder, self.cfg.loss, step, x, y, written, dead_M, self.clock.lap)
+        variances = [batch_tokens * variance for variance in self.writes.variances]
+        written = Written(self.writes.widths, variances, self.cfg.coder.over_layers)
+        return losses(self.coder, self.cfg.loss, step, x, y, written, dead_M, self.clock.lap, self.others)
 
     @property
     def k(self) -> int:

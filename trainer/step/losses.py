@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from skipcoder.kernels.backend import in_triton
+from skipcoder.kernels.decode import sparse_decode
 from skipcoder.kernels.encode import Codes, encode_topk
 from skipcoder.kernels.squared_error import squared_error
 from skipcoder.trainer.coder.activations.base import Step
@@ -40,15 +41,19 @@ class Written(NamedTuple):
     widths: Sequence[int]
     variances: Sequence[float]
     """Of each side the denominator: the tokens of the global batch times the variance of a token."""
+    summed: bool = False
+    """Whether terms add up over the sides, rather than being their mean."""
 
     def fvus(self, squares_BS: Tensor) -> list[Tensor]:
         """Return each side's part [B] of squared errors, divided by its denominator."""
         return [squares_BS[:, s] / variance for s, variance in enumerate(self.variances)]
 
-
-def mean(terms: Sequence[Tensor]) -> Tensor:
-    """Return the mean; of one term, the term itself."""
-    return terms[0] if len(terms) == 1 else torch.stack(list(terms)).mean(0)
+    def total(self, of_sides: Sequence[Tensor]) -> Tensor:
+        """Return the mean, or the sum; of one side, the term itself."""
+        if len(of_sides) == 1:
+            return of_sides[0]
+        stacked = torch.stack(list(of_sides))
+        return stacked.sum(0) if self.summed else stacked.mean(0)
 
 
 def losses(
@@ -60,11 +65,13 @@ def losses(
     sides: Written,
     dead_M: Tensor | None = None,
     lap: Callable[[str], None] = lambda phase: None,
+    others: Callable[[Tensor], Tensor] | None = None,
 ) -> Losses:
     """Return the losses of some or all of the tokens of a global batch.
 
     `step`: what the coder's activation does in this step; `dead_M`: whether each latent is dead, None to leave AuxK
-    out; `lap` is called when a phase ends.
+    out; `lap` is called when a phase ends; `others`: takes what the coder writes, returns what others write to the same
+    sides.
     """
     k, wide, prefixes = step.k, cfg.multi_topk, coder.cfg.prefixes or []
     codes = coder.encode(x_ND, min(MULTI_TOPK * k, coder.cfg.width)) if wide else step.encode(x_ND)
@@ -73,9 +80,13 @@ def losses(
     last = len(prefixes)
     block = _blocks(codes, coder.latents.start, prefixes, k) if prefixes or wide else None
     base = coder.affine(x_ND)
+    if others is not None:
+        with torch.no_grad():
+            own = codes._replace(values=codes.values.detach())
+            y_NE = y_NE - others(sparse_decode(own, coder.W_dec.detach(), base.detach()))
     squares, errors = squared_error(codes, coder.W_dec, base, y_NE, block, 1 + last + wide, coder.shard, sides.widths)
     of_sides = sides.fvus(squares)
-    terms = mean(of_sides)
+    terms = sides.total(of_sides)
     parts = {"fvu": terms[last]} | {f"fvu_{p}": terms[i].detach() for i, p in enumerate(prefixes)}
     if len(of_sides) > 1:
         parts |= {f"fvu_side_{s}": fvu[last].detach() for s, fvu in enumerate(of_sides)}
@@ -85,7 +96,7 @@ def losses(
         total = total + parts["multi_topk"]
     if cfg.auxk:
         missed = torch.zeros_like(squares[:1]) if dead_M is None else auxk(coder, x_ND, errors[last], dead_M, sides)
-        (parts["auxk"],) = mean(sides.fvus(cfg.auxk * missed))
+        (parts["auxk"],) = sides.total(sides.fvus(cfg.auxk * missed))
         total = total + parts["auxk"]
     lap("decode")
     fires = codes.values.detach() > 0
@@ -128,6 +139,6 @@ def auxk(coder: SparseCoder, x_ND: Tensor, error_NE: Tensor, dead_M: Tensor, sid
         found = dead_M.nonzero()[:, 0]
         W_enc, b_enc, W_dec = (p.index_select(0, found) for p in (W_enc, b_enc, W_dec))
     codes = encode_topk(x_ND.to(W_enc.dtype), W_enc, b_enc, k, b_pre, coder.search, coder.shard)
-    none = torch.zeros_like(coder.b_dec)
+    none = coder.b_dec.new_zeros(coder.d_out)
     squares, _ = squared_error(codes, W_dec, none, error_NE, peers=coder.shard, widths=sides.widths)
     return (dead.to(squares) / most).clamp(max=1) * squares

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from skipcoder.pipeline.store.stats import Moments
+from skipcoder.trainer.coder.coder import SparseCoder, make_coder
+from skipcoder.trainer.coder.cross_layer import LayerCoder
 from skipcoder.trainer.coder.fold import power_of_two_scale
-from skipcoder.trainer.config import CoderConfig, Side
+from skipcoder.trainer.coder.shard import Shard
+from skipcoder.trainer.config import CoderConfig, Side, TrainConfig
 
 Parts = Tensor | Sequence[Tensor]
 """One side of a token, or a side of each of several hookpoints."""
@@ -39,6 +42,16 @@ def sides(cfg: CoderConfig) -> Sides:
         side = "input" if cfg.side is Side.input else "output"
         return Sides(side, side)
     return Sides("input", "output")
+
+
+class OneSide(NamedTuple):
+    """A side of a row."""
+
+    width: int
+    scale: float
+    """What it is divided by."""
+    variance: float
+    """Its total variance after that."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,11 @@ class Row:
         )
 
     @property
+    def sides(self) -> list[OneSide]:
+        """One after another."""
+        return [OneSide(*one) for one in zip(self.widths, self.scales, self.variances, strict=True)]
+
+    @property
     def scale(self) -> float | Tensor:
         """The divisor of all sides or, of several, of each number of a row [D]."""
         if len(self.scales) == 1:
@@ -84,3 +102,10 @@ class Row:
         for z, s, out in zip(of, self.scales, row.split(list(self.widths), 1), strict=True):
             torch.mul(z, 1 / s, out=out)  # by the inverse of a power of two: the same bits
         return row
+
+
+def coder_between(cfg: TrainConfig, reads: Row, writes: Row, shard: Shard | None) -> SparseCoder:
+    """Make a new coder that reads and writes these rows, or a shard of one."""
+    if cfg.coder.over_layers:
+        return LayerCoder(cfg.coder, sum(reads.widths), writes.widths, cfg.seed)
+    return make_coder(cfg.coder, sum(reads.widths), sum(writes.widths), cfg.seed, shard)

@@ -17,9 +17,19 @@ from skipcoder.errors import UserError
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.data.stream import ActivationStream
+from skipcoder.trainer.step.learner import Learner
 
 LAMBDA = 1e-6
 TOKENS_PER_DIMENSION = 64
+
+
+@torch.no_grad()
+def start_skip(learner: Learner, W_ED: Tensor, b_E: Tensor) -> None:
+    """Start a learner's skip from the affine map y = W x + b of raw activations (before the first step)."""
+    assert learner.coder.W_skip is not None
+    s_in, s_out = learner.reads.scales[0], learner.writes.scales[0]
+    learner.coder.W_skip.copy_(W_ED * (s_in / s_out))
+    learner.coder.b_dec.copy_(b_E / s_out)
 
 
 def ridge(

@@ -25,6 +25,8 @@ class LearnerState(TypedDict):
     has_dead: NotRequired[bool]
     step: int
     tokens: int
+    layers: NotRequired[list[Any]]
+    """Of a cross-layer transcoder the states of the layers after the first."""
 
 
 def take_latents(parts: Sequence[tuple[range, LearnerState]], wanted: range) -> LearnerState:

@@ -11,6 +11,7 @@ from skipcoder.trainer.data.stream import ActivationStream
 from skipcoder.trainer.run.build import make_learner
 from skipcoder.trainer.step.learner import Learner
 from skipcoder.trainer.step.optimisers import learning_rate
+from skipcoder.trainer.step.skip_init import start_skip
 
 HOOKPOINT = "layers.1.mlp"
 RATE = {OptimName.adam: 1e-2, OptimName.signum: 1e-2, OptimName.muon: 5e-2}
@@ -73,7 +74,7 @@ def test_schedule_free_keeps_what_was_initialised_before_the_first_step(store: A
     batch = batches(store, 1)[0]
     one = learner(store, OptimName.signum, Kind.skip_transcoder)
     W = torch.randn(24, 24, generator=torch.Generator().manual_seed(0))
-    one.start_skip(W, torch.zeros(24))
+    start_skip(one, W, torch.zeros(24))
     assert one.coder.W_skip is not None
     started = one.coder.W_skip.detach().clone()
     one.step(batch.x, batch.y, batch.tokens)
