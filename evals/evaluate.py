@@ -86,7 +86,7 @@ def evaluate(cfg: EvaluateConfig, paths: Sequence[Path] | None = None) -> "list[
                 print(why, flush=True)
     if cfg.saebench is not None:
         for run in runs:
-            if not run.is_control and "ce_problem" not in rows[run.path]:
+            if not run.is_control and not run.several and "ce_problem" not in rows[run.path]:
                 saebench.write(run, rows[run.path], Path(cfg.saebench))
     runs = [run for run in runs if run.path in rows]  # the affine map takes part only in core
     table = [rows[run.path] for run in runs]

@@ -56,7 +56,7 @@ ROOMS: dict[str, str] = {
         f"{GROUND}, pipeline.capture, pipeline.store, trainer.config, trainer.coder, trainer.run, evals.stats, "
         "evals.core"
     ),
-    "evals.splice": "pipeline.model, trainer.config, trainer.coder",
+    "evals.splice": f"{GROUND}, pipeline.model, trainer.config, trainer.coder",
     "evals.circuits": (
         f"{GROUND}, pipeline.model, pipeline.store, trainer.config, trainer.coder, trainer.run, "
         "evals.config, evals.latents, evals.explain, evals.features, evals.splice"

@@ -32,6 +32,8 @@ class Tracer:
     def __init__(self, cfg: CircuitConfig) -> None:
         self.cfg = cfg
         runs = [Run.open(path) for path in coder_folders(Path(cfg.run))]
+        for run in runs:
+            run.refuse_several("a circuit")
         stores = {run.store_path for run in runs}
         filters = {
             replace(run.filter, roles=None, max_norm=None, longest=None) for run in runs

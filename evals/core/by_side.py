@@ -36,7 +36,10 @@ def norm_shares(coder: SparseCoder) -> Tensor:
 
 
 def largest_sides(coder: SparseCoder) -> Tensor:
-    """Decoder rows [M, E] of each latent on the side that has most of it, zero-padded where that is narrower."""
+    """Decoder rows [M, E] of each latent on the side that has most of it, zero-padded where that is narrower; of a
+    cross-layer transcoder the sum over the layers, all of which the residual stream gains."""
+    if coder.cfg.over_layers:
+        return coder.W_dec
     parts = coder.W_dec.detach().split([side["width"] for side in coder.meta["sides"]], 1)
     widest = max(z.shape[1] for z in parts)
     padded_MSE = torch.stack([torch.nn.functional.pad(z, (0, widest - z.shape[1])) for z in parts], 1)

@@ -103,6 +103,8 @@ def control_runs(asked: list[Control], runs: list[Run], model: nn.Module, store:
     map for each hookpoint."""
     found: dict[tuple[Control, str, int], Run] = {}
     for run in runs:
+        if run.several:
+            continue
         read, write = run.read_site, run.write_site
         if (read.side, write.side) != ("input", "output"):
             continue

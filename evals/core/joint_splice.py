@@ -39,6 +39,7 @@ def sets_of(runs: Sequence[Run]) -> list[list[Run]]:
     """Group runs that differ only in their hookpoint; UserError where two of a group replace the same MLP."""
     sets: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
+        run.refuse_several("together=true")
         sets.setdefault((run.store_path, *(str(run.summary.get(key)) for key in _SAME)), []).append(run)
     for some in sets.values():
         for a, b in combinations(some, 2):

@@ -45,6 +45,7 @@ class Explorer:
     """One run's coder in its language model."""
 
     def __init__(self, run: Run, store: ActivationStore, device: str) -> None:
+        run.refuse_several("the explorer")
         run.check(store)
         self.run, self.store, self.device = run, store, device
         self.hookpoint = run.summary["hookpoint"]

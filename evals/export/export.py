@@ -148,6 +148,7 @@ def push_to_hub(run: str | Path, name: str, private: bool = False, license: str 
     finds it; returns the address of the commit."""
     with tempfile.TemporaryDirectory() as folder:
         opened = Run.open(Path(run))
+        opened.refuse_several("the model card")
         opened.coder.meta = shareable(opened.coder.meta)
         plain.write(opened.coder, Path(folder))
         card.write(Path(folder), [opened], "plain", license, [{}])
@@ -156,6 +157,7 @@ def push_to_hub(run: str | Path, name: str, private: bool = False, license: str 
 
 def _open(path: Path, cfg: ExportConfig) -> Export:
     run = Run.open(path)
+    run.refuse_several(f"format={cfg.format.value}")
     store = ActivationStore.open(cfg.store.path or run.store_path)
     run.check(store)
     run.coder.meta = shareable(run.coder.meta)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipcoder.errors import UserError
 from skipcoder.pipeline.model.sites import Site, replacing
 from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.config import Kind
@@ -139,6 +140,8 @@ def splice(
             trained_on = one.coder.meta.get("hookpoint", hookpoint)
             if trained_on != hookpoint:
                 warnings.warn(f"the coder for {name} was trained on {trained_on}", stacklevel=3)
+            if "sides" in one.coder.meta:
+                raise UserError(f"{one.coder!r} is of several sides at once and cannot be spliced into {name}")
             kept = one.coder.meta.get("data", {}).get("filter", {})
             first = first_positions if first_positions is not None else kept.get("first_positions", 0)
             special = special_tokens

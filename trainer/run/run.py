@@ -282,13 +282,13 @@ class Run:
     @property
     def read_site(self) -> Site:
         """Where the coder reads. UserError for one that reads several sides."""
-        self._refuse_several()
+        self.refuse_several()
         return Site(**self.coder.meta["read"])
 
     @property
     def write_site(self) -> Site:
         """Where the coder writes. UserError for one that writes several sides."""
-        self._refuse_several()
+        self.refuse_several()
         return Site(**self.coder.meta["write"])
 
     @property
@@ -320,9 +320,10 @@ class Run:
         layers = len(self.coder.layers) if isinstance(self.coder, CrossLayerTranscoder) else 1
         return layers * self.coder.cfg.width
 
-    def _refuse_several(self) -> None:
+    def refuse_several(self, what: str = "this") -> None:
+        """Raise UserError for a coder of several sides at once."""
         if self.several:
-            raise UserError(f"{self.path}: not for a {self.summary['kind']}, which has several sides")
+            raise UserError(f"{self.path}: {what} is for coders of one MLP, not for a {self.summary['kind']}")
 
     @property
     def reads(self) -> tuple[Column, ...]:

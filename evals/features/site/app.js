@@ -32,8 +32,8 @@ const COLUMNS = [
   ] : []),
 ];
 // Of a crosscoder: how much of a latent is on each side; of one between two models also whose it is.
-(table.sides ?? []).forEach((side, s) => COLUMNS.push({ key: "side-" + s, title: side.replace(/ output$/, ""), value: i => table.shares[i][s], show: i => number(table.shares[i][s], 2), width: "minmax(60px, 110px)", wide: table.sides.length > 2 }));
-if (table.kind) COLUMNS.push({ key: "kind", title: "belongs to", value: i => table.kind[i], show: i => table.kind[i], width: "112px" });
+(table.sides?.length <= 4 ? table.sides : []).forEach((side, s) => COLUMNS.push({ key: "side-" + s, title: side.replace(/ output$/, ""), value: i => table.shares[i][s], show: i => number(table.shares[i][s], 2), width: "minmax(60px, 130px)", wide: true }));
+if (table.kind) COLUMNS.push({ key: "kind", title: "belongs to", value: i => table.kind[i], show: i => table.kind[i], width: "132px", wide: true });
 const TEXT = ["tokens", "about", "kind"]; // columns that begin with A, others with their largest
 let texts; // of each latent, in small letters; made when something is first searched
 
@@ -50,7 +50,7 @@ function showTable() {
     rows.show(order);
     found.textContent = `${order.length.toLocaleString()} of ${table.density.length.toLocaleString()} latents`;
     head.replaceChildren(...COLUMNS.map(c => {
-      const button = make("button", { textContent: c.title, className: c.wide ? "wide" : "" });
+      const button = make("button", { textContent: c.title, title: c.title, className: c.wide ? "wide" : "" });
       if (c.key === state.sort) button.setAttribute("aria-sort", state.down ? "descending" : "ascending");
       button.onclick = () => { state.down = c.key === state.sort ? !state.down : c.key !== "latent" && !TEXT.includes(c.key); state.sort = c.key; update(); };
       return button;

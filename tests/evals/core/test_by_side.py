@@ -7,17 +7,24 @@ from typing import Any
 import pytest
 import torch
 
+from skipcoder.errors import UserError
+from skipcoder.evals.circuits.config import CircuitConfig
+from skipcoder.evals.circuits.trace import Tracer
 from skipcoder.evals.config import EvaluateConfig, TaskName
 from skipcoder.evals.core.by_side import by_side, norm_shares
 from skipcoder.evals.core.metrics import ReconstructionMetrics, Targets
 from skipcoder.evals.core.results import BY_DOCUMENT
 from skipcoder.evals.evaluate import evaluate
+from skipcoder.evals.explorer.explorer import Explorer
+from skipcoder.evals.export.export import export
 from skipcoder.evals.latents.index import LatentIndex
+from skipcoder.evals.splice.splice import splice
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.bank import bank as training
 from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.config import CoderConfig, Kind
 from skipcoder.trainer.data.stream import ActivationStream
+from skipcoder.trainer.formats.config import ExportConfig, Target
 from skipcoder.trainer.run.run import Run
 from tests.trainer.run.test_run import config
 
@@ -104,3 +111,25 @@ def test_where_its_latents_fire(crosscoder: Path, store: ActivationStore) -> Non
         for batch in ActivationStream(store, NAMES, 512, split=split, epochs=1, filter=run.filter):
             total += int((run.coder(batch.row(run.reads)).values > 0).sum())
     assert int(index.counts.sum()) == total > 0
+
+
+@pytest.mark.slow
+def test_what_is_for_coders_of_one_mlp_says_so(
+    crosscoder: Path, store: ActivationStore, lm: Any, tmp_path: Path
+) -> None:
+    def circuit() -> Any:
+        return Tracer(CircuitConfig(run=str(crosscoder.parent), prompt="a", out=str(tmp_path / "c")))
+
+    def exported() -> Any:
+        return export(ExportConfig(run=str(crosscoder), format=Target.sparsify, out=str(tmp_path / "e")), [crosscoder])
+
+    coder = SparseCoder.load(crosscoder)
+    for attempt in (
+        circuit,
+        exported,
+        lambda: Explorer(Run.open(crosscoder), store, "cpu"),
+        lambda: evaluate(EvaluateConfig(runs=str(crosscoder), together=True, out=str(tmp_path / "t.json"))),
+        lambda: splice(lm, {"model.layers.1.mlp": coder}).__enter__(),
+    ):
+        with pytest.raises(UserError, match=r"for coders of one MLP, not for a crosscoder|of several sides at once"):
+            attempt()
