@@ -43,11 +43,14 @@ def squared_error(
     blocks: int = 1,
     peers: Peers | None = None,
     widths: Sequence[int] = (),
+    error: Tensor | None = None,
 ) -> SquaredError:
     """Decode on top of `base` (the bias [E], or bias plus skip [N, E]) and compare. `block`: the block of each entry,
     shaped like the indices; without it there is one. `peers`: who holds the other latents. `widths` of the sides of a
-    row; empty: it has one."""
-    squares, errors = _SquaredError.apply(codes.values, W_dec_ME, base, y_NE, codes, block, blocks, peers, widths)  # type: ignore[no-untyped-call]
+    row; empty: it has one. `error` [N, E]: where it is known already, of one block."""
+    squares, errors = _SquaredError.apply(
+        codes.values, W_dec_ME, base, y_NE, codes, block, blocks, peers, widths, error
+    )  # type: ignore[no-untyped-call]
     return SquaredError(squares, errors)
 
 
@@ -64,10 +67,12 @@ class _SquaredError(Function):
     @staticmethod
     def forward(
         ctx: Any, values: Tensor, W_dec_ME: Tensor, base: Tensor, y_NE: Tensor, codes: Codes, block: Tensor | None,
-        blocks: int, peers: Peers | None, widths: Sequence[int],
+        blocks: int, peers: Peers | None, widths: Sequence[int], error: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         indices, offsets = codes.indices, codes.offsets
-        if in_triton(W_dec_ME) and peers is None:
+        if error is not None:
+            errors, squares = error[None], error.square().sum()[None]
+        elif in_triton(W_dec_ME) and peers is None:
             from skipcoder.kernels.gpu import rows as gpu
 
             errors, squares = gpu.errors(indices, values, W_dec_ME, offsets, base, y_NE, block, blocks)
@@ -114,4 +119,4 @@ class _SquaredError(Function):
             for b in range(1, blocks):
                 grad_values = torch.where(block == b, gather_dot(rows_BNE[b], W_dec_ME, indices, offsets), grad_values)
         grad_base = scale * rows_BNE[0].sum(0) if ctx.base_is_bias else scale * rows_BNE[0]
-        return grad_values.to(values.dtype), grad_W, grad_base, None, None, None, None, None, None
+        return grad_values.to(values.dtype), grad_W, grad_base, None, None, None, None, None, None, None

@@ -80,11 +80,15 @@ def losses(
     last = len(prefixes)
     block = _blocks(codes, coder.latents.start, prefixes, k) if prefixes or wide else None
     base = coder.affine(x_ND)
+    error = None
     if others is not None:
         with torch.no_grad():
             own = codes._replace(values=codes.values.detach())
-            y_NE = y_NE - others(sparse_decode(own, coder.W_dec.detach(), base.detach()))
-    squares, errors = squared_error(codes, coder.W_dec, base, y_NE, block, 1 + last + wide, coder.shard, sides.widths)
+            written = sparse_decode(own, coder.W_dec.detach(), base.detach())
+            error = y_NE - others(written) - written
+    squares, errors = squared_error(
+        codes, coder.W_dec, base, y_NE, block, 1 + last + wide, coder.shard, sides.widths, error
+    )
     of_sides = sides.fvus(squares)
     terms = sides.total(of_sides)
     parts = {"fvu": terms[last]} | {f"fvu_{p}": terms[i].detach() for i, p in enumerate(prefixes)}
