@@ -143,22 +143,20 @@ def _layer(coder: Any) -> LayerCoder:
 
 
 class Meeting:
-    """Where layers leave what they write to a micro-batch, and find what the others wrote."""
+    """Where layers leave what they write to a micro-batch, and find what the others wrote. They come in order."""
 
     def __init__(self, widths: Sequence[Sequence[int]], targets: Sequence[range]) -> None:
         """Of each layer the widths of what it writes, and to which layers."""
         self.widths, self.targets = widths, targets
-        self._rounds: list[dict[int, list[Tensor]]] = []
         self._been = [0] * len(targets)
+        """How often each layer has come."""
+        self._left: dict[int, dict[int, Sequence[Tensor]]] = {}
+        """Of each micro-batch under way what each layer writes."""
 
     def others(self, layer: int, own_NE: Tensor) -> Tensor:
         """Leave what a layer writes; wait; return what the others write to the same sides."""
-        number = self._been[layer]
-        self._been[layer] += 1
-        if number == len(self._rounds):
-            self._rounds.append({})
-        here = self._rounds[number]
-        here[layer] = list(own_NE.split(list(self.widths[layer]), 1))
+        here = self._left.setdefault(self._been[layer], {})
+        here[layer] = own_NE.split(list(self.widths[layer]), 1)
         give_way()
         found = []
         for place, target in enumerate(self.targets[layer]):
@@ -167,8 +165,9 @@ class Meeting:
                 if other != layer and target in to:
                     total += here[other][target - to.start]
             found.append(total)
-        if all(been > number for been in self._been) and layer == len(self.targets) - 1:
-            here.clear()  # the last has been
+        if layer == len(self.targets) - 1:
+            del self._left[self._been[layer]]
+        self._been[layer] += 1
         return torch.cat(found, 1)
 
 

@@ -1,6 +1,7 @@
 """Cross-layer transcoders: each layer's latents also write to later layers."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from skipcoder.trainer.config import (
     TrainConfig,
 )
 from skipcoder.trainer.data.stream import ActivationStream
+from skipcoder.trainer.data.turns import in_turns
 from skipcoder.trainer.run.build import any_learner
 from skipcoder.trainer.step.cross_layer import CrossLayerLearner, Meeting
 from skipcoder.trainer.step.optimisers import schedule
@@ -139,13 +141,18 @@ def test_steps_equal_the_dense_reference(
 
 
 def test_layers_meet_once_for_each_micro_batch() -> None:
+    """And leave nothing behind."""
     meeting = Meeting([[2, 3], [3]], [range(2), range(1, 2)])
-    a, b = torch.arange(10.0).view(2, 5), torch.ones(2, 3)
-    assert meeting._rounds == []
-    meeting._rounds.append({1: [b]})  # as if the second had been
-    meeting._been[1] = 1
-    found = meeting.others(0, a)
-    assert torch.equal(found, torch.cat([torch.zeros(2, 2), b], 1))
+    generator = torch.Generator().manual_seed(0)
+    rounds = [(torch.randn(4, 5, generator=generator), torch.randn(4, 3, generator=generator)) for _ in range(3)]
+
+    def come(layer: int) -> list[torch.Tensor]:
+        return [meeting.others(layer, both[layer]) for both in rounds]
+
+    first, second = in_turns([partial(come, layer) for layer in range(2)], at_once=2)
+    for (a, b), of_first, of_second in zip(rounds, first, second, strict=True):
+        assert torch.equal(of_first, torch.cat([torch.zeros(4, 2), b], 1)) and torch.equal(of_second, a[:, 2:])
+    assert not meeting._left
 
 
 @pytest.mark.slow
