@@ -21,6 +21,7 @@ from skipcoder.pipeline.store.stats import Moments
 from skipcoder.trainer.coder.cross_layer import CrossLayerTranscoder, LayerCoder, targets
 from skipcoder.trainer.config import TrainConfig
 from skipcoder.trainer.data.turns import give_way, in_turns
+from skipcoder.trainer.step.clock import Clock
 from skipcoder.trainer.step.learner import Learner
 from skipcoder.trainer.step.sides import Parts, sides
 from skipcoder.trainer.step.state import LearnerState
@@ -40,7 +41,10 @@ class CrossLayerLearner:
             for one, to in zip(x, self.targets, strict=True)
         ]
         self.first = self.learners[0]
-        self.activation, self.optimiser, self.clock = self.first.activation, self.first.optimiser, self.first.clock
+        self.activation, self.optimiser = self.first.activation, self.first.optimiser
+        self.clock = LayersClock(device, len(self.learners))
+        for learner in self.learners:  # one after another they mark the ends of their phases
+            learner.clock = self.clock
         if any(len(to) > 1 for to in self.targets):
             meeting = Meeting([learner.writes.widths for learner in self.learners], self.targets)
             for layer, learner in enumerate(self.learners):
@@ -140,6 +144,18 @@ class CrossLayerLearner:
 def _layer(coder: Any) -> LayerCoder:
     assert isinstance(coder, LayerCoder)
     return coder
+
+
+class LayersClock(Clock):
+    """The clock of several learners, whose steps together are one."""
+
+    def __init__(self, device: str, layers: int) -> None:
+        super().__init__(device)
+        self.layers = layers
+
+    def read(self) -> dict[str, float]:
+        """Return {phase: mean ms per step of all layers}."""
+        return {phase: round(self.layers * ms, 3) for phase, ms in super().read().items()}
 
 
 class Meeting:

@@ -134,6 +134,8 @@ def test_steps_equal_the_dense_reference(
     learner, again = (any_learner(cfg, store, NAMES, 24, "cpu") for _ in range(2))
     assert isinstance(learner, CrossLayerLearner) and isinstance(again, CrossLayerLearner)
     found = [learner.step(*pair, 128) for pair in data]
+    assert learner.clock.read().keys() == {"encode", "decode", "backward", "optimiser"}
+    assert not learner.learners[2].clock.marks
     expected = dense_fvus(again, data)
     for mine, theirs in zip(found, expected, strict=True):
         assert [float(mine[f"fvu_side_{layer}"]) for layer in range(3)] == pytest.approx(theirs, rel=2e-4)
