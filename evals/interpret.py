@@ -30,6 +30,9 @@ def interpret(cfg: InterpretConfig) -> None:
 
     paths = [Path(cfg.run)] if cfg.run else find_runs(cfg.runs or "")
     runs = [Run.open(path) for path in paths]
+    for run in runs:
+        if Scorer.intervention in cfg.scorers and cfg.judge.model is not None:
+            run.refuse_several("scorers=[intervention]")
     if cfg.ray.is_set:
         deal(partial(_index, cfg), paths, cfg.ray.address, cfg.ray.tasks)
     asyncio.run(_interpret_all(cfg, runs))

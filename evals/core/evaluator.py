@@ -22,6 +22,7 @@ from skipcoder.pipeline.store.attrs import model_config
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.text.rows import places
 from skipcoder.progress import progress
+from skipcoder.trainer.coder.cross_layer import CrossLayerTranscoder
 from skipcoder.trainer.data.filter import TokenFilter
 from skipcoder.trainer.data.outliers import moments
 from skipcoder.trainer.data.stream import ActivationStream
@@ -109,6 +110,7 @@ class Evaluator:
     def reconstruction(self, runs: Sequence[Run]) -> list[Result]:
         """ReconstructionMetrics on all test tokens that training would have kept."""
         every: dict[int, ReconstructionMetrics] = {}
+        shares: dict[int, list[float]] = {}  # of the first batch
         streams = {(tuple(run.hookpoints), run.filter) for run in runs}
         for names, kept in sorted(streams, key=repr):
             mine = {i: run for i, run in enumerate(runs) if (tuple(run.hookpoints), run.filter) == (names, kept)}
@@ -127,16 +129,21 @@ class Evaluator:
                     document = self._document(batch.position)
                     target = {writes: of_them.add(batch.row(writes), document) for writes, of_them in targets.items()}
                     for i, run in mine.items():
-                        out = run.coder(batch.row(run.reads))
+                        rows = batch.row(run.reads)
+                        if isinstance(run.coder, CrossLayerTranscoder) and i not in shares:
+                            shares[i] = run.coder.earlier_shares(rows)
+                        out = run.coder(rows)
                         every[i].update(target[run.writes], out.y_hat, out.values, out.indices)
                     advance(len(batch.position))
-        return [self._named(run, every[i]) for i, run in enumerate(runs)]
+        return [self._named(run, every[i], shares.get(i)) for i, run in enumerate(runs)]
 
     @staticmethod
-    def _named(run: Run, metrics: ReconstructionMetrics) -> Result:
+    def _named(run: Run, metrics: ReconstructionMetrics, shares: list[float] | None) -> Result:
         """The metrics, with what is to be said of each side of a coder of several."""
         found = metrics.result()
         fvus = found.pop("sides", [{"fvu": found["fvu"], "fvu_ci": found["fvu_ci"]}])
+        if shares is not None:
+            fvus = [fvu | {"from_earlier": share} for fvu, share in zip(fvus, shares, strict=True)]
         return found | ({"sides": by_side(run.coder, metrics.fired_M, fvus)} if run.several else {})
 
     def _document(self, position_N: Tensor) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, NotRequired, cast
 
 from typing_extensions import TypedDict
 
@@ -47,6 +47,8 @@ class SideResult(TypedDict):
     fvu_ci: Interval | None
     norm_share: float | None
     exclusive: int
+    from_earlier: NotRequired[float]
+    """Of a cross-layer transcoder: earlier layers' share of what latents write there."""
 
 
 class ProbedDataset(TypedDict):

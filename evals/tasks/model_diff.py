@@ -18,6 +18,7 @@ Rows of each model are in standard deviations of their side. Legend: N tokens, M
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -71,7 +72,7 @@ class Diff(NamedTuple):
             elif max(r, 1 - r) <= ONE_ALONE:
                 found.append("between")
             else:
-                confirmed = error < MOST_ERROR and reconstruction < MOST_RECONSTRUCTION
+                confirmed = abs(error) < MOST_ERROR and abs(reconstruction) < MOST_RECONSTRUCTION
                 found.append(("" if confirmed else "not only ") + NAMES[TUNED if r > ONE_ALONE else BASE])
         return found
 
@@ -81,6 +82,8 @@ def model_diff(store: ActivationStore, runs: Sequence[Run]) -> Iterator[Result]:
     for run in runs:
         if run.other_path is None:
             raise UserError("for crosscoders between two models: train with coder=crosscoder store.other=PATH")
+        if len({side["width"] for side in run.coder.meta["sides"]}) > 1:
+            raise UserError("both models must be equally wide for a decoder direction of one to be sought in the other")
         device = run.coder.W_dec.device
         stream = ActivationStream(
             store, run.hookpoints, 4096, filter=run.filter, epochs=1, columns=run.reads, device=device
@@ -138,7 +141,10 @@ def diff(
     r = (1 + (norm_M2[:, TUNED] - norm_M2[:, BASE]) / norm_M2.amax(1).clamp_min(1e-30)) / 2
 
     def nu(total: Tensor) -> Tensor:
-        of_tuned, of_base = total[TUNED, BASE] / total[TUNED, TUNED], total[BASE, TUNED] / total[BASE, BASE]
+        # Where a latent is not even in its own model, nothing is confirmed.
+        of_tuned, of_base = (
+            torch.where(total[m, m] > 0, total[m, 1 - m] / total[m, m], torch.inf) for m in (TUNED, BASE)
+        )
         found = torch.where(r > ONE_ALONE, of_tuned, torch.where(r < 1 - ONE_ALONE, of_base, torch.nan))
         return torch.where(squares_M > 0, found, torch.nan).float().cpu()
 
@@ -146,4 +152,4 @@ def diff(
 
 
 def _rounded(x: float) -> float | None:
-    return None if x != x else round(x, 4)
+    return round(x, 4) if math.isfinite(x) else None

@@ -103,9 +103,10 @@ def run_tasks(evaluator: Evaluator, runs: Sequence[Run], cfg: EvaluateConfig) ->
     if TaskName.core in cfg.tasks:
         yield from zip(runs, TASKS[TaskName.core](Context(evaluator, cfg), runs), strict=True)
     tasks = [name for name in cfg.tasks if name != TaskName.core]
-    for hookpoint in dict.fromkeys(run.summary["hookpoint"] for run in runs):
+    for hookpoint, several in dict.fromkeys((run.summary["hookpoint"], run.several) for run in runs):
         context = Context(evaluator, cfg, hookpoint)
-        of_it = [run for run in runs if run.summary["hookpoint"] == hookpoint and run.coder.cfg.k]  # not affine
+        alike = [run for run in runs if (run.summary["hookpoint"], run.several) == (hookpoint, several)]
+        of_it = [run for run in alike if run.coder.cfg.k]  # not affine
         each = max(4 * sum(p.numel() for p in run.coder.state_dict().values()) for run in of_it) if of_it else 1
         at_once = max(1, BYTES_AT_ONCE // each)
         for some in (of_it[i : i + at_once] for i in range(0, len(of_it), at_once)):
@@ -113,8 +114,8 @@ def run_tasks(evaluator: Evaluator, runs: Sequence[Run], cfg: EvaluateConfig) ->
                 for name in tasks:
                     begun = time.perf_counter()
                     try:
-                        if some[0].several and name != TaskName.diff:
-                            raise UserError("for coders of one MLP, not for a crosscoder")
+                        if name != TaskName.diff:
+                            some[0].refuse_several(name)
                         results = list(TASKS[name](context, some))
                     except UserError as error:  # about this model or text; the other tasks still run
                         print(f"{name}: {error}")

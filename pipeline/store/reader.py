@@ -152,7 +152,9 @@ class ActivationStore:
         """Dimensions of the `input` or `output` of a hookpoint."""
         widths = widths_of(self.hookpoints[self.hookpoint(hookpoint)])
         if side not in widths:
-            raise UserError(f"{self.place} has no {side} of {hookpoint}: it holds the {' and the '.join(widths)}")
+            raise UserError(
+                f"{self.place} has of {hookpoint} only the {' and '.join(widths)}, no {side}; capture it too"
+            )
         return widths[side]
 
     def moments(

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from skipcoder.trainer.bank import memory
 from skipcoder.trainer.bank.live_table import live_table
 from skipcoder.trainer.bank.member import Member
 from skipcoder.trainer.config import TrainConfig
-from skipcoder.trainer.data.batch import Batch
+from skipcoder.trainer.data.batch import Batch, Column
 from skipcoder.trainer.data.ranks import Ranks
 from skipcoder.trainer.data.stream import ActivationStream, Position
 from skipcoder.trainer.run.build import check, hookpoints, make_stream, open_store, token_filter, used
@@ -145,7 +145,7 @@ def _train(members: list[Member], store: ActivationStore, outcomes: dict[Path, O
     for member in begun:
         member.bank_coders = len(begun)
     by_hookpoints = {tuple(member.hookpoints): member for member in begun}
-    held_out = {names: _held_out(member, store, device) for names, member in by_hookpoints.items()}
+    held_out = {names: _held_out(member, store, device, columns) for names, member in by_hookpoints.items()}
     _loop(begun, begin, stream, held_out, outcomes, ranks)
 
 
@@ -194,13 +194,15 @@ def _unfinished(members: list[Member], outcomes: dict[Path, Outcome]) -> list[Me
     return [member for member in members if member.directory not in outcomes]
 
 
-def _held_out(member: Member, store: ActivationStore, device: str) -> Batch | None:
+def _held_out(member: Member, store: ActivationStore, device: str, columns: Collection[Column]) -> Batch | None:
     """Return the first eval_tokens validation tokens in a fixed order, with the member's hookpoints."""
     cfg, names, tokens = member.cfg, member.hookpoints, member.cfg.train.eval_tokens
     if not tokens:
         return None
     kept = token_filter(cfg, store)
-    stream = ActivationStream(store, names, tokens, split="validation", filter=kept, epochs=1, device=device)
+    stream = ActivationStream(
+        store, names, tokens, split="validation", filter=kept, epochs=1, device=device, columns=columns
+    )
     return next(iter(stream), None)
 
 

@@ -15,7 +15,7 @@ from skipcoder.trainer.config import ActivationName, TrainConfig
 from skipcoder.trainer.data.batch import Batch
 from skipcoder.trainer.data.ranks import ALONE, Ranks
 from skipcoder.trainer.data.stream import ActivationStream, Position
-from skipcoder.trainer.run.build import any_learner, hookpoints, token_filter
+from skipcoder.trainer.run.build import any_learner, hookpoints, token_filter, used
 from skipcoder.trainer.run.checkpoint import State, load_state, save_state
 from skipcoder.trainer.run.provenance import provenance
 from skipcoder.trainer.run.run import MetricsLine, RunDirectory, Summary
@@ -164,7 +164,10 @@ class Member:
         tokens = self.learner.activation.calibration_tokens
         if tokens:
             device, kept = self.learner.coder.W_enc.device, token_filter(self.cfg, self.store)
-            start = ActivationStream(self.store, self.hookpoints, tokens, filter=kept, epochs=1, device=device)
+            start = ActivationStream(
+                self.store, self.hookpoints, tokens, filter=kept, epochs=1, device=device,
+                columns=used(self.cfg, self.hookpoints),
+            )  # fmt: skip
             self.learner.calibrate(*self._sides(next(iter(start))))
 
     def release(self, finished: bool = False) -> None:

@@ -46,7 +46,8 @@ def refuse_too_large(cfg: TrainConfig, store: ActivationStore, budget: float, de
     if cfg.coder.over_layers:
         to = [targets(layer, len(outs), cfg.coder.window) for layer in range(len(outs))]
         each = [need(cfg, d, sum(outs[t] for t in some), device) for d, some in zip(ins, to, strict=True)]
-        one = Need(*(sum(parts) for parts in zip(*each, strict=True)))
+        rows = 12 * cfg.train.batch_tokens * sum(outs[t] for some in to for t in some)  # targets, errors, gradients
+        one = Need(sum(part.resident for part in each), sum(part.passing for part in each) + rows)
         many, gib = sum(map(len, to)), 4 * cfg.coder.width * sum(outs[t] for some in to for t in some) / GIB
         print(
             f"{cfg.coder.kind}: {many} decoder matrices, {gib:,.2f} GiB; to train, {bank_bytes([one]) / GIB:,.1f} GiB"
@@ -55,9 +56,12 @@ def refuse_too_large(cfg: TrainConfig, store: ActivationStore, budget: float, de
         one = need(cfg, sum(ins), sum(outs), device)
     if bank_bytes([one]) > budget:
         shards = f" / train.shards={cfg.train.shards}" if cfg.train.shards > 1 else ""
+        or_else = "raise train.shards to spread it over processes"
+        if cfg.coder.over_layers:
+            or_else = "coder.window or train.batch_tokens"
         raise UserError(
             f"coder.width={cfg.coder.width}{shards}: takes about {bank_bytes([one]) / GIB:,.1f} GiB to train, {device} "
-            f"has {budget / GIB:,.1f} GiB for it; lower the width, or raise train.shards to spread it over processes"
+            f"has {budget / GIB:,.1f} GiB for it; lower the width, or {or_else}"
         )
     return one
 

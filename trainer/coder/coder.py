@@ -183,7 +183,7 @@ class SparseCoder(nn.Module):
             several = import_module("skipcoder.trainer.coder.cross_layer").CrossLayerTranscoder  # which imports us
             return cast(SparseCoder, several.from_files(Path(path), loaded))
         facts: dict[str, Any] = dict(description)
-        fields = {field: facts.pop(field) for field in CoderConfig.__dataclass_fields__}
+        fields = {field: facts.pop(field) for field in CoderConfig.__dataclass_fields__ if field in facts}  # or older
         cfg, d_in, d_out = typed(OmegaConf.create(fields), CoderConfig), facts.pop("d_in"), facts.pop("d_out")
         for name, wanted in (("W_enc", (cfg.width, d_in)), ("W_dec", (cfg.width, d_out))):
             found = tuple(tensors[name].shape) if name in tensors else None

@@ -112,6 +112,17 @@ class CrossLayerTranscoder(nn.Module):
         v, i = torch.cat(values, 1), torch.cat(indices, 1)
         return CoderOutput(y_hat, v.view(*lead, v.shape[1]), i.view(*lead, i.shape[1]))
 
+    @torch.no_grad()
+    def earlier_shares(self, x_ND: Tensor) -> list[float]:
+        """Return, for each layer's output, earlier layers' share of the summed squared lengths of what latents write
+        there: 0 if all comes from the layer's own."""
+        own, earlier = ([0.0] * len(self.layers) for _ in range(2))
+        for layer, (one, x_l) in enumerate(zip(self, x_ND.split(self.d_ins, 1), strict=True)):
+            latents_NE = one.decode(one.encode(x_l), x_l) - one.affine(x_l)
+            for target, part in self.to_later(layer, latents_NE):
+                (own if target == layer else earlier)[target] += float(part.double().square().sum())
+        return [e / max(e + o, 1e-30) for o, e in zip(own, earlier, strict=True)]
+
     @property
     def W_enc(self) -> Tensor:  # noqa: N802
         """[L M, D], of layers that are equally wide."""
@@ -142,7 +153,9 @@ class CrossLayerTranscoder(nn.Module):
     def from_files(cls, path: Path, loaded: Loaded) -> "CrossLayerTranscoder":
         """Make the coder that files hold."""
         facts: dict[str, Any] = dict(loaded.description)
-        cfg = typed(OmegaConf.create({f: facts.pop(f) for f in CoderConfig.__dataclass_fields__}), CoderConfig)
+        cfg = typed(
+            OmegaConf.create({f: facts.pop(f) for f in CoderConfig.__dataclass_fields__ if f in facts}), CoderConfig
+        )
         ins, outs = ([side["width"] for side in facts[key]] for key in ("read_sides", "sides"))
         layers = [
             LayerCoder(cfg, d_in, [outs[t] for t in targets(layer, len(outs), cfg.window)])

@@ -24,8 +24,7 @@ class JoinedStore(ActivationStore):
     """A store with the hookpoints of another one beside its own. Everything else is the first one's."""
 
     def __init__(self, first: ActivationStore, other: ActivationStore) -> None:
-        """UserError unless both hold the same tokens in the same order."""
-        _refuse_unlike(first, other)
+        """Both hold the same tokens in the same order, which `open_stores` has made sure of."""
         theirs = {OTHER + name: facts for name, facts in other.hookpoints.items()}
         both = first.attrs["identity_hash"] + other.attrs["identity_hash"]
         attrs = {**first.attrs, "hookpoints": first.hookpoints | theirs}
@@ -58,7 +57,8 @@ class JoinedStore(ActivationStore):
 def _refuse_unlike(first: ActivationStore, other: ActivationStore) -> None:
     def facts(store: ActivationStore) -> dict[str, object]:
         found = {key: store.attrs["identity"].get(key) for key in _ALIKE}
-        return found | {"format": store.attrs["version"], "rows": store.rows}
+        separate = bool(store.attrs["identity"]["data"].get("separate"))
+        return found | {"data.separate": separate, "format": store.attrs["version"], "rows": store.rows}
 
     here, there = facts(first), facts(other)
     differ = [f"{key} {here[key]} and {there[key]}" for key in here if here[key] != there[key]]
@@ -76,9 +76,13 @@ def _refuse_unlike(first: ActivationStore, other: ActivationStore) -> None:
 
 
 def open_stores(path: str | Path | Place, other: str | Path | Place | None = None) -> ActivationStore:
-    """Open a store, or two as one."""
+    """Open a store, or two as one. UserError unless both hold the same tokens in the same order."""
     first = ActivationStore.open(path)
-    return first if other is None else JoinedStore(first, ActivationStore.open(other))
+    if other is None:
+        return first
+    second = ActivationStore.open(other)
+    _refuse_unlike(first, second)
+    return JoinedStore(first, second)
 
 
 def addresses(store: ActivationStore) -> list[str]:

@@ -1,6 +1,8 @@
 """Build what a run needs: the store, the stream, and a learner that starts from the store's statistics."""
 
+import re
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from skipcoder.errors import UserError
@@ -55,21 +57,37 @@ def open_store(cfg: TrainConfig) -> ActivationStore:
 
 
 def hookpoints(cfg: TrainConfig, store: ActivationStore) -> list[str]:
-    """Return the hookpoints of a coder: one or, of a crosscoder, all that match, then those of the second store.
-    UserError where the store lacks them."""
-    if not cfg.coder.over_hookpoints or cfg.hookpoint is None or cfg.hookpoint in store.hookpoints:
-        found = [store.hookpoint(cfg.hookpoint)]
+    """Return the hookpoints of a coder: one or, of a coder over several, all that match, then those of the second
+    store. UserError where the store lacks them, or where they cannot go together."""
+    own = store.first if isinstance(store, JoinedStore) else store
+    only = cfg.hookpoint is None and len(own.hookpoints) == 1
+    if not cfg.coder.over_hookpoints or cfg.hookpoint in own.hookpoints or only:
+        found = [own.hookpoint(cfg.hookpoint)]
     else:
-        found = matching(cfg.hookpoint, [name for name in store.hookpoints if not name.startswith(OTHER)])
+        found = matching(cfg.hookpoint or "", list(own.hookpoints))
         if not found:
-            held = ", ".join(store.hookpoints)
-            raise UserError(f"hookpoint={cfg.hookpoint}: {store.place} holds {held}; none of them matches")
-    window = cfg.coder.window
-    if window is not None and window >= len(found):
-        raise UserError(f"coder.window={window}: of {len(found)} layers none is so far on; at most {len(found) - 1}")
+            what = "is not set" if cfg.hookpoint is None else f"{cfg.hookpoint!r} matches none"
+            raise UserError(f"hookpoint {what}: {own.place} holds {', '.join(own.hookpoints)}; name some with a glob")
+    if cfg.coder.over_layers:
+        _refuse_no_layers(cfg, own, found)
     if isinstance(store, JoinedStore):
         found += [OTHER + store.other.hookpoint(name) for name in found]
     return found
+
+
+def _refuse_no_layers(cfg: TrainConfig, store: ActivationStore, names: Sequence[str]) -> None:
+    """Raise UserError unless these are one hookpoint of each of several layers, in order and equally wide, and the
+    window ends among them."""
+    numbers = [re.findall(r"\d+", name) for name in names]
+    if not all(numbers) or any(int(a[0]) >= int(b[0]) for a, b in pairwise(numbers)):
+        raise UserError(
+            f"hookpoint={cfg.hookpoint}: a {cfg.coder.kind} needs one of each layer, not {', '.join(names)}"
+        )
+    if len({(store.width(name, "input"), store.width(name, "output")) for name in names}) > 1:
+        raise UserError(f"hookpoint={cfg.hookpoint}: the layers of a {cfg.coder.kind} must be equally wide")
+    window = cfg.coder.window
+    if window is not None and window >= len(names):
+        raise UserError(f"coder.window={window}: of {len(names)} layers none is so far on; at most {len(names) - 1}")
 
 
 def token_filter(cfg: TrainConfig, store: ActivationStore) -> TokenFilter:

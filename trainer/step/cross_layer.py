@@ -1,8 +1,8 @@
 """A cross-layer transcoder in training: a learner for each layer, which meet in the loss.
 
-The loss is the sum of the layers' FVUs. To each layer, what the others write is part of what it finds: its target is
-the outputs within its window less that, so its error, its gradient, its clipping and its optimiser are its own. With a
-window of 0 nothing is left of the others, and each layer learns to the bit what a transcoder of it learns alone.
+The loss is the sum of the layers' FVUs. To each layer, what the others write is part of what it finds: it has the
+error that all of them leave in the outputs within its window, and its gradient, its clipping and its optimiser are its
+own. With a window of 0 there are no others, and each layer learns to the bit what a transcoder of it learns alone.
 
 A step of each layer runs in a thread of its own, one at a time and in the same order always, and gives way where it
 waits for the others. Legend: N tokens, L layers, E output widths.
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skipcoder.kernels.preactivations import MODES
 from skipcoder.pipeline.store.stats import Moments
 from skipcoder.trainer.coder.cross_layer import CrossLayerTranscoder, LayerCoder, targets
 from skipcoder.trainer.config import TrainConfig
@@ -48,7 +49,7 @@ class CrossLayerLearner:
         if any(len(to) > 1 for to in self.targets):
             meeting = Meeting([learner.writes.widths for learner in self.learners], self.targets)
             for layer, learner in enumerate(self.learners):
-                learner.others = partial(meeting.others, layer)
+                learner.meet = partial(meeting.total, layer)
 
     def step(self, x: Parts, y: Parts, batch_tokens: int) -> dict[str, Tensor]:
         """Make one optimiser step; `fvu` is the mean over the layers, and so are the other terms."""
@@ -56,7 +57,7 @@ class CrossLayerLearner:
             partial(learner.step, [x[layer]], [y[t] for t in self.targets[layer]], batch_tokens)
             for layer, learner in enumerate(self.learners)
         ]
-        found = in_turns(works, at_once=len(works)) if self.first.others else [work() for work in works]
+        found = in_turns(works, at_once=len(works)) if self.first.meet else [work() for work in works]
         own = [one.get("fvu_side_0", one["fvu"]) for one in found]
         mean = {key: torch.stack([one[key] for one in found]).mean() for key in found[0] if "_side_" not in key}
         return mean | {"fvu": torch.stack(own).mean()} | {f"fvu_side_{t}": fvu for t, fvu in enumerate(own)}
@@ -101,8 +102,8 @@ class CrossLayerLearner:
 
     @property
     def coder(self) -> Any:
-        """The first layer's coder, which stands for all in what they have in common."""
-        return self.first.coder
+        """The coder of the layer whose search is the most exact, which stands for all in what they have in common."""
+        return min((learner.coder for learner in self.learners), key=lambda coder: MODES.index(coder.search.mode))
 
     @property
     def step_number(self) -> int:
@@ -159,32 +160,27 @@ class LayersClock(Clock):
 
 
 class Meeting:
-    """Where layers leave what they write to a micro-batch, and find what the others wrote. They come in order."""
+    """Where layers leave what they write to a micro-batch, and find what all of them wrote. They come in order."""
 
     def __init__(self, widths: Sequence[Sequence[int]], targets: Sequence[range]) -> None:
         """Of each layer the widths of what it writes, and to which layers."""
         self.widths, self.targets = widths, targets
         self._been = [0] * len(targets)
         """How often each layer has come."""
-        self._left: dict[int, dict[int, Sequence[Tensor]]] = {}
-        """Of each micro-batch under way what each layer writes."""
+        self._written: dict[int, list[Tensor | None]] = {}
+        """Of each micro-batch under way what is written to each layer so far."""
 
-    def others(self, layer: int, own_NE: Tensor) -> Tensor:
-        """Leave what a layer writes; wait; return what the others write to the same sides."""
-        here = self._left.setdefault(self._been[layer], {})
-        here[layer] = own_NE.split(list(self.widths[layer]), 1)
+    def total(self, layer: int, own_NE: Tensor) -> Tensor:
+        """Leave what a layer writes; wait; return what all write to the same sides."""
+        written = self._written.setdefault(self._been[layer], [None] * len(self.targets))
+        for target, part in zip(self.targets[layer], own_NE.split(list(self.widths[layer]), 1), strict=True):
+            before = written[target]
+            written[target] = part if before is None else before + part
         give_way()
-        found = []
-        for place, target in enumerate(self.targets[layer]):
-            total = torch.zeros_like(here[layer][place])
-            for other, to in enumerate(self.targets):
-                if other != layer and target in to:
-                    total += here[other][target - to.start]
-            found.append(total)
         if layer == len(self.targets) - 1:
-            del self._left[self._been[layer]]
+            del self._written[self._been[layer]]
         self._been[layer] += 1
-        return torch.cat(found, 1)
+        return torch.cat([z for t in self.targets[layer] if (z := written[t]) is not None], 1)
 
 
 AnyLearner = Learner | CrossLayerLearner

@@ -75,8 +75,8 @@ class Learner:
         can = device.startswith("cuda") and ranks.size == 1 and cfg.train.graph and self.activation.is_static
         self.graphs = Graphs() if can else None
         self.halves: dict[nn.Parameter, Tensor] = {}
-        self.others: Callable[[Tensor], Tensor] | None = None
-        """What others write to the same sides; see `losses`."""
+        self.meet: Callable[[Tensor], Tensor] | None = None
+        """Where it meets others that write to the same sides; see `losses`."""
         self.has_dead = False
         """Whether a latent was dead when last looked at."""
         self.dead_tokens = cfg.train.dead_tokens or min(10_000_000, max(1, cfg.train.tokens // 4))
@@ -162,7 +162,7 @@ class Learner:
         dead_M = self.since_fired_M >= self.dead_tokens if looked_at else None
         variances = [batch_tokens * variance for variance in self.writes.variances]
         written = Written(self.writes.widths, variances, self.cfg.coder.over_layers)
-        return losses(self.coder, self.cfg.loss, step, x, y, written, dead_M, self.clock.lap, self.others)
+        return losses(self.coder, self.cfg.loss, step, x, y, written, dead_M, self.clock.lap, self.meet)
 
     @property
     def k(self) -> int:

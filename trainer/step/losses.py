@@ -65,13 +65,13 @@ def losses(
     sides: Written,
     dead_M: Tensor | None = None,
     lap: Callable[[str], None] = lambda phase: None,
-    others: Callable[[Tensor], Tensor] | None = None,
+    meet: Callable[[Tensor], Tensor] | None = None,
 ) -> Losses:
     """Return the losses of some or all of the tokens of a global batch.
 
     `step`: what the coder's activation does in this step; `dead_M`: whether each latent is dead, None to leave AuxK
-    out; `lap` is called when a phase ends; `others`: takes what the coder writes, returns what others write to the same
-    sides.
+    out; `lap` is called when a phase ends; `meet`: takes what the coder writes, returns what it and others
+    write to the same sides.
     """
     k, wide, prefixes = step.k, cfg.multi_topk, coder.cfg.prefixes or []
     codes = coder.encode(x_ND, min(MULTI_TOPK * k, coder.cfg.width)) if wide else step.encode(x_ND)
@@ -81,11 +81,10 @@ def losses(
     block = _blocks(codes, coder.latents.start, prefixes, k) if prefixes or wide else None
     base = coder.affine(x_ND)
     error = None
-    if others is not None:
+    if meet is not None:
         with torch.no_grad():
             own = codes._replace(values=codes.values.detach())
-            written = sparse_decode(own, coder.W_dec.detach(), base.detach())
-            error = y_NE - others(written) - written
+            error = y_NE - meet(sparse_decode(own, coder.W_dec.detach(), base.detach()))
     squares, errors = squared_error(
         codes, coder.W_dec, base, y_NE, block, 1 + last + wide, coder.shard, sides.widths, error
     )
@@ -125,7 +124,7 @@ def _blocks(codes: Codes, first: int, prefixes: list[int], k: int) -> Tensor:
 def auxk(coder: SparseCoder, x_ND: Tensor, error_NE: Tensor, dead_M: Tensor, sides: Written) -> Tensor:
     """Return the squared error [1, S] of the dead latents' prediction of the error (Gao et al., arXiv 2406.04093),
     weighted by how many are dead. The gradient reaches their encoder and decoder, but not b_dec or the skip."""
-    most = coder.d_out // 2
+    most = (sides.widths[0] if sides.widths else coder.d_out) // 2
     b_pre = None if coder.b_pre is None else coder.b_pre.detach()
     W_enc: Tensor
     b_enc: Tensor

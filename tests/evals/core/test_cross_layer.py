@@ -40,9 +40,11 @@ def test_fvu_by_layer_and_cross_entropy(run: Run, store: ActivationStore) -> Non
     ]
     assert [side["fvu"] for side in row["sides"]] == pytest.approx(fvus, rel=1e-4)
     assert row["fvu"] == pytest.approx(sum(fvus) / 3, rel=1e-4)
+    shares = [side["from_earlier"] for side in row["sides"]]
+    assert shares[0] == 0 and all(0.01 < share < 1 for share in shares[1:])
     assert row["l0"] == pytest.approx(12, abs=1)
     assert row["kl_spliced"] < row["kl_zero"] and row["ce_skip_only"] > 0
-    assert "for coders of one MLP" in row["contextfree_problem"]
+    assert "for coders of one MLP, not for a skip_clt" in row["contextfree_problem"]
 
 
 @torch.no_grad()

@@ -9,14 +9,16 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from skipcoder.errors import UserError
 from skipcoder.evals.config import EvaluateConfig, TaskName
 from skipcoder.evals.evaluate import evaluate
-from skipcoder.evals.tasks.model_diff import diff
+from skipcoder.evals.tasks.model_diff import diff, model_diff
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.pipeline.store.stats import Moments
 from skipcoder.trainer.bank import bank as training
 from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.config import CoderConfig, Kind
+from skipcoder.trainer.run.run import Run
 from tests.trainer.planted import Planted, side_facts
 from tests.trainer.run.test_run import config
 
@@ -128,6 +130,11 @@ def test_on_two_stores(store: ActivationStore, tmp_path: Path, cache_config: Any
     found = json.loads((tmp_path / "run" / "diff.json").read_text())
     assert Counter(found["kind"])["shared"] == row["diff_shared"] and len(found["relative_norm"]) == 64
     assert len(row["sides"]) == 2 and row["sides"][1]["hookpoint"] == "other:layers.1.mlp"
+
+    coder: Any = Run.open(tmp_path / "run")
+    coder.coder.meta["sides"][0]["width"] -= 1
+    with pytest.raises(UserError, match=r"both models must be equally wide"):
+        next(model_diff(store, [coder]))
 
     training.train(config(store, Kind.sae), tmp_path / "sae")
     (row,) = evaluate(EvaluateConfig(run=str(tmp_path / "sae"), tasks=[TaskName.diff]))

@@ -50,9 +50,9 @@ def test_one_array_each_and_what_is_two_sided_stays(mixed: ActivationStore, both
         assert torch.equal(mixed.activations(name, "output", 0, n), both.activations(name, "output", 0, n))
     residual = both.activations("layers.1", "input", 0, n)
     assert torch.equal(mixed.activations("layers.0", "output", 0, n), residual)  # what enters the next layer
-    with pytest.raises(UserError, match=r"has no input of layers.1: it holds the output"):
+    with pytest.raises(UserError, match=r"has of layers.1 only the output, no input; capture it too"):
         mixed.activations("layers.1", "input", 0, 1)
-    with pytest.raises(UserError, match=r"has no other of layers.1.mlp: it holds the input and the output"):
+    with pytest.raises(UserError, match=r"has of layers.1.mlp only the input and output, no other"):
         mixed.width("layers.1.mlp", "other")
 
 
@@ -110,11 +110,11 @@ def test_long_tokens_of_one_side(mixed: ActivationStore, tmp_path: Path) -> None
 def test_coders_that_need_the_other_side_are_refused(mixed: ActivationStore, tmp_path: Path) -> None:
     cfg = config(mixed, Kind.transcoder)
     cfg.hookpoint = "layers.1"
-    with pytest.raises(UserError, match=r"has no input of layers.1: it holds the output"):
+    with pytest.raises(UserError, match=r"has of layers.1 only the output, no input; capture it too"):
         train(cfg, tmp_path)
     cfg = config(mixed, Kind.sae)
     cfg.hookpoint, cfg.coder = "layers.1", CoderConfig(kind=Kind.sae, k=4, width=64, side=Side.input)
-    with pytest.raises(UserError, match=r"has no input of layers.1"):
+    with pytest.raises(UserError, match=r"has of layers.1 only the output, no input"):
         train(cfg, tmp_path)
 
 

@@ -17,6 +17,7 @@ from skipcoder.trainer.config import Kind
 from skipcoder.trainer.data.batch import Column
 from skipcoder.trainer.data.joined import JoinedStore, addresses, open_stores, opened_again
 from skipcoder.trainer.data.stream import ActivationStream
+from skipcoder.trainer.run.build import hookpoints
 from skipcoder.trainer.run.run import Run
 from tests.conftest import CONTEXT, UNIT_ROWS
 from tests.trainer.run.test_run import config
@@ -84,6 +85,8 @@ def test_a_crosscoder_between_two_models(store: ActivationStore, other: Activati
     cfg = config(store, Kind.crosscoder)
     cfg.store.other, cfg.hookpoint = str(other.path), MLP
     train(cfg, tmp_path)
+    cfg.hookpoint = None  # of two stores with one hookpoint each
+    assert hookpoints(cfg, JoinedStore(other, other)) == [MLP, f"other:{MLP}"]
     coder = SparseCoder.load(tmp_path)
     assert [side["hookpoint"] for side in coder.meta["sides"]] == [MLP, f"other:{MLP}"]
     assert coder.meta["sides"][1]["module"] == MLP

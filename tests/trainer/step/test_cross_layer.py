@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from skipcoder.errors import UserError
 from skipcoder.pipeline.store.reader import ActivationStore
+from skipcoder.pipeline.store.stats import Moments
 from skipcoder.trainer.bank.bank import train, train_bank
 from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.coder.cross_layer import CrossLayerTranscoder
@@ -27,7 +29,7 @@ from skipcoder.trainer.config import (
 )
 from skipcoder.trainer.data.stream import ActivationStream
 from skipcoder.trainer.data.turns import in_turns
-from skipcoder.trainer.run.build import any_learner
+from skipcoder.trainer.run.build import any_learner, hookpoints
 from skipcoder.trainer.step.cross_layer import CrossLayerLearner, Meeting
 from skipcoder.trainer.step.optimisers import schedule
 from tests.trainer.run.test_run import assert_same
@@ -149,12 +151,12 @@ def test_layers_meet_once_for_each_micro_batch() -> None:
     rounds = [(torch.randn(4, 5, generator=generator), torch.randn(4, 3, generator=generator)) for _ in range(3)]
 
     def come(layer: int) -> list[torch.Tensor]:
-        return [meeting.others(layer, both[layer]) for both in rounds]
+        return [meeting.total(layer, both[layer]) for both in rounds]
 
     first, second = in_turns([partial(come, layer) for layer in range(2)], at_once=2)
     for (a, b), of_first, of_second in zip(rounds, first, second, strict=True):
-        assert torch.equal(of_first, torch.cat([torch.zeros(4, 2), b], 1)) and torch.equal(of_second, a[:, 2:])
-    assert not meeting._left
+        assert torch.equal(of_first, torch.cat([a[:, :2], a[:, 2:] + b], 1)) and torch.equal(of_second, a[:, 2:] + b)
+    assert not meeting._written
 
 
 @pytest.mark.slow
@@ -204,14 +206,54 @@ def test_resumes_to_the_bit(store: ActivationStore, tmp_path: Path, monkeypatch:
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_what_cannot_be_is_refused(store: ActivationStore, tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused(
+    store: ActivationStore, cache_config: Any, capture_here: Any, tmp_path: Path
+) -> None:
+    mixed = capture_here(cache_config(tmp_path / "mixed.zarr", ("layers.1.mlp", "layers.1.self_attn")))
     for keys, message in (
         ({"window": 3}, r"coder.window=3: of 3 layers none is so far on; at most 2"),
         ({"prefixes": [8]}, r"coder.prefixes is not for a clt"),
     ):
         with pytest.raises(UserError, match=message):
             train(config(store, **keys), tmp_path)
+    assert hookpoints(config(store, hookpoint="layers.1.mlp"), mixed) == ["layers.1.mlp"]
+    with pytest.raises(UserError, match=r"a clt needs one of each layer, not layers.1.mlp, layers.1.self_attn"):
+        hookpoints(config(store, hookpoint="layers.1.*"), mixed)
     with pytest.raises(UserError, match=r"coder.window=1: at least 0, and for cross-layer transcoders alone"):
         config(store, Kind.transcoder, window=1)
     with pytest.raises(UserError, match=r"coder.window=-1"):
         config(store, window=-1)
+
+
+def two_hops() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """A toy of two steps (LessWrong 6CS2NDmoLCFcEJMor): layer 0 computes the halves of two exclusive ors of its four
+    inputs, layer 1 whether both ors hold."""
+    inputs = torch.tensor(list(product([-1.0, 1.0], repeat=4)))
+    a, b, c, d = (inputs > 0).T
+    halves = torch.stack([a & ~b, ~a & b, c & ~d, ~c & d], 1).float()
+    both = 2 * ((a ^ b) & (c ^ d)).float()[:, None]
+    one, gap = torch.ones(16, 1), torch.zeros(16, 4)
+    return [torch.cat([inputs, gap, one], 1), torch.cat([gap, halves, 0 * one], 1)], [
+        torch.cat([inputs, halves, one], 1),
+        torch.cat([gap, gap, both], 1),
+    ]
+
+
+@pytest.mark.slow
+def test_a_low_fvu_does_not_show_two_steps() -> None:
+    """Where the truth takes two steps, layer 0 of a CLT writes part of the second one's result at once; transcoders
+    cannot. `from_earlier` tells."""
+    inputs, outputs = two_hops()
+    moments_x, moments_y = ([Moments.of(z) for z in sides] for sides in (inputs, outputs))
+    shares = {}
+    for window in (0, None):
+        cfg = TrainConfig(
+            coder=CoderConfig(kind=Kind.clt, k=3, width=32, window=window), optim=OptimConfig(lr=2e-3),
+            train=LoopConfig(tokens=16 * 800, batch_tokens=16),
+        )  # fmt: skip
+        learner = CrossLayerLearner(cfg, moments_x, moments_y, 800, "cpu")
+        for _ in range(800):
+            last = learner.step(inputs, outputs, 16)
+        assert float(last["fvu_side_1"]) < 0.02
+        shares[window] = learner.folded().earlier_shares(torch.cat(inputs, 1))
+    assert shares[0] == [0, 0] and shares[None][0] == 0 and shares[None][1] > 0.1

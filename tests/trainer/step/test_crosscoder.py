@@ -168,8 +168,14 @@ def test_resumes_to_the_bit(store: ActivationStore, tmp_path: Path, monkeypatch:
 
 
 def test_what_cannot_be_is_refused(store: ActivationStore, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"hookpoint=layers.7\*: .* holds layers.0.mlp, .*; none of them matches"):
+    with pytest.raises(
+        UserError, match=r"hookpoint 'layers.7\*' matches none: .* holds layers.0.mlp, .*; name some with a glob"
+    ):
         hookpoints(config(store, "layers.7*"), store)
+    cfg = config(store)
+    cfg.hookpoint = None
+    with pytest.raises(UserError, match=r"hookpoint is not set: .* holds layers.0.mlp, .*; name some with a glob"):
+        hookpoints(cfg, store)
     with pytest.raises(UserError, match=r"store.other is for coder.kind=crosscoder, not sae"):
         train(config(store, NAMES[0], Kind.sae, other=str(store.path)), tmp_path)
     cfg = config(store)

@@ -37,7 +37,7 @@ def dense(coder: SparseCoder, x: torch.Tensor, y: torch.Tensor, sides: Written) 
     skip = 0 if coder.W_skip is None else x @ coder.W_skip.T
     error = y - decode(K, everything) - skip - coder.b_dec
     wide = y - decode(4 * K, everything) - skip - coder.b_dec
-    most = D // 2
+    most = sides.widths[0] // 2
     aux = error.detach() - decode(min(most, len(DEAD)), torch.tensor(DEAD), coder.b_dec.detach())
     terms = {"fvu": error, "multi_topk": wide / 8**0.5, "auxk": aux * (min(len(DEAD) / most, 1) / 32) ** 0.5}
     return {
