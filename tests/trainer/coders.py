@@ -28,6 +28,10 @@ def random_coder(
     return coder.requires_grad_(False).eval()
 
 
+ONE_BY_ONE = [kind for kind in Kind if not CoderConfig(kind=kind).over_layers]
+"""The kinds whose coders are trained one by one."""
+
+
 def meta(hookpoint: str = "layers.1.mlp", kind: Kind = Kind.transcoder) -> Provenance:
     """Where a coder attaches, as coder.json has it."""
     read = "output" if kind == Kind.sae else "input"

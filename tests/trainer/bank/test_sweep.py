@@ -21,6 +21,7 @@ from skipcoder.trainer.config import Kind, StreamConfig, TrainConfig
 from skipcoder.trainer.data.stream import ActivationStream
 from tests.conftest import REPO
 from tests.trainer.bank.test_bank import config
+from tests.trainer.coders import ONE_BY_ONE
 from tests.trainer.run.test_run import assert_same
 
 pytestmark = pytest.mark.slow
@@ -147,7 +148,7 @@ def test_every_experiment_composes_with_the_first_values_of_its_sweep(name: str)
 
 
 def test_jobs_with_different_streams_make_different_banks(store: ActivationStore, tmp_path: Path) -> None:
-    jobs = [Job(config(store, kind), tmp_path / kind.value) for kind in Kind]
+    jobs = [Job(config(store, kind), tmp_path / kind.value) for kind in ONE_BY_ONE]
     jobs[1].cfg.stream = StreamConfig(seed=5)
     banks, refused = plan(jobs, Settings(), 1)
     assert not refused

@@ -13,9 +13,9 @@ from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.coder.files import read_coder, write_coder
 from skipcoder.trainer.coder.fold import fold, power_of_two_scale
 from skipcoder.trainer.config import CoderConfig, Kind
+from tests.trainer.coders import ONE_BY_ONE
 
 D, M, K = 6, 20, 4
-ONE_BY_ONE = [kind for kind in Kind if not CoderConfig(kind=kind).over_layers]
 
 
 def random_coder(kind: Kind, seed: int = 0) -> SparseCoder:

@@ -17,10 +17,10 @@ from skipcoder.trainer.coder.coder import SparseCoder
 from skipcoder.trainer.coder.convert import converted
 from skipcoder.trainer.config import ActivationName, Kind
 from skipcoder.trainer.formats import circuit_tracer, plain, saelens, sparsify
-from tests.trainer.coders import assert_same_function, meta, random_coder
+from tests.trainer.coders import ONE_BY_ONE, assert_same_function, meta, random_coder
 
-SAE, TRANSCODER, SKIP, CROSSCODER = Kind
-EVERY = [(kind, activation) for kind in Kind for activation in ActivationName]
+SAE, TRANSCODER, SKIP, CROSSCODER, *_ = Kind
+EVERY = [(kind, activation) for kind in ONE_BY_ONE for activation in ActivationName]
 
 
 def holds(format: str, kind: Kind, activation: ActivationName) -> bool:

@@ -24,6 +24,7 @@ from skipcoder.trainer.run import checkpoint
 from skipcoder.trainer.run.device import on_device, pick_device
 from skipcoder.trainer.step.learner import Learner
 from tests.conftest import REPO
+from tests.trainer.coders import ONE_BY_ONE
 
 pytestmark = pytest.mark.slow
 
@@ -98,7 +99,7 @@ def test_files_of_a_run(store: ActivationStore, tmp_path: Path) -> None:
     assert coder.meta["write"] == {"module": "layers.1.mlp", "side": "output"}
 
 
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", ONE_BY_ONE)
 @pytest.mark.parametrize("killed_at", [3, 10, 27])
 def test_killed_and_resumed_equals_undisturbed(
     store: ActivationStore, tmp_path: Path, kind: Kind, killed_at: int, monkeypatch: pytest.MonkeyPatch

@@ -26,12 +26,13 @@ from skipcoder.trainer.config import (
 from skipcoder.trainer.data.ranks import Ranks
 from skipcoder.trainer.step import learner as learner_module
 from skipcoder.trainer.step.learner import Learner
+from tests.trainer.coders import ONE_BY_ONE
 
 D, M, K, TOKENS, STEPS = 12, 64, 4, 96, 6
 
 CASES: dict[str, dict[str, Any]] = {
     f"{kind} {activation}": {"kind": kind, "activation": activation}
-    for kind in Kind
+    for kind in ONE_BY_ONE
     for activation in ("topk", "groupmax", "batchtopk", "jumprelu")
 }
 CASES |= {
