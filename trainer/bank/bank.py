@@ -134,7 +134,9 @@ def _train(members: list[Member], store: ActivationStore, outcomes: dict[Path, O
         with _failing(outcomes, member.directory):
             check(member.cfg, ranks.size)
             with ranks.together():
-                memory.refuse_too_large(member.cfg, store, memory.free_bytes(device), device)
+                one = memory.refuse_too_large(member.cfg, store, memory.free_bytes(device), device)
+            if member.cfg.coder.over_layers:
+                print(f"{member.directory}: {memory.decoders(member.cfg, store, one)}")
             position = member.start(store, stream, device, ranks)
             positions[member.learner.step_number] = position
     if not positions:

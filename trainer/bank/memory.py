@@ -48,10 +48,6 @@ def refuse_too_large(cfg: TrainConfig, store: ActivationStore, budget: float, de
         each = [need(cfg, d, sum(outs[t] for t in some), device) for d, some in zip(ins, to, strict=True)]
         rows = 12 * cfg.train.batch_tokens * sum(outs[t] for some in to for t in some)  # targets, errors, gradients
         one = Need(sum(part.resident for part in each), sum(part.passing for part in each) + rows)
-        many, gib = sum(map(len, to)), 4 * cfg.coder.width * sum(outs[t] for some in to for t in some) / GIB
-        print(
-            f"{cfg.coder.kind}: {many} decoder matrices, {gib:,.2f} GiB; to train, {bank_bytes([one]) / GIB:,.1f} GiB"
-        )
     else:
         one = need(cfg, sum(ins), sum(outs), device)
     if bank_bytes([one]) > budget:
@@ -64,6 +60,14 @@ def refuse_too_large(cfg: TrainConfig, store: ActivationStore, budget: float, de
             f"has {budget / GIB:,.1f} GiB for it; lower the width, or {or_else}"
         )
     return one
+
+
+def decoders(cfg: TrainConfig, store: ActivationStore, one: Need) -> str:
+    """Say what the decoders of a cross-layer transcoder take, and all of it in training."""
+    names = hookpoints(cfg, store)
+    to = [store.width(names[t], "output") for i in range(len(names)) for t in targets(i, len(names), cfg.coder.window)]
+    held = f"{len(to)} decoder matrices, {4 * cfg.coder.width * sum(to) / GIB:,.2f} GiB"
+    return f"{cfg.coder.kind}: {held}; to train, about {bank_bytes([one]) / GIB:,.1f} GiB"
 
 
 def free_bytes(device: str) -> int:

@@ -160,8 +160,11 @@ def test_layers_meet_once_for_each_micro_batch() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_its_files_and_what_it_computes(store: ActivationStore, tmp_path: Path) -> None:
+def test_a_run_its_files_and_what_it_computes(
+    store: ActivationStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     summary = train(config(store, Kind.skip_clt, window=1), tmp_path)
+    assert "skip_clt: 5 decoder matrices, 0.00 GiB; to train, about 0.5 GiB" in capsys.readouterr().out
     coder: Any = SparseCoder.load(tmp_path)
     assert isinstance(coder, CrossLayerTranscoder) and summary["kind"] == "skip_clt"
     assert [side["hookpoint"] for side in coder.meta["sides"]] == NAMES == [s["hookpoint"] for s in summary["sides"]]
