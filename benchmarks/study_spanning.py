@@ -2,8 +2,8 @@
 
     python benchmarks/study_spanning.py FOLDER --json docs/studies/spanning.json
 
-FOLDER holds cross/, saes/, clts/ and alone/, made by the commands of that page, each with the summary.json (and for
-alone/ summary.together.json) that evaluation wrote.
+FOLDER holds cross/, saes/, clts/ and alone/, made by the commands of that page, each with the summary.json that
+evaluation wrote.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 PAIRS = (("cross", "saes"), ("clts", "alone"))
-CE = ("ce_clean", "ce_spliced", "ce_increase", "kl_spliced", "ce_zero")
 
 
 def by_layer(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[Any]]]:
@@ -53,12 +52,6 @@ def main() -> None:
                 if key in of_layer
             ]
             print(f"| `{layer}` | {shown(of_layer)} | {shown(found[alone][layer])} | {', '.join(extra)} |")
-    together = json.loads((args.folder / "alone" / "summary.together.json").read_text())
-    of_clts = json.loads((args.folder / "clts" / "summary.json").read_text())
-    kept["ce"] = {name: {key: [row[key] for row in some] for key in CE} for name, some in
-                  (("clts", of_clts), ("alone", together))}  # fmt: skip
-    for name, values in kept["ce"].items():
-        print(name, {key: round(statistics.mean(each), 4) for key, each in values.items()})
     if args.json:
         args.json.write_text(json.dumps(kept, indent=1) + "\n")
 
