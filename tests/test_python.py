@@ -84,7 +84,10 @@ def test_errors_name_what_was_given(store: ActivationStore, tmp_path: Path) -> N
     coder = skipcoder.SparseCoder(CoderConfig(k=4, width=64), 24, 24)
     for call, said in (
         (lambda: store.activations("layers.9.mlp", "input", 0, 8), "no hookpoint 'layers.9.mlp': .* holds layers.0"),
-        (lambda: store.activations("layers.1.mlp", "inputs", 0, 8), "side 'inputs': a hookpoint has an input and"),
+        (
+            lambda: store.activations("layers.1.mlp", "inputs", 0, 8),
+            "side 'inputs' of layers.1.mlp: .* has only its input and output",
+        ),
         (lambda: coder(torch.zeros(3, 23)), "reads 24 dimensions, not 23"),
         (lambda: skipcoder.evaluate(coder), "comes from no run's folder"),
         (lambda: skipcoder.evaluate(str(tmp_path / "*")), "matches no run directory"),

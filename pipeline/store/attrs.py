@@ -63,6 +63,12 @@ def widths_of(facts: HookpointFacts) -> dict[str, int]:
     return {side: d for side, d in widths.items() if d is not None}
 
 
+def extent(facts: HookpointFacts) -> str:
+    """Say how wide a hookpoint is: "576 to 576" or, of one side, "576, output alone"."""
+    widths = widths_of(facts)
+    return " to ".join(map(str, widths.values())) + ("" if len(widths) > 1 else f", {min(widths)} alone")
+
+
 class Described(TypedDict):
     """How a capture describes a store that it is about to lay out."""
 

@@ -18,7 +18,7 @@ import numpy as np
 from skipcoder.errors import UserError
 from skipcoder.pipeline.model import load
 from skipcoder.pipeline.store import commit, layout
-from skipcoder.pipeline.store.attrs import Attributes, HookpointFacts, model_config, read_attrs, widths_of
+from skipcoder.pipeline.store.attrs import Attributes, HookpointFacts, extent, model_config, read_attrs, widths_of
 from skipcoder.pipeline.store.codecs import codec_of
 from skipcoder.pipeline.store.place import Directory, Place
 from skipcoder.pipeline.store.places import beside, place_at
@@ -75,7 +75,7 @@ class ActivationStore:
         return self.place.path
 
     def __repr__(self) -> str:
-        sites = ", ".join(f"{name} ({', '.join(widths_of(h))})" for name, h in self.hookpoints.items())
+        sites = ", ".join(f"{name} ({extent(facts)})" for name, facts in self.hookpoints.items())
         state = "" if self.is_complete else f", {len(self.units)} units so far"
         return (
             f"<ActivationStore {self.place}: {self.attrs['model']['name']}, {self.rows * self.context:,} tokens in "
@@ -152,9 +152,7 @@ class ActivationStore:
         """Dimensions of the `input` or `output` of a hookpoint."""
         widths = widths_of(self.hookpoints[self.hookpoint(hookpoint)])
         if side not in widths:
-            raise UserError(
-                f"{self.place} has of {hookpoint} only the {' and '.join(widths)}, no {side}; capture it too"
-            )
+            raise UserError(f"side {side!r} of {hookpoint}: {self.place} has only its {' and '.join(widths)}")
         return widths[side]
 
     def moments(

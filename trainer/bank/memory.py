@@ -10,7 +10,7 @@ from skipcoder.errors import UserError
 from skipcoder.pipeline.store.reader import ActivationStore
 from skipcoder.trainer.coder.cross_layer import targets
 from skipcoder.trainer.coder.encoding import chunk_bytes
-from skipcoder.trainer.config import OptimName, TrainConfig
+from skipcoder.trainer.config import Kind, OptimName, TrainConfig
 from skipcoder.trainer.run.build import hookpoints
 from skipcoder.trainer.step.sides import sides
 
@@ -32,7 +32,11 @@ class Need(NamedTuple):
 def need(cfg: TrainConfig, d_in: int, d_out: int, device: str) -> Need:
     """Return the need of one coder, or of one of its shards, float32 throughout."""
     m = cfg.coder.width // cfg.train.shards
-    weights = m * (d_in + d_out + 1) + d_out + (d_in * d_out if cfg.coder.has_skip else 0)
+    weights = (
+        m * (d_in + d_out + 1)
+        + d_out
+        + (d_in * d_out if cfg.coder.kind in (Kind.skip_transcoder, Kind.skip_clt) else 0)
+    )
     copies = 3 if cfg.optim.name is OptimName.adam else 2
     chunk = min(chunk_bytes(cfg.encode, device), 4 * m * cfg.train.batch_tokens)
     half = 2 * m * d_in if device.startswith("cuda") else 0  # the encoder in bfloat16

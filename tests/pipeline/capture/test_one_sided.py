@@ -50,9 +50,9 @@ def test_one_array_each_and_what_is_two_sided_stays(mixed: ActivationStore, both
         assert torch.equal(mixed.activations(name, "output", 0, n), both.activations(name, "output", 0, n))
     residual = both.activations("layers.1", "input", 0, n)
     assert torch.equal(mixed.activations("layers.0", "output", 0, n), residual)  # what enters the next layer
-    with pytest.raises(UserError, match=r"has of layers.1 only the output, no input; capture it too"):
+    with pytest.raises(UserError, match=r"side 'input' of layers.1: .* has only its output"):
         mixed.activations("layers.1", "input", 0, 1)
-    with pytest.raises(UserError, match=r"has of layers.1.mlp only the input and output, no other"):
+    with pytest.raises(UserError, match=r"side 'other' of layers.1.mlp: .* has only its input and output"):
         mixed.width("layers.1.mlp", "other")
 
 
@@ -70,7 +70,7 @@ def test_verify_recode_and_describe(mixed: ActivationStore, tmp_path: Path, caps
         pass
     again = ActivationStore.open(tmp_path / "lz4.zarr")
     assert torch.equal(again.activations("norm", "input", 5, 900), mixed.activations("norm", "input", 5, 900))
-    assert "layers.1 (output), layers.1.mlp (input, output)" in repr(mixed)
+    assert "layers.1 (24, output alone), layers.1.mlp (24 to 24)" in repr(mixed)
     assert store_cli.info(mixed.place) == cli.DONE
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[1] for line in lines if line[:1] == ["layers.1"]] == ["output"]
@@ -110,11 +110,11 @@ def test_long_tokens_of_one_side(mixed: ActivationStore, tmp_path: Path) -> None
 def test_coders_that_need_the_other_side_are_refused(mixed: ActivationStore, tmp_path: Path) -> None:
     cfg = config(mixed, Kind.transcoder)
     cfg.hookpoint = "layers.1"
-    with pytest.raises(UserError, match=r"has of layers.1 only the output, no input; capture it too"):
+    with pytest.raises(UserError, match=r"side 'input' of layers.1: .* has only its output"):
         train(cfg, tmp_path)
     cfg = config(mixed, Kind.sae)
     cfg.hookpoint, cfg.coder = "layers.1", CoderConfig(kind=Kind.sae, k=4, width=64, side=Side.input)
-    with pytest.raises(UserError, match=r"has of layers.1 only the output, no input"):
+    with pytest.raises(UserError, match=r"side 'input' of layers.1: .* has only its output"):
         train(cfg, tmp_path)
 
 
